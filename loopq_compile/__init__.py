@@ -1,0 +1,56 @@
+"""A compiler that quantizes looped language models.
+
+`compile` captures a model and quantizes it, `load` reads a saved program. Names are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loopq_compile import pipelines
+    from loopq_compile.artifact import load
+    from loopq_compile.driver import compile
+    from loopq_compile.errors import CaptureError, LoopQError
+    from loopq_compile.loops import LoopStructure
+    from loopq_compile.pipeline import Pipeline
+    from loopq_compile.program import Program
+    from loopq_compile.scheme import Scheme
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CaptureError": "errors",
+    "LoopQError": "errors",
+    "LoopStructure": "loops",
+    "Pipeline": "pipeline",
+    "Program": "program",
+    "Scheme": "scheme",
+    "compile": "driver",
+    "load": "artifact",
+}
+
+__all__ = [
+    "CaptureError",
+    "LoopQError",
+    "LoopStructure",
+    "Pipeline",
+    "Program",
+    "Scheme",
+    "compile",
+    "load",
+    "pipelines",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "pipelines":
+        return importlib.import_module("loopq_compile.pipelines")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"loopq_compile.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'loopq_compile' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,177 @@
+"""Methods by schemes: what each costs in quality, next to the model in full precision."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from loopq_compile.driver import compile as compile_model
+from loopq_compile.errors import LoopQError
+from loopq_compile.evaluate import LENGTH, STRIDE, Remembered, Score, evaluate
+from loopq_compile.pipelines import get_pipeline
+from loopq_compile.program import Program
+from loopq_compile.scheme import Scheme
+
+FULL_PRECISION = "full precision"
+COLUMNS = ("method", "scheme", "scales", "perplexity", "ratio", "KL to full precision", "top-1 agreement", "compile s", "eval s")
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """One line of the table.
+
+    Args:
+        method, scheme, activation: what was compiled; the first row is `FULL_PRECISION`.
+        perplexity: on the held-out tokens.
+        ratio: perplexity by that of the model in full precision.
+        kl: mean KL(full precision || quantized) of a token, in nats.
+        agreement: share of tokens whose most likely next token is the same.
+        tokens: tokens scored.
+        compile_seconds, eval_seconds: wall-clock time.
+    """
+
+    method: str
+    scheme: str
+    activation: str
+    perplexity: float
+    ratio: float
+    kl: float | None
+    agreement: float | None
+    tokens: int
+    compile_seconds: float
+    eval_seconds: float
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, in the order of `COLUMNS`."""
+        return (
+            self.method,
+            self.scheme,
+            self.activation,
+            f"{self.perplexity:.3f}",
+            f"{self.ratio:.3f}",
+            "" if self.kl is None else f"{self.kl:.4f}",
+            "" if self.agreement is None else f"{self.agreement:.1%}",
+            f"{self.compile_seconds:.1f}" if self.compile_seconds else "",
+            f"{self.eval_seconds:.1f}",
+        )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with a scheme, such as `las` with `w4a4` and static scales."""
+
+    method: str
+    scheme: Scheme
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.scheme.name} {self.scheme.activation}"
+
+
+def variants(methods: Sequence[str], schemes: Sequence[str], activations: Sequence[str], **options: Any) -> list[Variant]:
+    """All combinations, schemes outermost; weight-only schemes appear once. `options` are fields of `Scheme`.
+
+    Raises:
+        LoopQError: an unknown name, or none at all.
+    """
+    for method in methods:
+        get_pipeline(method)
+    found = []
+    for name in schemes:
+        for activation in activations:
+            scheme = Scheme.parse(name, activation=activation, **options)
+            if scheme.quantizes_activations or activation == activations[0]:
+                found += [Variant(method, scheme) for method in methods]
+    if not found:
+        raise LoopQError("Nothing to measure: name at least one method, one scheme and one kind of activation scales.")
+    return found
+
+
+def quality(
+    model: nn.Module,
+    tokens: Tensor,
+    runs: Iterable[Variant],
+    calibration: Iterable[Any] | None,
+    *,
+    example_inputs: Any = None,
+    length: int = LENGTH,
+    stride: int = STRIDE,
+) -> Iterator[tuple[QualityRow, Program | None]]:
+    """Compiles and measures one variant after the other.
+
+    Args:
+        model: in full precision; it is the teacher.
+        tokens: held-out token ids, `[n]`.
+        runs: what to compile, from `variants`.
+        calibration: batches for all of them, None for data-free methods.
+        example_inputs: for `capture`; Hugging Face causal language models need none.
+        length, stride: of the perplexity's sliding window.
+
+    Yields:
+        A row and its program as soon as they are there; first `FULL_PRECISION`, without a program.
+    """
+    batches = None if calibration is None else list(calibration)
+    teacher = Remembered(model)
+    base = evaluate(teacher, tokens, length=length, stride=stride, title=FULL_PRECISION)
+    yield _row(FULL_PRECISION, "", "", base, base, 0.0), None
+    for run in runs:
+        start = time.perf_counter()
+        program = compile_model(model, example_inputs, scheme=run.scheme, method=run.method, calibration=batches)
+        seconds = time.perf_counter() - start
+        score = evaluate(program, tokens, teacher=teacher, length=length, stride=stride, title=str(run))
+        activation = run.scheme.activation if run.scheme.quantizes_activations else "none"
+        yield _row(run.method, run.scheme.name, activation, score, base, seconds), program
+
+
+def to_markdown(rows: Sequence[QualityRow]) -> str:
+    """The table as Markdown."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- | --- | --- |" + " ---: |" * (len(COLUMNS) - 3)]
+    lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def to_json(rows: Sequence[QualityRow], **about: Any) -> str:
+    """The table as JSON, with what `about` says of the run; numbers that are not finite become null."""
+    plain = [
+        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in asdict(row).items()}
+        for row in rows
+    ]
+    return json.dumps({**about, "rows": plain}, indent=2) + "\n"
+
+
+def write_results(rows: Sequence[QualityRow], directory: str | Path, heading: str = "Quality", **about: Any) -> list[Path]:
+    """Writes `quality.json` and `quality.md` into `directory`.
+
+    Raises:
+        LoopQError: the directory cannot be written.
+    """
+    folder = Path(directory)
+    texts = {"quality.json": to_json(rows, **about), "quality.md": f"# {heading}\n\n{to_markdown(rows)}"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise LoopQError(f"Cannot write to {folder}: {error.strerror or error}.") from error
+    return [folder / name for name in texts]
+
+
+def _row(method: str, scheme: str, activation: str, score: Score, base: Score, seconds: float) -> QualityRow:
+    return QualityRow(
+        method=method,
+        scheme=scheme,
+        activation=activation,
+        perplexity=score.perplexity,
+        ratio=score.perplexity / base.perplexity,
+        kl=score.kl,
+        agreement=score.agreement,
+        tokens=score.tokens,
+        compile_seconds=round(seconds, 3),
+        eval_seconds=round(score.seconds, 3),
+    )

@@ -1,0 +1,366 @@
+"""Capture: an `nn.Module` becomes one flat ATen graph, by `torch.export` in non-strict mode.
+
+The exporter's output is brought into the form that passes expect: functional (no in-place operators), no wrappers
+around `set_grad_enabled` or `vmap`, weights as `get_attr` nodes, one node per tensor however many names it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from loopq_compile.errors import CaptureError, LoopQError
+from loopq_compile.signature import InputSpec, Signature
+from loopq_compile.state import CompilerState, attach_state
+
+EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
+"""Smallest example sizes: the exporter specialises dimensions of size 1, and equal sizes would be ambiguous."""
+
+DYNAMIC_NAMES = ("batch", "sequence")
+
+
+def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
+    """The graph of `model(*example_inputs)` with dynamic batch and sequence, its state attached.
+
+    Args:
+        model: the module; it is captured in evaluation mode and left as it was.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. Tensors become inputs, other
+            values (flags, None) become part of the graph. The first integer tensor of at least two dimensions is
+            taken as `[batch, sequence]`; dimensions of other tensors that match become dynamic with it. Hugging Face
+            causal language models need none.
+
+    Returns:
+        A `GraphModule` whose placeholders are the tensor inputs; see `loopq_compile.state`.
+
+    Raises:
+        LoopQError: the model or the example inputs are unusable.
+        CaptureError: `torch.export` cannot capture the model; the message shows the source line.
+    """
+    if not isinstance(model, nn.Module):
+        hint = " Load it first." if isinstance(model, str) else ""
+        raise LoopQError(f"model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
+    _check_weights(model)
+    names, arguments = _bind_example(model, example_inputs)
+    arguments = _widen(arguments)
+    shapes = _dynamic_shapes(arguments)
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with _vmap_free_masks(), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            exported = _export(model, names, arguments, shapes)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    graph_module = _lower_to_graph_module(exported, arguments, _first_names(model))
+    inputs = tuple(
+        InputSpec(name, value.dtype, tuple(shapes[name].get(i, size) for i, size in enumerate(value.shape)))
+        for name, value in arguments.items()
+        if isinstance(value, Tensor)
+    )
+    constants = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
+    signature = Signature(tuple(names), inputs, constants, exported.call_spec.out_spec)
+    attach_state(graph_module, CompilerState(signature, model_name=type(model).__name__))
+    return graph_module
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise LoopQError(f"Weight {name!r} has no data (it is on the meta device); load the checkpoint first.")
+        if tensor.is_floating_point() and tensor.ndim and not torch.isfinite(tensor.min() + tensor.max()):
+            infinite_mask = isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
+            if infinite_mask and not torch.isnan(tensor).any():
+                continue  # a causal mask kept as a buffer
+            raise LoopQError(f"Weight {name!r} contains NaN or infinite values; the checkpoint is damaged.")
+
+
+def _bind_example(model: nn.Module, example_inputs: Any) -> tuple[list[str], dict[str, Any]]:
+    """Names of all parameters of `forward`, and the example's arguments by name."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if example_inputs is None:
+        return names, _causal_lm_example(model, names)
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    if isinstance(example_inputs, Mapping):
+        arguments = dict(example_inputs)
+        unknown = [name for name in arguments if name not in names]
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise LoopQError(f"{type(model).__name__}.forward has no argument {unknown[0]!r}; it takes {names}.")
+        names += unknown
+    elif isinstance(example_inputs, tuple | list):
+        if len(example_inputs) > len(names):
+            raise LoopQError(f"{len(example_inputs)} example inputs, but {type(model).__name__}.forward takes {names}.")
+        arguments = dict(zip(names, example_inputs, strict=False))
+    else:
+        raise LoopQError(
+            f"example_inputs must be a tensor, a tuple or a dict of tensors; got {type(example_inputs).__name__}."
+        )
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor | None | bool | int | float | str):
+            raise LoopQError(f"example input {name!r} must be a tensor or a plain value; got {type(value).__name__}.")
+    if not any(isinstance(value, Tensor) for value in arguments.values()):
+        raise LoopQError("example_inputs holds no tensor.")
+    return names, arguments
+
+
+def _causal_lm_example(model: nn.Module, names: list[str]) -> dict[str, Any]:
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not isinstance(vocabulary, int) or "input_ids" not in names:
+        raise LoopQError(
+            f"{type(model).__name__} is not a Hugging Face causal language model: give example_inputs, for instance "
+            "torch.randint(0, vocab_size, (2, 16))."
+        )
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (EXAMPLE_BATCH, EXAMPLE_LENGTH), generator=generator)
+    device = next((p.device for p in model.parameters()), ids.device)
+    return {"input_ids": ids.to(device)} | ({"use_cache": False} if "use_cache" in names else {})
+
+
+def _main_input(arguments: Mapping[str, Any]) -> str:
+    """The input that defines batch and sequence."""
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        if 0 in value.shape:
+            raise LoopQError(f"example input {name!r} is empty: shape {list(value.shape)}.")
+    integer = [name for name, value in tensors.items() if value.ndim >= 2 and not value.is_floating_point()]
+    deep = [name for name, value in tensors.items() if value.ndim >= 2]
+    if not deep:
+        name, value = next(iter(tensors.items()))
+        raise LoopQError(
+            f"example input {name!r} has shape {list(value.shape)}; a batch dimension is needed: x.unsqueeze(0)."
+        )
+    return "input_ids" if "input_ids" in integer else (integer or deep)[0]
+
+
+def _dimension_names(arguments: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    main = arguments[_main_input(arguments)]
+    sequence = main.shape[1] if main.ndim >= 3 or not main.is_floating_point() else None
+    named: dict[str, dict[int, str]] = {}
+    for name, value in arguments.items():
+        named[name] = {}
+        for i, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if i == 0 and size == main.shape[0]:
+                named[name][i] = "batch"
+            elif sequence is not None and size == sequence and (i != 0 or value.ndim == 1):
+                named[name][i] = "sequence"
+    return named
+
+
+def _widen(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Repeats the example until no dynamic dimension has size 1 and batch and sequence differ."""
+    main = arguments[_main_input(arguments)]
+    batch, sequence = main.shape[:2]
+    named = _dimension_names(arguments)
+    if batch == 1 or batch == sequence:
+        arguments = {
+            name: torch.cat([value, value[:1]]) if named[name].get(0) == "batch" else value
+            for name, value in arguments.items()
+        }
+        named = _dimension_names(arguments)
+    if sequence == 1:
+        for name, dims in named.items():
+            for i in [i for i, dim in dims.items() if dim == "sequence"]:
+                arguments[name] = arguments[name].repeat_interleave(EXAMPLE_LENGTH, i)
+    return arguments
+
+
+def _dynamic_shapes(arguments: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    return _dimension_names(arguments)
+
+
+def _export(model: nn.Module, names: list[str], arguments: Mapping[str, Any], shapes: Any) -> ExportedProgram:
+    dynamic = {
+        name: {i: Dim.DYNAMIC for i in shapes[name]} if isinstance(value, Tensor) else None
+        for name, value in arguments.items()
+    }
+    parameters = inspect.signature(model.forward).parameters
+    extra = {name: dynamic.pop(name) for name in list(dynamic) if name not in parameters}
+    if extra:
+        catch_all = next(p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD)
+        dynamic[catch_all] = extra  # type: ignore[assignment]
+    try:
+        exported = torch.export.export(model, (), dict(arguments), dynamic_shapes=dynamic, strict=False)
+        return exported.run_decompositions({})
+    except LoopQError:
+        raise
+    except Exception as error:
+        raise CaptureError(_explain(model, error)) from error
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    """What went wrong, at which line of the model's source, and a way out."""
+    text = str(error)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in frame.filename and "/loopq_compile/" not in frame.filename
+    ]
+    where = re.search(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)', text.split("User code", 1)[-1])
+    if frames:
+        place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}"
+    elif where:
+        place = f"{where[1]}:{where[2]} in {where[3]}: {where[4]}"
+    else:
+        place = "unknown source line"
+    if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__:
+        advice = (
+            "The control flow depends on tensor values. Replace the branch by torch.where or torch.cond, or fix the "
+            "number of loops (for early exit: run all loops and keep the gate as an output)."
+        )
+    elif "Constraints violated" in text or "specializ" in text.lower():
+        advice = (
+            "The model fixes the batch size or sequence length to a constant. Use x.shape instead of the number, "
+            "x.reshape(x.shape[0], ...) instead of x.view(2, ...)."
+        )
+    elif isinstance(error, TypeError | IndexError) or "size mismatch" in text or "shape" in text:
+        advice = "Check that model(**example_inputs) itself runs with these inputs."
+    else:
+        advice = "Check that torch.export.export(model, ...) works on it; its own message follows."
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return f"Cannot capture {type(model).__name__} at {place}\n{advice}\n{type(error).__name__}: {first[:600]}"
+
+
+@contextlib.contextmanager
+def _vmap_free_masks() -> Iterator[None]:
+    """Lets transformers build attention masks without vmap while exporting, where it is installed and does not do so.
+
+    transformers 4.x builds masks with `torch.vmap`, which leaves functorch bookkeeping in the graph; it ships
+    functions without vmap for its own exporters.
+    """
+    import sys
+
+    masking = sys.modules.get("transformers.masking_utils")
+    executorch = None
+    if masking is not None and hasattr(masking, "ALL_MASK_ATTENTION_FUNCTIONS"):
+        with contextlib.suppress(ImportError):
+            from transformers.integrations import executorch  # type: ignore[no-redef]
+    functions = getattr(masking, "ALL_MASK_ATTENTION_FUNCTIONS", None)
+    plain = getattr(executorch, "sdpa_mask_without_vmap", None)
+    if plain is None or functions is None:
+        yield
+        return
+    replaced = {"sdpa": plain}
+    if hasattr(executorch, "eager_mask_without_vmap"):
+        replaced["eager"] = executorch.eager_mask_without_vmap
+    before = {name: functions[name] for name in replaced}
+    try:
+        for name, function in replaced.items():
+            functions[name] = function
+        yield
+    finally:
+        for name, function in before.items():
+            functions[name] = function
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """What makes two names one tensor."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def _first_names(model: nn.Module) -> dict[tuple[Any, ...], str]:
+    """The first name of every tensor; the exporter picks any."""
+    names: dict[tuple[Any, ...], str] = {}
+    for source in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in source:
+            names.setdefault(_identity(tensor), name)
+    return names
+
+
+def _lower_to_graph_module(
+    exported: ExportedProgram, arguments: Mapping[str, Any], first_names: Mapping[tuple[Any, ...], str]
+) -> fx.GraphModule:
+    """Moves lifted weights back into `get_attr` nodes, one per tensor, and renames nodes in order."""
+    signature = exported.graph_signature
+    for spec in signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(
+                f"The model writes to its {spec.kind.name.split('_')[0].lower()} {spec.target!r} while it runs; a program has "
+                "no state. Return the value instead of storing it, or switch off the cache (use_cache=False)."
+            )
+    lifted = {spec.arg.name: spec for spec in signature.input_specs if spec.kind is not InputKind.USER_INPUT}
+    tensors = {**exported.state_dict, **exported.constants}
+    names = iter([name for name, value in arguments.items() if isinstance(value, Tensor)])
+    attributes: dict[str, Tensor] = {}
+    shared: dict[Any, fx.Node] = {}
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name in lifted:
+            if node.users:
+                target = lifted[node.name].target
+                copied[node] = _weight_node(
+                    graph, first_names.get(_identity(tensors[target]), target), tensors[target], attributes, shared
+                )
+                copied[node].meta["val"] = node.meta.get("val")
+        elif node.op == "placeholder":
+            value = node.meta.get("val")
+            if isinstance(value, Tensor):
+                copied[node] = graph.placeholder(next(names))
+                copied[node].meta.update(node.meta)
+        elif node.op == "output":
+            graph.output(tuple(copied.get(value, value) for value in node.args[0]))
+        else:
+            if not isinstance(node.target, torch._ops.OpOverload) and node.op == "call_function":
+                _check_plain_function(node)
+            if _is_assertion(node):
+                continue
+            if _is_identity(node):
+                copied[node] = copied[node.args[0]]
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), copied.__getitem__)
+            hint = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", None)
+            copied[node] = graph.create_node(node.op, node.target, args, kwargs, name=hint)
+            copied[node].meta.update(node.meta)
+    graph_module = fx.GraphModule(attributes, graph)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    """The exporter's run-time checks; `Signature.bind` checks inputs instead."""
+    return not node.users and any(part in str(node.target) for part in ("assert", "sym_constrain_range"))
+
+
+def _is_identity(node: fx.Node) -> bool:
+    """Operators that return their input: whole slices, detach, dropout outside training."""
+    aten = torch.ops.aten
+    if node.target is aten.slice.Tensor:
+        _, start, end, step = (*node.args[1:], *(None, None, None, 1)[len(node.args) - 1 :])
+        return start in (None, 0) and end == torch.iinfo(torch.int64).max and step == 1
+    return node.target in (aten.detach.default, aten.alias.default) or (
+        node.target is aten.dropout.default and not node.args[2]
+    )
+
+
+def _weight_node(
+    graph: fx.Graph, target: str, tensor: Tensor, attributes: dict[str, Tensor], shared: dict[Any, fx.Node]
+) -> fx.Node:
+    identity = _identity(tensor)
+    if identity not in shared:
+        frozen = nn.Parameter(tensor.detach(), requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor
+        attributes[target] = frozen
+        shared[identity] = graph.get_attr(target)
+    return shared[identity]
+
+
+def _check_plain_function(node: fx.Node) -> None:
+    module = getattr(node.target, "__module__", "") or ""
+    if "functorch" in module or "vmap" in str(node.target):
+        line = (node.meta.get("stack_trace") or "").strip().splitlines()[-2:]
+        raise CaptureError(
+            f"torch.vmap is left in the graph at {' '.join(part.strip() for part in line)}; write the computation with "
+            "broadcasting instead."
+        )

@@ -1,0 +1,29 @@
+"""The two kinds of errors: those a user can act on, and those that are our own defects."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoopQError(Exception):
+    """Something the caller can fix: bad input, an impossible request, an unsupported model.
+
+    The message says what is wrong, where (node, loop, source line) and what to do about it.
+    """
+
+
+class CaptureError(LoopQError):
+    """The model cannot be captured as one graph; the message names the source line and a way out."""
+
+
+class InternalError(RuntimeError):
+    """A pass or a backend broke a rule of the compiler: a defect of ours (or of a custom pass), not of the input."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'? Known: a, b, c."`, to be appended to an error about the unknown `name`."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Known: {', '.join(known)}."

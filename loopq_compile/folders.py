@@ -1,0 +1,49 @@
+"""Output folders that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from loopq_compile.errors import LoopQError
+
+
+@contextlib.contextmanager
+def replacing_folder(directory: str | os.PathLike[str], marker: str) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `directory` when the block ends well, and vanishes otherwise.
+
+    Args:
+        directory: where the folder shall stand. An empty folder, or one that holds `marker`, is replaced.
+        marker: file by which an earlier output is known.
+
+    Raises:
+        LoopQError: something else stands there, or writing fails (no permission, disk full).
+    """
+    goal = Path(directory).expanduser().absolute()
+    if goal.exists() and not goal.is_dir():
+        raise LoopQError(f"{goal} is a file; give a folder.")
+    try:
+        if goal.is_dir() and any(goal.iterdir()) and not (goal / marker).exists():
+            raise LoopQError(f"{goal} holds other files and would be replaced; give a new or empty folder.")
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{goal.name}-", dir=goal.parent))
+    except OSError as error:
+        raise LoopQError(f"Cannot write to {goal}: {error.strerror or error}.") from error
+    try:
+        yield made
+        made.chmod(0o755)
+        for file in made.iterdir():
+            file.chmod(0o644)
+        old = made.with_name(made.name + "-old")
+        if goal.exists():
+            goal.rename(old)
+        made.rename(goal)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise LoopQError(f"Cannot write {goal}: {error.strerror or error}. Nothing was changed there.") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)

@@ -1,0 +1,16 @@
+"""The operators that passes put into a graph, `torch.ops.loopq.*`. Importing this package registers them.
+
+Each has its schema, shape function and PyTorch definition in one place; the definition *is* the meaning, and
+backends are tested against it. Where PyTorch has a standard operator (the row of a per-loop table is
+`aten.select.int`), the graph uses that. `quantized_decomposed::quantize_per_channel_group` was not usable: it takes
+two-dimensional inputs and one scale table per channel, neither of which fits activations.
+"""
+
+import torch
+
+from loopq_compile.operators.quantize import dequantize, dynamic_scale, quantize
+
+ops = torch.ops.loopq
+"""The registered operators, as they stand in graphs: `ops.quantize.default` and so on."""
+
+__all__ = ["dequantize", "dynamic_scale", "ops", "quantize"]

@@ -1,0 +1,80 @@
+"""Symmetric group quantization: `loopq::dynamic_scale`, `loopq::quantize`, `loopq::dequantize`.
+
+The last dimension (K features) is cut into groups of `group_size` neighbours; a group shares one scale. Scales have
+as many entries in their last dimension as there are groups, or one entry for all of them; leading dimensions
+broadcast. None of the three is differentiable: integers really flow between the nodes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SMALLEST_SCALE = 1e-12
+"""Scales never fall below this: a group of zeros quantizes to zeros, not to NaN."""
+
+
+@torch.library.custom_op("loopq::quantize", mutates_args=())
+def quantize(x: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: int) -> Tensor:
+    """`clip(round(x / scale), q_min, q_max)` with ties to even (LoopQ eq. 4).
+
+    Args:
+        x: `[..., K]`, floating point.
+        scale: `[..., K / group_size]` or `[..., 1]`, positive.
+        group_size: features per scale; divides K.
+        q_min, q_max: range of the integers, inside int8.
+
+    Returns:
+        Integers as int8, `[..., K]`.
+    """
+    groups = x.unflatten(-1, (-1, group_size))
+    codes = torch.round(groups / scale.unsqueeze(-1)).clamp(q_min, q_max)
+    return codes.to(torch.int8).flatten(-2).contiguous()
+
+
+@quantize.register_fake
+def _(x: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: int) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+@torch.library.custom_op("loopq::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    """`codes * scale`, the inverse of `quantize` up to rounding.
+
+    Args:
+        codes: int8, `[..., K]`.
+        scale: `[..., K / group_size]` or `[..., 1]`.
+        group_size: features per scale; divides K.
+
+    Returns:
+        `[..., K]` in the type of `scale`.
+    """
+    groups = codes.unflatten(-1, (-1, group_size)).to(scale.dtype)
+    return (groups * scale.unsqueeze(-1)).flatten(-2).contiguous()
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    return scale.new_empty(codes.shape)
+
+
+@torch.library.custom_op("loopq::dynamic_scale", mutates_args=())
+def dynamic_scale(x: Tensor, clip: Tensor, group_size: int, q_max: int) -> Tensor:
+    """`clip * max|x_group| / q_max` for every token and group.
+
+    Args:
+        x: `[..., K]`, floating point.
+        clip: clip ratios, `[K / group_size]` or `[1]`; 1 keeps the whole range of a group.
+        group_size: features per scale; divides K.
+        q_max: largest integer.
+
+    Returns:
+        Scales `[..., K / group_size]`, at least `SMALLEST_SCALE`.
+    """
+    largest = x.unflatten(-1, (-1, group_size)).abs().amax(-1)
+    return (largest * (clip / q_max)).clamp_min(SMALLEST_SCALE)
+
+
+@dynamic_scale.register_fake
+def _(x: Tensor, clip: Tensor, group_size: int, q_max: int) -> Tensor:
+    return x.new_empty([*x.shape[:-1], x.shape[-1] // group_size])

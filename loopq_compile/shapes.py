@@ -1,0 +1,98 @@
+"""Types of graph values for people: `f32[batch, sequence, 64]`, `i4[batch, sequence, 2 x 32]`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from loopq_compile.signature import Signature
+from loopq_compile.state import get_state, get_tensor
+
+TYPE = "loopq_type"
+"""Key in `node.meta` for a node's type as text, kept when shapes themselves are not (in saved programs)."""
+
+_SHORT = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float64: "f64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+}
+
+
+def infer_shapes(graph_module: fx.GraphModule) -> None:
+    """Computes `node.meta["val"]` of every node anew from those of the inputs, with symbolic batch and sequence."""
+    inputs = [node.meta.get("val") for node in graph_module.graph.nodes if node.op == "placeholder"]
+    if any(value is None for value in inputs):
+        inputs = symbolic_inputs(get_state(graph_module).signature)
+    mode = inputs[0].fake_mode  # type: ignore[union-attr]
+    with torch.no_grad():
+        FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
+    names = symbol_names(graph_module)
+    for node in graph_module.graph.nodes:
+        node.meta[TYPE] = _type(graph_module, node, names)
+
+
+def symbolic_inputs(signature: Signature) -> list[Tensor]:
+    """Fake tensors for the inputs; dimensions of one name share a symbol."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False, allow_non_fake_inputs=True)
+    sizes: dict[str, Any] = {}
+    inputs = []
+    for spec in signature.inputs:
+        example = torch.zeros(
+            [size if isinstance(size, int) else 5 + len(size) for size in spec.shape], dtype=spec.dtype
+        )
+        dynamic = [DimDynamic.STATIC if isinstance(size, int) else DimDynamic.DYNAMIC for size in spec.shape]
+        fake = mode.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic))
+        for name, size in zip(spec.shape, fake.shape, strict=True):
+            if isinstance(name, str):
+                sizes.setdefault(name, size)
+        with mode:
+            shape = [sizes.get(name, name) if isinstance(name, str) else name for name in spec.shape]
+            inputs.append(torch.empty(shape, dtype=spec.dtype))
+    return inputs
+
+
+def symbol_names(graph_module: fx.GraphModule) -> dict[str, str]:
+    """Names of the exporter's symbols: `{"s72": "batch", ...}`."""
+    specs = {spec.name: spec for spec in get_state(graph_module).signature.inputs}
+    names: dict[str, str] = {}
+    for node in graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, Tensor) and node.target in specs:
+            for size, name in zip(value.shape, specs[str(node.target)].shape, strict=True):
+                if isinstance(name, str) and not isinstance(size, int):
+                    names[str(size)] = name
+    return names
+
+
+def type_of(node: fx.Node) -> str:
+    """The node's type as text, "" if unknown."""
+    return node.meta.get(TYPE, "")
+
+
+def _type(graph_module: fx.GraphModule, node: fx.Node, names: dict[str, str]) -> str:
+    value = get_tensor(graph_module, str(node.target)) if node.op == "get_attr" else node.meta.get("val")
+    if isinstance(value, Tensor):
+        bits = node.meta.get("loopq_bits")
+        element = _SHORT.get(value.dtype, str(value.dtype).removeprefix("torch."))
+        if bits and value.dtype == torch.int8:
+            element = f"i{bits}"
+        return f"{element}[{', '.join(_size(size, names) for size in value.shape)}]"
+    return f"int {_size(value, names)}" if isinstance(value, int | torch.SymInt) else ""
+
+
+def _size(size: Any, names: dict[str, str]) -> str:
+    text = str(size)
+    for symbol, name in names.items():
+        text = text.replace(symbol, name)
+    return text

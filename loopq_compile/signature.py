@@ -1,0 +1,155 @@
+"""The calling convention of a program: how a call like `model(input_ids, attention_mask=mask)` meets its graph."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from loopq_compile.errors import LoopQError, did_you_mean
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One tensor input of a graph. Dimensions are sizes, or names such as "batch" for those that may vary."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass
+class Signature:
+    """Parameter names of the captured `forward`, its tensor inputs, constants and output structure.
+
+    Args:
+        parameters: all parameter names, in positional order.
+        inputs: those given as tensors at capture, in the order of the graph's placeholders.
+        constants: those given as plain values (`None`, flags, numbers); they are part of the graph.
+        outputs: how the graph's flat list of results becomes what the model returns.
+    """
+
+    parameters: tuple[str, ...]
+    inputs: tuple[InputSpec, ...]
+    constants: dict[str, Any]
+    outputs: pytree.TreeSpec
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Tensors in placeholder order for a call `(*args, **kwargs)`.
+
+        Raises:
+            LoopQError: an unknown, missing or doubled argument, a wrong type or shape, or a constant with another
+                value than at capture.
+        """
+        if len(args) > len(self.parameters):
+            raise LoopQError(f"Got {len(args)} positional arguments, the program takes {len(self.parameters)}.")
+        given = dict(zip(self.parameters, args, strict=False))
+        for name, value in kwargs.items():
+            if name in given:
+                raise LoopQError(f"Argument {name!r} is given twice.")
+            if name not in self.parameters:
+                raise LoopQError(f"The program has no argument {name!r}.{did_you_mean(name, self.parameters)}")
+            given[name] = value
+        tensors = []
+        for spec in self.inputs:
+            if given.get(spec.name) is None:
+                raise LoopQError(f"Input {spec.name!r} is missing; this program was captured with {self.describe()}.")
+            tensors.append(_checked(spec, given.pop(spec.name)))
+        for name, value in given.items():
+            captured = self.constants.get(name)
+            if value is not None and (isinstance(value, Tensor) or value != captured):
+                now = "a tensor" if isinstance(value, Tensor) else repr(value)
+                raise LoopQError(
+                    f"Argument {name!r} was captured as {captured!r}, now it is {now}; give it in example_inputs and "
+                    "compile again."
+                )
+        self._check_shared_dimensions(tensors)
+        return tensors
+
+    def restore(self, flat: Sequence[Any]) -> Any:
+        """What the model would return, from the graph's flat results."""
+        return pytree.tree_unflatten(list(flat), self.outputs)
+
+    def describe(self) -> str:
+        """Such as `(input_ids: int64[batch, sequence], use_cache=False)`."""
+        constants = [f"{name}={value!r}" for name, value in self.constants.items() if value is not None]
+        return f"({', '.join([*map(str, self.inputs), *constants])})"
+
+    def _check_shared_dimensions(self, tensors: Sequence[Tensor]) -> None:
+        seen: dict[str, tuple[str, int]] = {}
+        for spec, tensor in zip(self.inputs, tensors, strict=True):
+            for name, size in zip(spec.shape, tensor.shape, strict=True):
+                if isinstance(name, str) and seen.setdefault(name, (spec.name, size))[1] != size:
+                    other, expected = seen[name]
+                    raise LoopQError(f"Inputs disagree on {name!r}: {other} has {expected}, {spec.name} has {size}.")
+
+
+def _checked(spec: InputSpec, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise LoopQError(f"Input {spec.name!r} must be a tensor {spec}; got {type(value).__name__}.")
+    integers = (torch.int64, torch.int32)
+    if value.dtype != spec.dtype and not (value.dtype in integers and spec.dtype in integers):
+        raise LoopQError(f"Input {spec.name!r} has type {value.dtype}; the program was captured with {spec.dtype}.")
+    sizes = tuple(value.shape)
+    fits = len(sizes) == len(spec.shape) and all(
+        isinstance(want, str) or want == size for want, size in zip(spec.shape, sizes, strict=True)
+    )
+    if not fits:
+        hint = " Add a batch dimension: x.unsqueeze(0)." if len(sizes) == len(spec.shape) - 1 else ""
+        raise LoopQError(f"Input {spec.name!r} has shape {list(sizes)}; the program takes {spec}.{hint}")
+    if 0 in sizes:
+        raise LoopQError(f"Input {spec.name!r} is empty: shape {list(sizes)}.")
+    return value.to(spec.dtype)
+
+
+def signature_to_dict(signature: Signature) -> dict[str, Any]:
+    """Plain values for JSON. An output type that PyTorch cannot name in a file is kept as a dict by field name."""
+    try:
+        outputs = json.loads(pytree.treespec_dumps(signature.outputs))
+    except (NotImplementedError, TypeError, ValueError):
+        dummy = pytree.tree_unflatten(list(range(signature.outputs.num_leaves)), signature.outputs)
+        paths, _ = pytree.tree_flatten_with_path(dummy)
+        named = {pytree.keystr(path).strip(".[]'\""): 0 for path, _ in paths}
+        outputs = json.loads(pytree.treespec_dumps(pytree.tree_structure(named)))
+    return {
+        "parameters": list(signature.parameters),
+        "inputs": [[spec.name, str(spec.dtype).removeprefix("torch."), list(spec.shape)] for spec in signature.inputs],
+        "constants": signature.constants,
+        "outputs": outputs,
+    }
+
+
+def signature_from_dict(data: Mapping[str, Any]) -> Signature:
+    """Inverse of `signature_to_dict`.
+
+    Raises:
+        LoopQError: the output type belongs to a package that is not installed.
+    """
+    text = json.dumps(data["outputs"])
+    _import_output_types(text)
+    try:
+        outputs = pytree.treespec_loads(text)
+    except (NotImplementedError, ValueError) as error:
+        raise LoopQError(f"the program returns a type that is not known here: {error}") from error
+    inputs = tuple(InputSpec(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in data["inputs"])
+    return Signature(tuple(data["parameters"]), inputs, dict(data["constants"]), outputs)
+
+
+def _import_output_types(text: str) -> None:
+    """Output types register themselves when their module is imported; only these two packages are."""
+    if '"loopq_compile.models.' in text:
+        importlib.import_module("loopq_compile.models")
+    for name in sorted(set(re.findall(r'"(transformers(?:\.\w+)+)\.\w+"', text))):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)

@@ -1,0 +1,115 @@
+"""What passes know beyond the graph, kept in `graph_module.meta["loopq"]`. `Program` is the friendly view of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from loopq_compile.errors import InternalError
+from loopq_compile.loops import LoopStructure, LoopTag
+from loopq_compile.scheme import Scheme
+from loopq_compile.signature import Signature
+
+_KEY = "loopq"
+
+
+@dataclass
+class LogEntry:
+    """What one pass did: its name, whether it changed the graph, and notes for people."""
+
+    pass_name: str
+    modified: bool
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Site:
+    """A linear layer by its weight: quantized, or left in floating point for a stated `reason`.
+
+    Args:
+        name: dotted name for people, such as `layers.0.mlp.down_proj`.
+        weight: parameter name of the weight.
+        shape: `(outputs, inputs)`.
+        reason: why it stays in floating point, None if it is quantized.
+        group: name of its transform-weight group: the linears that read the same tensor.
+    """
+
+    name: str
+    weight: str
+    shape: tuple[int, int]
+    reason: str | None = None
+    group: str = ""
+
+
+@dataclass
+class CompilerState:
+    """Compiler state that travels with a graph.
+
+    Args:
+        signature: calling convention.
+        model_name: class name of the captured model.
+        loops: loop structure, empty before `tag-loops`.
+        tags: loop tags by node name as `tag-loops` set them; None before it ran.
+        scheme: bits and groups; None before a pipeline runs.
+        method: name of the pipeline.
+        sites: linears by weight name, filled by `annotate-linears`.
+        calibration: the calibration batches while a pipeline runs (an iterable of inputs), None without.
+        statistics: what `collect-ranges` measured, by group and row of its per-loop table.
+        log: one entry per pass.
+    """
+
+    signature: Signature
+    model_name: str
+    loops: LoopStructure = field(default_factory=LoopStructure)
+    tags: dict[str, LoopTag] | None = None
+    scheme: Scheme | None = None
+    method: str = ""
+    sites: dict[str, Site] = field(default_factory=dict)
+    calibration: Any = None
+    statistics: dict[str, Any] = field(default_factory=dict)
+    log: list[LogEntry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """A line for the log entry of the pass that is running."""
+        self.notes.append(text)
+
+
+def attach_state(graph_module: fx.GraphModule, state: CompilerState) -> None:
+    """Hangs `state` onto `graph_module`."""
+    graph_module.meta[_KEY] = state
+
+
+def get_state(graph_module: fx.GraphModule) -> CompilerState:
+    """The state of a captured graph.
+
+    Raises:
+        InternalError: the graph did not come from `loopq_compile.capture`, or a pass lost the state.
+    """
+    state = graph_module.meta.get(_KEY)
+    if not isinstance(state, CompilerState):
+        raise InternalError("This GraphModule has no loopq state; passes must return the module they were given.")
+    return state
+
+
+def get_tensor(graph_module: fx.GraphModule, name: str) -> Tensor:
+    """Parameter or buffer `name` (dotted) of a graph module."""
+    owner: Any = graph_module
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def set_tensor(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> None:
+    """Registers a buffer under the dotted `name`, making the modules on the way."""
+    import torch
+
+    owner: Any = graph_module
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, torch.nn.Module())
+        owner = getattr(owner, part)
+    owner.register_buffer(leaf, tensor)

@@ -1,0 +1,98 @@
+"""The summary of a program: loops by modules."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx
+
+from loopq_compile.scheme import quantized_range
+from loopq_compile.state import CompilerState, Site, get_state, get_tensor
+
+
+def summarize(graph_module: fx.GraphModule) -> str:
+    """Loops by modules as text: bits, parameters, and for each loop the activation range or mean clip ratio."""
+    state = get_state(graph_module)
+    lines = [f"{state.model_name}: {state.loops.describe()}"]
+    if not state.loops.loops:
+        lines.append("No loop was found: this is ordinary post-training quantization.")
+    if state.scheme:
+        lines.append(
+            f"{state.scheme.name}, groups of {state.scheme.group_size}, {state.scheme.activation} activation scales, "
+            f"method {state.method}"
+        )
+    if state.sites:
+        lines += ["", _site_table(graph_module, state)]
+    lines.append(_totals(graph_module, state))
+    return "\n".join(lines)
+
+
+def activation_rows(graph_module: fx.GraphModule) -> dict[str, Tensor]:
+    """By group, the range of each table row (static) or its mean clip ratio (dynamic): `[rows]`."""
+    scheme = get_state(graph_module).scheme
+    rows: dict[str, Tensor] = {}
+    for node in graph_module.graph.nodes:
+        if "loopq_group" in node.meta and scheme is not None:
+            table = get_tensor(graph_module, str(node.target)).float()
+            static = scheme.activation == "static"
+            values = table.amax(1) * quantized_range(scheme.activation_bits)[1] if static else table.mean(1)
+            rows[node.meta["loopq_group"]] = values
+    return rows
+
+
+def _site_table(graph_module: fx.GraphModule, state: CompilerState) -> str:
+    rows = activation_rows(graph_module)
+    count = max([len(values) for values in rows.values()], default=0)
+    what = "range" if state.scheme and state.scheme.activation == "static" else "clip"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("module", "weights", "shape", "parameters"):
+        table.add_column(title, justify="right" if title == "parameters" else "left", no_wrap=True)
+    for row in range(count):
+        table.add_column(f"{what} {row}" if count > 1 else what, justify="right")
+    for site in state.sites.values():
+        table.add_row(*_site_row(state, site, rows.get(site.group), count))
+    out = io.StringIO()
+    Console(file=out, width=60 + 12 * max(count, 4) + max(len(site.name) for site in state.sites.values())).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _site_row(state: CompilerState, site: Site, values: Tensor | None, count: int) -> list[str]:
+    outputs, inputs = site.shape
+    start = [site.name, f"w{state.scheme.weight_bits}" if state.scheme and not site.reason else "float"]
+    start += [f"{outputs} x {inputs}", f"{outputs * inputs:,}"]
+    if site.reason:
+        return start + ([site.reason] + [""] * (count - 1) if count else [])
+    if values is None:
+        return start + [""] * count
+    shown = [f"{value:.4g}" for value in values.tolist()]
+    return start + (shown if len(shown) == count else ["(all) " + shown[0]] + [""] * (count - 1))
+
+
+def _totals(graph_module: fx.GraphModule, state: CompilerState) -> str:
+    """Parameters and memory by part."""
+    parts = {
+        "integer weights": [0, 0.0],
+        "their scales": [0, 0.0],
+        "per-loop tables": [0, 0.0],
+        "floating point": [0, 0.0],
+    }
+    for node in graph_module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        name, tensor = str(node.target), get_tensor(graph_module, str(node.target))
+        bits = 8.0 * tensor.element_size()
+        if tensor.dtype == torch.int8 and name.endswith("_codes"):
+            part, bits = "integer weights", float(state.scheme.weight_bits if state.scheme else 8)
+        elif name.endswith("_scale"):
+            part = "their scales"
+        elif "loopq_group" in node.meta:
+            part = "per-loop tables"
+        else:
+            part = "floating point"
+        parts[part][0] += tensor.numel()
+        parts[part][1] += tensor.numel() * bits / 8
+    shown = [f"{part} {count:,} ({size / 2**20:.2f} MiB)" for part, (count, size) in parts.items() if count]
+    return "parameters: " + ", ".join(shown)

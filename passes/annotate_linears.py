@@ -1,0 +1,188 @@
+"""`annotate-linears`: decides which linears are quantized, and which share an input."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import fx
+
+from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.loops import get_tag
+from loopq_compile.passes.base import Pass, PassResult
+from loopq_compile.recurrence import matrix_weight, weight_roots
+from loopq_compile.scheme import Scheme
+from loopq_compile.state import CompilerState, Site, get_tensor
+
+_aten = torch.ops.aten
+LARGEST_GATE = 8
+"""Linears with at most this many outputs (exit gates, routers) stay in floating point."""
+HEADS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out")
+
+
+class AnnotateLinears(Pass):
+    """Lists the linears in `state.sites` and marks their nodes with `node.meta["loopq_site"]`.
+
+    Before: linears are `aten.linear` with a weight as second argument. After: the same graph; every weight of a linear
+    has a `Site` that is quantized or has a reason not to be, and belongs to a transform-weight group: the linears
+    that read the same tensor.
+
+    Left in floating point by default: language-model heads (as many outputs as an embedding has rows, or tied to
+    one), gates, and linears that do not depend on the input tokens (time embeddings, modulation).
+    """
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        if self.state(graph_module).scheme is None:
+            raise LoopQError("annotate-linears needs a scheme; run it in a pipeline.")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        state = self.state(graph_module)
+        assert state.scheme is not None
+        calls = linear_calls(graph_module.graph)
+        state.sites = {}
+        for weight, nodes in calls.items():
+            shape = tuple(get_tensor(graph_module, weight).shape)
+            site = Site(weight.removesuffix(".weight"), weight, (shape[0], shape[1]))
+            site.reason = _default_reason(graph_module, weight, nodes)
+            state.sites[weight] = site
+            for node in nodes:
+                node.meta["loopq_site"] = site.name
+        _apply_patterns(state.sites.values(), state.scheme)
+        for site in state.sites.values():
+            if site.reason is None:
+                _check_group(site, state.scheme)
+        _name_groups(state, calls)
+        self._report(state, graph_module)
+        return PassResult(graph_module, False)
+
+    def _report(self, state: CompilerState, graph_module: fx.GraphModule) -> None:
+        quantized = [site for site in state.sites.values() if site.reason is None]
+        if not quantized:
+            reasons = (
+                "; ".join(f"{site.name}: {site.reason}" for site in state.sites.values()) or "it has no linear layer"
+            )
+            raise LoopQError(f"There is nothing to quantize in {state.model_name}: {reasons}.")
+        state.note(f"{len(quantized)} linears quantized in {len({site.group for site in quantized})} groups")
+        for site in state.sites.values():
+            if site.reason is not None:
+                state.note(f"{site.name} stays in floating point: {site.reason}")
+        roots = weight_roots(graph_module.graph)
+        others: dict[str, fx.Node] = {}
+        for node in graph_module.graph.nodes:
+            weight = matrix_weight(node, roots)
+            if weight is not None and node.target is not _aten.linear.default:
+                others.setdefault(weight, node)
+        for weight, node in others.items():
+            state.note(f"{weight} stays in floating point: {node.target} is not a linear layer")
+
+
+def linear_calls(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """The linear nodes of every weight that is a plain parameter."""
+    calls: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.target is _aten.linear.default and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
+            calls[str(node.args[1].target)].append(node)
+    return dict(calls)
+
+
+def _default_reason(graph_module: fx.GraphModule, weight: str, nodes: list[fx.Node]) -> str | None:
+    tensor = get_tensor(graph_module, weight)
+    if tensor.ndim != 2 or not tensor.is_floating_point():
+        return f"its weight is {tensor.ndim}-dimensional {tensor.dtype}"
+    uses = nodes[0].args[1].users  # type: ignore[union-attr]
+    if any(user.target is _aten.embedding.default for user in uses):
+        return "tied to an embedding"
+    other = next((user for user in uses if user.target is not _aten.linear.default), None)
+    if other is not None:
+        return f"its weight is also used by {other.target}"
+    if tensor.shape[0] <= LARGEST_GATE:
+        return f"a gate of {tensor.shape[0]} outputs"
+    outside = all(get_tag(node) is None for node in nodes)
+    rows = {
+        get_tensor(graph_module, str(node.args[0].target)).shape[0]
+        for node in graph_module.graph.nodes
+        if node.target is _aten.embedding.default and node.args[0].op == "get_attr"
+    }
+    name = weight.removesuffix(".weight")
+    if any(fnmatchcase(name, head) for head in HEADS) or (outside and tensor.shape[0] in rows):
+        return "a language-model head"
+    if not any(_depends_on_input(node.args[0]) for node in nodes):
+        return "it does not depend on the input"
+    return None
+
+
+def _depends_on_input(start: object) -> bool:
+    """Whether values (not only sizes) of an input reach `start`."""
+    stack, seen = [start], set()
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            return True
+        if node.target is not _aten.sym_size.int:
+            stack.extend(node.all_input_nodes)
+    return False
+
+
+def _apply_patterns(sites: Iterable[Site], scheme: Scheme) -> None:
+    sites = list(sites)
+    for field, patterns in (("skip", scheme.skip), ("quantize", scheme.quantize)):
+        for pattern in patterns:
+            matched = [site for site in sites if fnmatchcase(site.name, pattern)]
+            if not matched:
+                hint = did_you_mean(pattern, [site.name for site in sites][:40])
+                raise LoopQError(f"Scheme({field}=...): no linear is called {pattern!r}.{hint}")
+            for site in matched:
+                site.reason = f"skip={pattern!r}" if field == "skip" else None
+
+
+def _check_group(site: Site, scheme: Scheme) -> None:
+    inputs = site.shape[1]
+    if scheme.group_size != -1 and inputs % scheme.group_size:
+        fitting = [size for size in range(2, inputs + 1) if inputs % size == 0]
+        near = sorted(sorted(fitting, key=lambda size: abs(size - scheme.group_size))[:4])
+        raise LoopQError(
+            f"group_size={scheme.group_size} does not divide the {inputs} inputs of {site.name!r}. Use group_size "
+            f"{' or '.join(map(str, near))}, -1 for whole rows, or leave it out: Scheme(skip=({site.name!r},))."
+        )
+
+
+def _name_groups(state: CompilerState, calls: dict[str, list[fx.Node]]) -> None:
+    """Linears that read one tensor in any loop form a group; its name lists them."""
+    parent = {weight: weight for weight in calls}
+
+    def root(weight: str) -> str:
+        while parent[weight] != weight:
+            weight = parent[weight]
+        return weight
+
+    reader: dict[object, str] = {}
+    for weight, nodes in calls.items():
+        if state.sites[weight].reason is None:
+            for node in nodes:
+                parent[root(weight)] = root(reader.setdefault(node.args[0], weight))
+    members: dict[str, list[Site]] = defaultdict(list)
+    for weight in calls:
+        if state.sites[weight].reason is None:
+            members[root(weight)].append(state.sites[weight])
+    for sites in members.values():
+        names = [site.name for site in sites]
+        prefix = _common_module(names)
+        group = prefix + "+".join(name.removeprefix(prefix) for name in names)
+        for site in sites:
+            site.group = group
+
+
+def _common_module(names: list[str]) -> str:
+    """The dotted prefix that all `names` have in common, with its last dot; "" if there is none."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0] + ".")
+    return "".join(shared)

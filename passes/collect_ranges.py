@@ -1,0 +1,103 @@
+"""`collect-ranges`: measures the inputs of quantized linears on calibration data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from loopq_compile.calibration import calibration_batches
+from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.loops import get_tag
+from loopq_compile.passes.annotate_linears import linear_calls
+from loopq_compile.passes.base import Pass, PassResult
+from loopq_compile.progress import progress
+from loopq_compile.state import CompilerState, get_tensor
+from loopq_compile.statistics import Statistics
+
+
+class CollectRanges(Pass):
+    """Fills `state.statistics[group][row]` with statistics of the activations each group reads in each loop.
+
+    Before: linears are annotated. After: the same graph, statistics measured in one pass over the calibration batches;
+    memory depends on the model, not on the number of batches. Rows count loop iterations, 0 outside loops.
+
+    Does nothing for weight-only schemes, and without calibration data where scales are dynamic (their clip ratios
+    stay 1).
+    """
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        state = self.state(graph_module)
+        if state.scheme is None or not state.sites:
+            raise InternalError("collect-ranges needs annotate-linears before it.")
+        if state.scheme.quantizes_activations and state.scheme.activation == "static" and state.calibration is None:
+            raise LoopQError(
+                f"Static activation scales ({state.scheme.name}) need calibration data: calibration=[token "
+                "tensors], or Scheme(activation='dynamic')."
+            )
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        state = self.state(graph_module)
+        assert state.scheme is not None
+        if state.calibration is None or not state.scheme.quantizes_activations:
+            return PassResult(graph_module, False)
+        observer = _Observer(graph_module, state)
+        batches = calibration_batches(state.calibration, state.signature, vocabulary_size(graph_module))
+        tokens = 0
+        for inputs in progress(batches, "Measuring activations", total=_length(state.calibration)):
+            with torch.no_grad():
+                observer.run(*inputs)
+            tokens += inputs[0].numel() if not inputs[0].is_floating_point() else inputs[0].shape[0]
+        state.statistics = observer.statistics
+        state.note(f"{tokens} tokens")
+        return PassResult(graph_module, False)
+
+
+def vocabulary_size(graph_module: fx.GraphModule) -> int | None:
+    """Rows of the embedding that reads the token ids, None if there is none."""
+    for node in graph_module.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default and node.args[1].op == "placeholder":
+            return get_tensor(graph_module, str(node.args[0].target)).shape[0]
+    return None
+
+
+def _length(calibration: Any) -> int | None:
+    try:
+        return len(calibration)
+    except TypeError:
+        return None
+
+
+class _Observer(fx.Interpreter):
+    """Runs the graph and measures what quantized linears read."""
+
+    def __init__(self, graph_module: fx.GraphModule, state: CompilerState) -> None:
+        super().__init__(graph_module, garbage_collect_values=True)
+        assert state.scheme is not None
+        self.bits, self.size = state.scheme.activation_bits, state.scheme.group_size
+        self.statistics: dict[str, dict[int, Statistics]] = {}
+        self.watched: dict[fx.Node, set[tuple[str, int]]] = {}
+        for weight, calls in linear_calls(graph_module.graph).items():
+            site = state.sites[weight]
+            for node in calls if site.reason is None else ():
+                self.watched.setdefault(node.args[0], set()).add((site.group, state.loops.row(get_tag(node))))  # type: ignore[arg-type]
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        for group, row in sorted(self.watched.get(n, ())):
+            self._measure(n, value, group, row)
+        return value
+
+    def _measure(self, node: fx.Node, value: Tensor, group: str, row: int) -> None:
+        if not torch.isfinite(value).all():
+            where = get_tag(node)
+            raise LoopQError(
+                f"The input of {group!r}{f' in {where}' if where else ''} (node {node.name!r}) becomes NaN or infinite "
+                "on the calibration data, before any quantization."
+            )
+        size = self.size if self.size != -1 else value.shape[-1]
+        rows = self.statistics.setdefault(group, {})
+        if row not in rows:
+            rows[row] = Statistics.empty(value.shape[-1] // size)
+        rows[row].update(value, size, self.bits)

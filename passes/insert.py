@@ -1,0 +1,46 @@
+"""Helpers for passes that create nodes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, fx
+
+from loopq_compile.loops import LoopTag, set_tag
+from loopq_compile.state import set_tensor
+
+
+@contextlib.contextmanager
+def inserting(graph: fx.Graph, *, before: fx.Node, tag: LoopTag | None, site: str = "") -> Iterator[list[fx.Node]]:
+    """Creates nodes in front of `before`; they get the loop `tag` and the name of the `site` they serve."""
+    known = set(graph.nodes)
+    made: list[fx.Node] = []
+    with graph.inserting_before(before):
+        yield made
+    for node in graph.nodes:
+        if node not in known:
+            set_tag(node, None if node.op == "get_attr" else tag)
+            if site:
+                node.meta["loopq_site"] = site
+            made.append(node)
+
+
+def call(graph: fx.Graph, operator: Any, *args: Any) -> fx.Node:
+    """A node `operator(*args)` named after the operator."""
+    return graph.create_node("call_function", operator, args, name=operator.overloadpacket.__name__)
+
+
+def add_constant(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    """Registers `tensor` as buffer `name` and returns a `get_attr` node at the top of the graph."""
+    set_tensor(graph_module, name, tensor)
+    graph = graph_module.graph
+    first = next(iter(graph.nodes))
+    with graph.inserting_before(first):
+        return graph.get_attr(name)
+
+
+def attribute_name(name: str) -> str:
+    """`name` with everything but letters, digits and underscores replaced, usable as one part of a buffer name."""
+    return "".join(c if c.isalnum() else "_" for c in name)
