@@ -46,9 +46,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         LoopQError: the model or the example inputs are unusable.
         CaptureError: `torch.export` cannot capture the model; the message shows the source line.
     """
-    if not isinstance(model, nn.Module):
-        hint = " Load it first." if isinstance(model, str) else ""
-        raise LoopQError(f"model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
+    check_model(model)
     _check_weights(model)
     names, arguments = _bind_example(model, example_inputs)
     arguments = _widen(arguments)
@@ -72,6 +70,13 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     signature = Signature(tuple(names), inputs, constants, exported.call_spec.out_spec)
     attach_state(graph_module, CompilerState(signature, model_name=type(model).__name__))
     return graph_module
+
+
+def check_model(model: object) -> None:
+    """Refuses what is no `nn.Module`."""
+    if not isinstance(model, nn.Module):
+        hint = " Load it first." if isinstance(model, str) else ""
+        raise LoopQError(f"model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
 
 
 def _check_weights(model: nn.Module) -> None:

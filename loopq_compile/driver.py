@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from loopq_compile.capture import capture
+from loopq_compile.capture import capture, check_model
 from loopq_compile.errors import LoopQError
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.pipelines import get_pipeline
@@ -47,6 +47,7 @@ def compile(
         LoopQError: bad input; the message says what and where.
         CaptureError: the model cannot be captured.
     """
+    check_model(model)
     scheme = Scheme.parse(scheme, **options)
     pipeline = get_pipeline(method)
     needs_data = scheme.quantizes_activations and (scheme.activation == "static" or pipeline.name not in DATA_FREE)

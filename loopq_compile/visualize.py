@@ -5,6 +5,7 @@ SVG needs Graphviz: the Python package `pygraphviz` (2.0 and newer bring it alon
 
 from __future__ import annotations
 
+import operator
 import shutil
 import subprocess
 import warnings
@@ -30,6 +31,7 @@ COLOURS = {
     "other": "#f1f8e9",
 }
 """Fill colour by role."""
+_NO_TENSOR = (torch.ops.aten.sym_size.int, operator.add, operator.sub, operator.mul, operator.floordiv)
 
 
 def loop_graph(graph_module: fx.GraphModule, loop: int | None = None) -> nx.DiGraph:
@@ -113,7 +115,12 @@ def _render_with_program(dot: str) -> str:
 
 def _is_size(node: fx.Node) -> bool:
     """Nodes that compute sizes, not tensors."""
-    return node.target is torch.ops.aten.sym_size.int or getattr(node.target, "__module__", "") in ("_operator", "math")
+    return node.target in _NO_TENSOR
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Weights, and what is computed from weights alone."""
+    return node.op == "get_attr" or bool(node.all_input_nodes and all(map(_is_constant, node.all_input_nodes)))
 
 
 def _role(node: fx.Node) -> str:
@@ -125,14 +132,15 @@ def _role(node: fx.Node) -> str:
     return "linear" if node.target is torch.ops.aten.linear.default else "other"
 
 
-def _add(graph: nx.DiGraph, node: fx.Node, role: str, module: str, name: str | None = None) -> str:
+def _add(graph: nx.DiGraph, node: fx.Node, role: str, module: str, name: str | None = None, note: str = "") -> str:
     name = name or node.name
-    what = str(node.target) if node.op == "call_function" else node.op.replace("get_attr", "weight")
-    facts = [node.name, what.removesuffix(".default"), str(get_tag(node) or "outside the loop")]
+    plain = node.op in ("get_attr", "placeholder")
+    tag = str(get_tag(node) or "outside the loop")
+    facts = [node.name, str(node.target).removesuffix(".default"), tag]
     facts += [f"site={site_of(node)}" if site_of(node) else "", type_of(node)]
     facts += [f"by {node.meta[MADE_BY]}" if node.meta.get(MADE_BY) else ""]
-    short = str(node.target) if node.op in ("get_attr", "placeholder") else str(node.target).split(".")[-2:][0]
-    label = "\n".join(filter(None, [short, type_of(node)]))
+    what = str(node.target).rpartition(".")[2] if plain else getattr(node.target, "__name__", "").split(".")[0]
+    label = "\n".join(filter(None, [note, what or str(node.target), type_of(node)]))
     graph.add_node(name, role=role, module=module, label=label, tooltip="\n".join(filter(None, facts)))
     return name
 
@@ -142,13 +150,22 @@ def _connect(graph: nx.DiGraph, node: fx.Node, shown: set[fx.Node]) -> None:
     for source in node.all_input_nodes:
         if source in shown:
             graph.add_edge(source.name, node.name)
-        elif source.op == "get_attr":
-            graph.add_edge(_add(graph, source, "weight", site_of(node), f"{source.name} for {node.name}"), node.name)
+        elif _is_constant(source):
+            _connect_constant(graph, source, node, node.name, site_of(node))
         elif not _is_size(source):
-            graph.add_edge(_add(graph, source, "input", ""), node.name)
+            graph.add_edge(_add(graph, source, "input", "", note=f"from {get_tag(source) or 'outside'}"), node.name)
     for user in node.users:
         if user not in shown and not _is_size(user):
-            graph.add_edge(node.name, _add(graph, user, "output", "", f"to {user.name}"))
+            note = f"to {get_tag(user) or 'outside'}"
+            graph.add_edge(node.name, _add(graph, user, "output", "", f"to {user.name}", note))
+
+
+def _connect_constant(graph: nx.DiGraph, source: fx.Node, user: fx.Node, target: str, module: str) -> None:
+    """Shows weights, and what is computed from them, beside the node that reads them."""
+    made = _add(graph, source, _role(source), module, f"{source.name} for {user.name}")
+    graph.add_edge(made, target)
+    for inner in source.all_input_nodes:
+        _connect_constant(graph, inner, user, made, module)
 
 
 def _boxes(graph: nx.DiGraph, prefix: str, names: Iterable[str], depth: int) -> Iterator[str]:

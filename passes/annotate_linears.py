@@ -134,7 +134,8 @@ def _apply_patterns(sites: Iterable[Site], scheme: Scheme) -> None:
         for pattern in patterns:
             matched = [site for site in sites if fnmatchcase(site.name, pattern)]
             if not matched:
-                hint = did_you_mean(pattern, [site.name for site in sites][:40])
+                leaves = {site.name.rpartition(".")[2] for site in sites}
+                hint = did_you_mean(pattern.rpartition(".")[2], leaves)
                 raise LoopQError(f"Scheme({field}=...): no linear is called {pattern!r}.{hint}")
             for site in matched:
                 site.reason = f"skip={pattern!r}" if field == "skip" else None
