@@ -47,7 +47,9 @@ def get_backend(name: str) -> Backend:
         LoopQError: the name is unknown, the backend is not in this version, or its dependencies are missing.
     """
     if name in _PLANNED and name not in _entry_points():
-        raise LoopQError(f"Backend {name!r} is not in this version of loopq_compile; it has {', '.join(backend_names())}.")
+        raise LoopQError(
+            f"Backend {name!r} is not in this version of loopq_compile; it has {', '.join(backend_names())}."
+        )
     if name not in backend_names():
         raise LoopQError(f"Unknown backend {name!r}.{did_you_mean(str(name), backend_names())}")
     try:
@@ -56,7 +58,9 @@ def get_backend(name: str) -> Backend:
         else:
             backend = _entry_points()[name].load()
     except ImportError as error:
-        raise LoopQError(f"Backend {name!r} cannot be imported: {error}. Install what it needs and try again.") from error
+        raise LoopQError(
+            f"Backend {name!r} cannot be imported: {error}. Install what it needs and try again."
+        ) from error
     if not callable(getattr(backend, "lower", None)):
         raise LoopQError(f"Backend {name!r} ({backend!r}) has no function lower(program, **options).")
     return backend

@@ -23,7 +23,17 @@ from loopq_compile.scheme import Scheme
 from loopq_compile.state import CompilerState, attach_state, get_state
 
 FULL_PRECISION = "full precision"
-COLUMNS = ("method", "scheme", "scales", "perplexity", "ratio", "KL to full precision", "top-1 agreement", "quantize s", "eval s")
+COLUMNS = (
+    "method",
+    "scheme",
+    "scales",
+    "perplexity",
+    "ratio",
+    "KL to full precision",
+    "top-1 agreement",
+    "quantize s",
+    "eval s",
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,9 @@ class Variant:
         return f"{self.method} {self.scheme.name} {self.scheme.activation}"
 
 
-def variants(methods: Sequence[str], schemes: Sequence[str], activations: Sequence[str], **options: Any) -> list[Variant]:
+def variants(
+    methods: Sequence[str], schemes: Sequence[str], activations: Sequence[str], **options: Any
+) -> list[Variant]:
     """All combinations, schemes outermost; weight-only schemes appear once. `options` are fields of `Scheme`.
 
     Raises:
@@ -146,13 +158,18 @@ def to_markdown(rows: Sequence[QualityRow]) -> str:
 def to_json(rows: Sequence[QualityRow], **about: Any) -> str:
     """The table as JSON, with what `about` says of the run; numbers that are not finite become null."""
     plain = [
-        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in asdict(row).items()}
+        {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(row).items()
+        }
         for row in rows
     ]
     return json.dumps({**about, "rows": plain}, indent=2) + "\n"
 
 
-def write_results(rows: Sequence[QualityRow], directory: str | Path, heading: str = "Quality", **about: Any) -> list[Path]:
+def write_results(
+    rows: Sequence[QualityRow], directory: str | Path, heading: str = "Quality", **about: Any
+) -> list[Path]:
     """Writes `quality.json` and `quality.md` into `directory`.
 
     Raises:

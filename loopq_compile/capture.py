@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
+import os
 import re
 import traceback
 import warnings
@@ -16,17 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from loopq_compile.errors import CaptureError, LoopQError
+from loopq_compile.example_inputs import bind_example, dynamic_shapes, main_input, name_dimensions, read_shapes, widen
 from loopq_compile.signature import InputSpec, Signature
 from loopq_compile.state import CompilerState, attach_state
-
-EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
-"""Smallest example sizes: the exporter specialises dimensions of size 1, and equal sizes would be ambiguous."""
-
-DYNAMIC_NAMES = ("batch", "sequence")
 
 
 def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
@@ -48,24 +46,22 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     """
     check_model(model)
     _check_weights(model)
-    names, arguments = _bind_example(model, example_inputs)
-    arguments = _widen(arguments)
-    shapes = _dynamic_shapes(arguments)
+    names, arguments = bind_example(model, example_inputs)
+    named = name_dimensions(arguments)
+    arguments = widen(arguments, named)
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
         with _vmap_free_masks(), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            exported = _export(model, names, arguments, shapes)
+            exported = _export(model, arguments, dynamic_shapes(arguments, named))
     finally:
         for module, mode in training.items():
             module.training = mode
     graph_module = _lower_to_graph_module(exported, arguments, _first_names(model))
-    inputs = tuple(
-        InputSpec(name, value.dtype, tuple(shapes[name].get(i, size) for i, size in enumerate(value.shape)))
-        for name, value in arguments.items()
-        if isinstance(value, Tensor)
-    )
+    values = {node.target: node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"}
+    shapes = read_shapes(values, named, main_input(arguments))
+    inputs = tuple(InputSpec(name, value.dtype, shapes[name]) for name, value in values.items())
     constants = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
     signature = Signature(tuple(names), inputs, constants, exported.call_spec.out_spec)
     attach_state(graph_module, CompilerState(signature, model_name=type(model).__name__))
@@ -90,128 +86,45 @@ def _check_weights(model: nn.Module) -> None:
             raise LoopQError(f"Weight {name!r} contains NaN or infinite values; the checkpoint is damaged.")
 
 
-def _bind_example(model: nn.Module, example_inputs: Any) -> tuple[list[str], dict[str, Any]]:
-    """Names of all parameters of `forward`, and the example's arguments by name."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if example_inputs is None:
-        return names, _causal_lm_example(model, names)
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    if isinstance(example_inputs, Mapping):
-        arguments = dict(example_inputs)
-        unknown = [name for name in arguments if name not in names]
-        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            raise LoopQError(f"{type(model).__name__}.forward has no argument {unknown[0]!r}; it takes {names}.")
-        names += unknown
-    elif isinstance(example_inputs, tuple | list):
-        if len(example_inputs) > len(names):
-            raise LoopQError(f"{len(example_inputs)} example inputs, but {type(model).__name__}.forward takes {names}.")
-        arguments = dict(zip(names, example_inputs, strict=False))
-    else:
-        raise LoopQError(
-            f"example_inputs must be a tensor, a tuple or a dict of tensors; got {type(example_inputs).__name__}."
-        )
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor | None | bool | int | float | str):
-            raise LoopQError(f"example input {name!r} must be a tensor or a plain value; got {type(value).__name__}.")
-    if not any(isinstance(value, Tensor) for value in arguments.values()):
-        raise LoopQError("example_inputs holds no tensor.")
-    return names, arguments
-
-
-def _causal_lm_example(model: nn.Module, names: list[str]) -> dict[str, Any]:
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if not isinstance(vocabulary, int) or "input_ids" not in names:
-        raise LoopQError(
-            f"{type(model).__name__} is not a Hugging Face causal language model: give example_inputs, for instance "
-            "torch.randint(0, vocab_size, (2, 16))."
-        )
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (EXAMPLE_BATCH, EXAMPLE_LENGTH), generator=generator)
-    device = next((p.device for p in model.parameters()), ids.device)
-    return {"input_ids": ids.to(device)} | ({"use_cache": False} if "use_cache" in names else {})
-
-
-def _main_input(arguments: Mapping[str, Any]) -> str:
-    """The input that defines batch and sequence."""
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    for name, value in tensors.items():
-        if 0 in value.shape:
-            raise LoopQError(f"example input {name!r} is empty: shape {list(value.shape)}.")
-    integer = [name for name, value in tensors.items() if value.ndim >= 2 and not value.is_floating_point()]
-    deep = [name for name, value in tensors.items() if value.ndim >= 2]
-    if not deep:
-        name, value = next(iter(tensors.items()))
-        raise LoopQError(
-            f"example input {name!r} has shape {list(value.shape)}; a batch dimension is needed: x.unsqueeze(0)."
-        )
-    return "input_ids" if "input_ids" in integer else (integer or deep)[0]
-
-
-def _dimension_names(arguments: Mapping[str, Any]) -> dict[str, dict[int, str]]:
-    main = arguments[_main_input(arguments)]
-    sequence = main.shape[1] if main.ndim >= 3 or not main.is_floating_point() else None
-    named: dict[str, dict[int, str]] = {}
-    for name, value in arguments.items():
-        named[name] = {}
-        for i, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
-            if i == 0 and size == main.shape[0]:
-                named[name][i] = "batch"
-            elif sequence is not None and size == sequence and (i != 0 or value.ndim == 1):
-                named[name][i] = "sequence"
-    return named
-
-
-def _widen(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Repeats the example until no dynamic dimension has size 1 and batch and sequence differ."""
-    main = arguments[_main_input(arguments)]
-    batch, sequence = main.shape[:2]
-    named = _dimension_names(arguments)
-    if batch == 1 or batch == sequence:
-        arguments = {
-            name: torch.cat([value, value[:1]]) if named[name].get(0) == "batch" else value
-            for name, value in arguments.items()
-        }
-        named = _dimension_names(arguments)
-    if sequence == 1:
-        for name, dims in named.items():
-            for i in [i for i, dim in dims.items() if dim == "sequence"]:
-                arguments[name] = arguments[name].repeat_interleave(EXAMPLE_LENGTH, i)
-    return arguments
-
-
-def _dynamic_shapes(arguments: Mapping[str, Any]) -> dict[str, dict[int, str]]:
-    return _dimension_names(arguments)
-
-
-def _export(model: nn.Module, names: list[str], arguments: Mapping[str, Any], shapes: Any) -> ExportedProgram:
-    dynamic = {
-        name: {i: Dim.DYNAMIC for i in shapes[name]} if isinstance(value, Tensor) else None
-        for name, value in arguments.items()
-    }
+def _export(model: nn.Module, arguments: Mapping[str, Any], shapes: dict[str, Any]) -> ExportedProgram:
+    dynamic = dict(shapes)
     parameters = inspect.signature(model.forward).parameters
     extra = {name: dynamic.pop(name) for name in list(dynamic) if name not in parameters}
     if extra:
         catch_all = next(p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD)
-        dynamic[catch_all] = extra  # type: ignore[assignment]
+        dynamic[catch_all] = extra
     try:
         exported = torch.export.export(model, (), dict(arguments), dynamic_shapes=dynamic, strict=False)
-        return exported.run_decompositions({})
+        # Tracing a second time costs as much as the export itself; most models do not need it.
+        return exported if _is_functional(exported.graph) else exported.run_decompositions({})
     except LoopQError:
         raise
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
 
 
+def _is_functional(graph: fx.Graph) -> bool:
+    """Whether a graph holds operators without side effects alone: no in-place ones, no wrappers, no vmap."""
+    plain = {operator.getitem}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output") or node.target in plain:
+            continue
+        schema = getattr(node.target, "_schema", None)
+        symbolic = any(isinstance(node.meta.get("val"), kind) for kind in (torch.SymInt, torch.SymFloat, torch.SymBool))
+        if (
+            node.op != "call_function"
+            or (schema is None and not symbolic)
+            or (schema is not None and schema.is_mutable)
+        ):
+            return False
+    return True
+
+
 def _explain(model: nn.Module, error: Exception) -> str:
     """What went wrong, at which line of the model's source, and a way out."""
     text = str(error)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename and "/loopq_compile/" not in frame.filename
-    ]
+    not_the_models = (os.path.dirname(torch.__file__), __file__, "<")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_the_models)]
     where = re.search(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)', text.split("User code", 1)[-1])
     if frames:
         place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}"
@@ -228,6 +141,11 @@ def _explain(model: nn.Module, error: Exception) -> str:
         advice = (
             "The model fixes the batch size or sequence length to a constant. Use x.shape instead of the number, "
             "x.reshape(x.shape[0], ...) instead of x.view(2, ...)."
+        )
+    elif "not a known type" in text:
+        advice = (
+            "The model returns an object that torch.export does not know. Return tensors, tuples, lists or dicts, "
+            "register the class with torch.export.register_dataclass, or switch off the cache (use_cache=False)."
         )
     elif isinstance(error, TypeError | IndexError) or "size mismatch" in text or "shape" in text:
         advice = "Check that model(**example_inputs) itself runs with these inputs."
@@ -290,9 +208,10 @@ def _lower_to_graph_module(
     signature = exported.graph_signature
     for spec in signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
+            kind = spec.kind.name.split("_")[0].lower()
             raise CaptureError(
-                f"The model writes to its {spec.kind.name.split('_')[0].lower()} {spec.target!r} while it runs; a program has "
-                "no state. Return the value instead of storing it, or switch off the cache (use_cache=False)."
+                f"The model writes to its {kind} {spec.target!r} while it runs; a program has no state. "
+                "Return the value instead of storing it, or switch off the cache (use_cache=False)."
             )
     lifted = {spec.arg.name: spec for spec in signature.input_specs if spec.kind is not InputKind.USER_INPUT}
     tensors = {**exported.state_dict, **exported.constants}

@@ -51,9 +51,7 @@ class Score:
 
     def to_dict(self) -> dict[str, float | int | None]:
         """Values for JSON; numbers that are not finite become None."""
-        return {
-            name: value if value is None or math.isfinite(value) else None for name, value in asdict(self).items()
-        }
+        return {name: value if value is None or math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def evaluate(
     tokens = _checked(tokens)
     start = time.perf_counter()
     spans = windows(len(tokens), length, stride)
-    student_call, teacher_call = _caller(model), _caller(teacher)
+    student_call, teacher_call = _caller(model), None if teacher is None else _caller(teacher)
     vocabulary = _check_vocabulary(student_call, tokens)
     if teacher_call is not None and _check_vocabulary(teacher_call, tokens) != vocabulary:
         raise LoopQError("Teacher and student have vocabularies of different size; their distance has no meaning.")
@@ -160,7 +158,6 @@ class Remembered:
         """Logits of `ids`."""
         key = (tuple(ids.shape), ids.cpu().numpy().tobytes())
         if key not in self._kept:
-            assert self._call is not None
             logits = self._call(ids)
             while self._kept and sum(x.nbytes for x in self._kept.values()) + logits.nbytes > self._limit:
                 self._kept.popitem(last=False)
@@ -177,7 +174,9 @@ def read_text(file: str | Path) -> str:
     try:
         text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise LoopQError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}.") from error
+        raise LoopQError(
+            f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}."
+        ) from error
     except OSError as error:
         raise LoopQError(f"{file} cannot be read: {error.strerror}.") from error
     if not text.strip():
@@ -217,10 +216,8 @@ def _checked(tokens: Tensor) -> Tensor:
     return tokens.to("cpu", torch.int64)
 
 
-def _caller(model: Callable[[Tensor], Any] | None) -> Callable[[Tensor], Tensor] | None:
+def _caller(model: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
     """`model` as a function from ids to float32 logits, both on the CPU."""
-    if model is None:
-        return None
     device = next((p.device for p in model.parameters()), torch.device("cpu")) if isinstance(model, nn.Module) else None
 
     def call(ids: Tensor) -> Tensor:
@@ -238,7 +235,7 @@ def _check_vocabulary(call: Any, tokens: Tensor) -> int:
     vocabulary = call(torch.zeros(1, 2, dtype=torch.int64)).shape[-1]
     if high >= vocabulary:
         raise LoopQError(
-            f"Token id {high} is outside the model's vocabulary of {vocabulary}; text and model need the same tokenizer."
+            f"Token id {high} is outside the model's vocabulary of {vocabulary}: text and model need one tokenizer."
         )
     return vocabulary
 

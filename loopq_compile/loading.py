@@ -32,7 +32,9 @@ class Loaded(NamedTuple):
 
         from loopq_compile.program import Program
 
-        return "model" if isinstance(self.model, nn.Module) else "program" if isinstance(self.model, Program) else "onnx"
+        return (
+            "model" if isinstance(self.model, nn.Module) else "program" if isinstance(self.model, Program) else "onnx"
+        )
 
 
 def load_model(name_or_path: str | Path, *, trust_remote_code: bool = False) -> Loaded:
@@ -109,8 +111,8 @@ def _load_folder(path: Path, trust_remote_code: bool) -> Loaded:
     if (path / "config.json").is_file():
         return _load_hugging_face(str(path), trust_remote_code)
     raise LoopQError(
-        f"Folder {path} holds no model: expected {PROGRAM_FILE} (a saved program), {ONNX_FILE} (an export) or config.json "
-        "(a Hugging Face model)."
+        f"Folder {path} holds no model: expected {PROGRAM_FILE} (a saved program), {ONNX_FILE} (an export) or "
+        "config.json (a Hugging Face model)."
     )
 
 
@@ -148,16 +150,18 @@ def _load_hugging_face(name: str, trust_remote_code: bool) -> Loaded:
 def _explain(name: str, text: str) -> str:
     if "trust_remote_code" in text:
         return (
-            f"{name} brings its own Python code, which would run on this machine with all your rights. Read the .py files "
-            "of its repository first; then allow it with trust_remote_code=True (--trust-remote-code)."
+            f"{name} brings its own Python code, which would run on this machine with all your rights. Read the .py "
+            "files of its repository first; then allow it with trust_remote_code=True (--trust-remote-code)."
         )
     if "safetensors" in text:
-        return f"{name} has no weights in safetensors; other formats may run code when they are opened and are refused. {text}"
+        return (
+            f"{name} has no weights in safetensors; other formats can run code when they are opened and are refused: "
+            f"{_first_line(text)}"
+        )
     if "connect" in text or "not a local folder" in text or "not a valid model identifier" in text:
         hint = did_you_mean(name, [BUNDLED]) if "/" not in name else ""
         return (
-            f"{name!r} is no file or folder here, and the Hugging Face hub could not give it: "
-            f"{_first_line(text)}{hint}"
+            f"{name!r} is no file or folder here, and the Hugging Face hub could not give it: {_first_line(text)}{hint}"
         )
     return f"{name} cannot be loaded: {_first_line(text)}"
 

@@ -211,8 +211,22 @@ def group_repeats(repeats: Sequence[Repeat]) -> list[Group]:
 
 
 def _grow(pending: Sequence[Repeat]) -> Group:
-    """The largest group around the least repeated token."""
-    count = len(pending[0].uses)
+    """The group with most work around the least repeated token; of equal ones that with most iterations.
+
+    That token may repeat `T * K` times in a loop of `T` iterations that has nothing of its own, only loops inside.
+    """
+    uses = len(pending[0].uses)
+    best = Group(uses)
+    for count in [n for n in range(uses, 1, -1) if uses % n == 0]:
+        group = _collect(pending, count)
+        if not best.repeats or group.work > best.work:
+            best = group
+        if len(best.repeats) == len(pending):
+            break
+    return best
+
+
+def _collect(pending: Sequence[Repeat], count: int) -> Group:
     # What repeats exactly as often comes first, so that it decides where iterations begin and end.
     once = [repeat for repeat in pending if len(repeat.uses) == count]
     several = [repeat for repeat in pending if len(repeat.uses) != count]

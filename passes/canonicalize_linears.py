@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor, fx
 
@@ -27,34 +29,43 @@ class CanonicalizeLinears(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
         modified = False
-        for node in list(graph.nodes):
+        readers: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in graph.nodes:
             if node.op == "get_attr" and get_tensor(graph_module, str(node.target)).ndim == 2:
-                modified |= self._rewrite_uses(graph_module, node)
+                readers[str(node.target)].append(node)
+        for name, nodes in readers.items():
+            modified |= self._rewrite_uses(graph_module, name, nodes)
         if modified:
             graph.eliminate_dead_code()
         return PassResult(graph_module, modified)
 
-    def _rewrite_uses(self, graph_module: fx.GraphModule, weight: fx.Node) -> bool:
-        plain = [user for user in weight.users if _is_product(user, weight)]
-        flipped = [user for user in weight.users if _is_transpose(user)]
+    def _rewrite_uses(self, graph_module: fx.GraphModule, name: str, readers: list[fx.Node]) -> bool:
+        uses = [(reader, user) for reader in readers for user in reader.users]
+        plain = [(reader, user) for reader, user in uses if _is_product(user, reader)]
         modified = False
-        for transpose in flipped:
-            for user in [user for user in transpose.users if _is_product(user, transpose)]:
-                _replace(graph_module.graph, user, weight)
-                modified = True
-        if plain and len(plain) == len(weight.users):
-            name = str(weight.target)
-            tensor: Tensor = get_tensor(graph_module, name)
-            owner, _, leaf = name.rpartition(".")
-            delattr(graph_module.get_submodule(owner), leaf)
-            set_tensor(graph_module, name, tensor.detach().t().contiguous())
-            weight.meta.pop("val", None)
-            for user in plain:
-                _replace(graph_module.graph, user, weight)
+        for reader, transpose in uses:
+            if _is_transpose(transpose):
+                for user in [user for user in transpose.users if _is_product(user, transpose)]:
+                    _replace(user, reader)
+                    modified = True
+        if plain and len(plain) == len(uses):
+            _store_transposed(graph_module, name, readers)
+            for reader, user in plain:
+                _replace(user, reader)
             return True
         if plain:
-            self.state(graph_module).note(f"{weight.target}: used in several forms, its products stay as they are")
+            self.state(graph_module).note(f"{name}: used in several forms, its products stay as they are")
         return modified
+
+
+def _store_transposed(graph_module: fx.GraphModule, name: str, readers: list[fx.Node]) -> None:
+    tensor: Tensor = get_tensor(graph_module, name)
+    owner, _, leaf = name.rpartition(".")
+    delattr(graph_module.get_submodule(owner), leaf)
+    set_tensor(graph_module, name, tensor.detach().t().contiguous())
+    for reader in readers:
+        if "val" in reader.meta:
+            reader.meta["val"] = reader.meta["val"].t()
 
 
 def _is_transpose(node: fx.Node) -> bool:
@@ -74,7 +85,7 @@ def _is_product(node: fx.Node, weight: fx.Node) -> bool:
     return True
 
 
-def _replace(graph: fx.Graph, product: fx.Node, weight: fx.Node) -> None:
+def _replace(product: fx.Node, weight: fx.Node) -> None:
     """`product` becomes a linear layer; its metadata (loop tag, module, source line) stays."""
     x = product.args[-2]
     bias = (product.args[0],) if product.target is _aten.addmm.default else ()

@@ -7,7 +7,7 @@ from collections import defaultdict
 from torch import fx
 
 from loopq_compile.errors import InternalError
-from loopq_compile.loops import LoopTag, get_tag
+from loopq_compile.loops import Loop, LoopTag, get_tag
 from loopq_compile.state import get_state
 
 _Place = tuple[tuple[int, ...], tuple[int, ...]]
@@ -30,12 +30,23 @@ def verify_tags(graph_module: fx.GraphModule) -> None:
         expected = state.tags.get(node.name)
         if expected is not None and tag != expected:
             raise InternalError(f"Node {node.name!r} had the tag {expected} and now has {tag or 'none'}.")
-        if tag is not None and len(state.loops.chain(tag)) != len(tag.index):
+        if tag is not None and not _exists(tag, state.loops.loops):
             raise InternalError(
                 f"Node {node.name!r} has the tag {tag}, which is no iteration of {state.loops.describe()}."
             )
     for place, members in _places(graph_module.graph).items():
         _verify_place(place, members)
+
+
+def _exists(tag: LoopTag, loops: tuple[Loop, ...]) -> bool:
+    """Whether there is such an iteration."""
+    if len(tag.loops) != len(tag.index) or not tag.index:
+        return False
+    for number, position in zip(tag.loops, tag.index, strict=True):
+        if not 0 <= number < len(loops) or not 0 <= position < loops[number].count:
+            return False
+        loops = loops[number].children
+    return True
 
 
 def _places(graph: fx.Graph) -> dict[_Place, dict[fx.Node, int | None]]:
@@ -68,15 +79,15 @@ def _verify_place(place: _Place, members: dict[fx.Node, int | None]) -> None:
     for node, iteration in reversed(members.items()):
         users = [high[u] for u in node.users if high.get(u) is not None]
         high[node] = min([value for value in [*users, iteration] if value is not None], default=None)
-    label = ".".join(map(str, place[1]))
+    prefix = "".join(f"{position}." for position in place[1])
     for node, iteration in members.items():
         first, last = low[node], high[node]
         if iteration is None and first is not None and first == last:
             raise InternalError(
-                f"Node {node.name!r} ({node.target}) lies inside loop={label + '.' if label else ''}{first} but has no loop tag."
+                f"Node {node.name!r} ({node.target}) lies inside loop={prefix}{first} but has no loop tag."
             )
         if first is not None and last is not None and first > last:
             raise InternalError(
-                f"Node {node.name!r} ({node.target}) is tagged against the order of iterations: it depends on iteration "
-                f"{first} and iteration {last} depends on it."
+                f"Node {node.name!r} ({node.target}) is tagged against the order of iterations: it depends on "
+                f"iteration {first} and iteration {last} depends on it."
             )

@@ -1,0 +1,40 @@
+"""The ONNX backend: `export` writes a program to a file, `OnnxExecutable` runs such a file, `lower` does both.
+
+Steps of an export, one module each: `prepare` (a private copy of the graph), `translate` (ATen to ONNX, by torch.onnx),
+`qdq` (the target: what quantization becomes), `naming`, `write`. Another target is another module beside `qdq`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+from loopq_compile.backends.onnx.executable import OnnxExecutable
+from loopq_compile.backends.onnx.exporter import export
+from loopq_compile.backends.onnx.report import OnnxExport
+
+__all__ = ["OnnxExecutable", "OnnxExport", "export", "lower"]
+
+
+def lower(program: Any, *, threads: int | None = None, optimize: bool = True, **options: Any) -> OnnxExecutable:
+    """Exports a `Program` (or a graph module) to a temporary folder and opens it in ONNX Runtime.
+
+    Args:
+        program: what to lower.
+        threads, optimize: as in `OnnxExecutable`.
+        options: as in `export`. The folder goes away with the executable.
+
+    Raises:
+        LoopQError: as in `export` and `OnnxExecutable`.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="loopq-onnx-")
+    try:
+        report = export(getattr(program, "graph_module", program), Path(folder.name), **options)
+        executable = OnnxExecutable(report.path, threads=threads, optimize=optimize)
+    except BaseException:
+        folder.cleanup()
+        raise
+    weakref.finalize(executable, folder.cleanup)
+    return executable

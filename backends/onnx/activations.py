@@ -1,0 +1,133 @@
+"""Quantized activations for target `qdq`: `QuantizeLinear` and `DequantizeLinear` with integers between them.
+
+Static scales belong to groups of features. ONNX has no such thing for one axis, so `x [..., K]` is viewed as
+`[..., groups, K / groups]` with the scales along `axis = -2`. Dynamic scales belong to tokens and groups, which is
+what ONNX calls blocked: the scale has the rank of `x`, and `block_size` features share an entry of its last axis.
+
+Zero points are left out and `output_dtype` says the type: symmetric quantization needs none, and ONNX Runtime 1.31
+drops the type of a zero point of one entry when it moves a pair across a Reshape.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array, sizes
+from loopq_compile.errors import InternalError
+from loopq_compile.operators.quantize import SMALLEST_SCALE
+
+
+def lower_dynamic_scale(graph: ir.Graph, node: ir.Node) -> None:
+    """Replaces `DynamicScale(x, clip)` by `max(max|x_group| * (clip / q_max), smallest scale)`, `[..., groups]`."""
+    x, clip = node.inputs
+    assert x is not None and clip is not None
+    group_size, q_max = node.attributes["group_size"].as_int(), node.attributes["q_max"].as_int()
+    groups, leading = sizes(x)[-1] // group_size, sizes(x)[:-1]
+    emitter = Emitter(graph, node)
+    grouped = emitter.reshape(x, [groups, group_size], len(leading))
+    magnitude = emitter.node("Abs", [grouped], x.dtype, grouped.shape)
+    axis = constant(graph, "last_axis", [-1])
+    largest = emitter.node("ReduceMax", [magnitude, axis], x.dtype, [*leading, groups], {"keepdims": 0})
+    scale = emitter.node("Mul", [largest, _step(emitter, clip, q_max)], x.dtype, [*leading, groups])
+    floor = constant(graph, f"smallest_scale_{x.dtype}", _like(SMALLEST_SCALE, x))
+    emitter.finish(emitter.node("Max", [scale, floor], x.dtype, [*leading, groups]))
+
+
+def _step(emitter: Emitter, clip: ir.Value, q_max: int) -> ir.Value:
+    """`clip / q_max`, as a constant where `clip` is one."""
+    values = constant_array(clip)
+    if values is not None:
+        return constant(emitter.graph, f"{clip.name}.over_{q_max}", values / values.dtype.type(q_max))
+    divisor = constant(emitter.graph, f"q_max_{q_max}_{clip.dtype}", _like(q_max, clip))
+    return emitter.node("Div", [clip, divisor], clip.dtype, clip.shape)
+
+
+def lower_pair(graph: ir.Graph, quantize: ir.Node) -> None:
+    """Replaces `Quantize(x, scale)` and the `Dequantize` nodes that read it.
+
+    Raises:
+        InternalError: something else reads the integers, or the scale does not fit `x`.
+    """
+    x, scale = quantize.inputs
+    assert x is not None and scale is not None
+    readers = [reader for reader, _ in quantize.outputs[0].uses()]
+    if not readers or any(reader.op_type != "Dequantize" or reader.inputs[1] is not scale for reader in readers):
+        raise InternalError(
+            f"{quantize.name}: its integers are read by something else than a dequantize with its scale."
+        )
+    q_min, q_max = quantize.attributes["q_min"].as_int(), quantize.attributes["q_max"].as_int()
+    emitter = Emitter(graph, quantize)
+    width, last, groups = sizes(x)[-1], len(sizes(x)) - 1, sizes(scale)[-1]
+    attributes: dict[str, int] = {}
+    if len(sizes(scale)) == 1:
+        whole = groups == 1
+        view = x if whole else _group(emitter, x, groups)
+        clipped = _clip(emitter, view, _column(emitter, scale, whole), q_min, q_max)
+        attributes = {} if whole else {"axis": last}
+        scale = _column(emitter, scale, whole, scalar=True)
+    elif len(sizes(scale)) == last + 1:
+        clipped = x
+        if _is_odd(q_min, q_max):
+            view, column = _group(emitter, x, groups), emitter.reshape(scale, [groups, 1], last)
+            clipped = emitter.reshape(_clip(emitter, view, column, q_min, q_max), [width], last)
+        attributes = {"axis": last, "block_size": width // groups}
+    else:
+        raise InternalError(f"{quantize.name}: a scale of shape {scale.shape} does not fit {x.shape}.")
+    stored = ir.DataType.INT4 if q_min >= -8 and q_max <= 7 else ir.DataType.INT8
+    typed = {**attributes, "output_dtype": stored.value}
+    codes = emitter.node("QuantizeLinear", [clipped, scale], stored, clipped.shape, typed)
+    for reader in dict.fromkeys(readers):
+        emitter = Emitter(graph, reader)
+        y = emitter.node("DequantizeLinear", [codes, scale], x.dtype, clipped.shape, attributes)
+        emitter.finish(y if len(sizes(y)) == last + 1 else emitter.reshape(y, [width], last))
+    graph.remove(quantize, safe=True)
+
+
+def _group(emitter: Emitter, x: ir.Value, groups: int) -> ir.Value:
+    return emitter.reshape(x, [groups, sizes(x)[-1] // groups], len(sizes(x)) - 1)
+
+
+def _is_odd(q_min: int, q_max: int) -> bool:
+    """True for ranges that no ONNX integer type has: 2, 3, 5, 6 and 7 bits."""
+    return (q_min, q_max) not in ((-8, 7), (-128, 127))
+
+
+def _clip(emitter: Emitter, x: ir.Value, scale: ir.Value, q_min: int, q_max: int) -> ir.Value:
+    """`x` limited to `[q_min * scale, q_max * scale]` where the integer type is wider than the range.
+
+    That equals limiting the integers: a limit divided by the scale is a whole number up to one unit in the last
+    place, and rounds to it.
+    """
+    if not _is_odd(q_min, q_max):
+        return x
+    for op_type, limit in (("Max", q_min), ("Min", q_max)):
+        x = emitter.node(op_type, [x, _scaled(emitter, scale, limit)], x.dtype, x.shape)
+    return x
+
+
+def _scaled(emitter: Emitter, scale: ir.Value, limit: int) -> ir.Value:
+    values = constant_array(scale)
+    if values is not None:
+        return constant(
+            emitter.graph, f"{scale.name}.times_{limit}".replace("-", "minus"), values * values.dtype.type(limit)
+        )
+    factor = constant(emitter.graph, f"factor_{limit}_{scale.dtype}".replace("-", "minus"), _like(limit, scale))
+    return emitter.node("Mul", [scale, factor], scale.dtype, scale.shape)
+
+
+def _column(emitter: Emitter, scale: ir.Value, whole: bool, *, scalar: bool = False) -> ir.Value:
+    """A scale `[groups]` as `[groups, 1]`; as a scalar if it is one for all of `x`; or unchanged."""
+    if scalar and not whole:
+        return scale
+    shape: tuple[int, ...] = () if whole else (-1, 1)
+    values = constant_array(scale)
+    if values is not None:
+        return constant(emitter.graph, f"{scale.name}.{'scalar' if whole else 'column'}", values.reshape(shape))
+    target = constant(emitter.graph, "shape_scalar" if whole else "shape_column", np.array(shape, dtype=np.int64))
+    return emitter.node("Reshape", [scale, target], scale.dtype, () if whole else (*sizes(scale), 1))
+
+
+def _like(number: float, value: ir.Value) -> np.ndarray:
+    assert value.dtype is not None
+    return np.array(number, dtype=value.dtype.numpy())

@@ -1,0 +1,57 @@
+"""Operators of language models that torch.onnx or operator set 21 does not know, written with operators they know.
+
+torch.onnx can do this itself, by tracing the whole graph two more times; that doubled the time of an export.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    wide = _cast(x, torch.float32) if half else x
+    smallest = torch.finfo(wide.dtype).eps if eps is None else eps
+    square = wide.pow(2).mean(list(range(-len(shape), 0)), keepdim=True)
+    result = wide * torch.rsqrt(square + smallest)
+    result = result if weight is None else result * weight
+    return _cast(result, x.dtype) if half else result
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return _aten._to_copy.default(x, dtype=dtype)  # Tensor.to is an operator that torch.onnx wants decomposed
+
+
+def _to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Every form of `Tensor.to`: in a file there is a type, but no device and no layout."""
+    dtype = x.dtype
+    for value in (*args, *kwargs.values()):
+        dtype = value if isinstance(value, torch.dtype) else value.dtype if isinstance(value, Tensor) else dtype
+    return x if dtype is x.dtype else _cast(x, dtype)
+
+
+def _diff(x: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None) -> Tensor:
+    parts = [part for part in (prepend, x, append) if part is not None]
+    x = torch.cat(parts, dim) if len(parts) > 1 else x
+    for _ in range(n):
+        later, earlier = _aten.slice.Tensor(x, dim, 1, sys.maxsize), _aten.slice.Tensor(x, dim, 0, -1)
+        x = later.logical_xor(earlier) if x.dtype is torch.bool else later - earlier
+    return x
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+    _aten.rms_norm.default: _rms_norm,
+    _aten.diff.default: _diff,
+    **{operator: _to for operator in (_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other)},
+    _aten.__and__.Tensor: torch.bitwise_and,
+    _aten.__or__.Tensor: torch.bitwise_or,
+    _aten.__xor__.Tensor: torch.bitwise_xor,
+}
+"""By operator; each takes the operator's own arguments."""

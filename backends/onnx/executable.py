@@ -1,0 +1,119 @@
+"""Running an exported file in ONNX Runtime with the model's own calling convention."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
+from loopq_compile.errors import LoopQError
+
+
+class OnnxExecutable:
+    """An exported program in ONNX Runtime.
+
+    Args:
+        path: an `.onnx` file written by `export`, or the directory it was written to.
+        threads: threads inside an operator; None leaves the choice to ONNX Runtime.
+        optimize: graph optimizations of ONNX Runtime (all, or none).
+        providers: execution providers by name, the CPU's by default.
+
+    Raises:
+        LoopQError: onnxruntime is not installed, the file is missing or damaged, or it was not written by `export`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        optimize: bool = True,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> None:
+        self.path = _model_file(Path(path))
+        self.session = _open(self.path, threads, optimize, providers)
+        self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
+        """Everything in the file's metadata, as text."""
+        if METADATA_KEY not in self.metadata:
+            raise LoopQError(f"{self.path} was not written by loopq_compile; open it with onnxruntime directly.")
+        self._convention = from_json(self.metadata[METADATA_KEY])
+        self.signature = self._convention.signature
+        self.input_names: list[str] = [value.name for value in self.session.get_inputs()]
+        self.output_names: list[str] = [value.name for value in self.session.get_outputs()]
+
+    @property
+    def program_info(self) -> dict[str, Any]:
+        """Model name, method, scheme, loop count, target and form of the exported program."""
+        return json.loads(self.metadata.get("loopq.program", "{}"))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The program's result for the same call.
+
+        Takes PyTorch tensors or numpy arrays, and returns PyTorch tensors unless all inputs are numpy arrays. The
+        result has the model's own structure; if its class is not importable here, it is a tuple (or one tensor).
+
+        Raises:
+            LoopQError: the arguments do not fit the captured call, or ONNX Runtime fails on them.
+        """
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor | np.ndarray)]
+        as_numpy = bool(given) and all(isinstance(value, np.ndarray) for value in given)
+        tensors = self.signature.bind([_tensor(value) for value in args], {k: _tensor(v) for k, v in kwargs.items()})
+        feed = {
+            spec.name: tensor.detach().cpu().contiguous().numpy()
+            for spec, tensor in zip(self.signature.inputs, tensors, strict=True)
+            if spec.name in self.input_names
+        }
+        try:
+            results = self.session.run(None, feed)
+        except Exception as error:
+            sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in feed.items())
+            raise LoopQError(f"ONNX Runtime failed on {sizes}: {str(error)[:400]}") from error
+        return self._convention.restore(results if as_numpy else [torch.from_numpy(value) for value in results])
+
+
+def _tensor(value: Any) -> Any:
+    return torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+
+
+def _model_file(path: Path) -> Path:
+    if path.is_dir():
+        found = sorted(path.glob("*.onnx"))
+        if len(found) != 1:
+            raise LoopQError(f"{path} holds {len(found) or 'no'} .onnx files; give the path of one.")
+        path = found[0]
+    if not path.exists():
+        raise LoopQError(f"{path} does not exist; write it with program.export_onnx({str(path.parent)!r}).")
+    return path
+
+
+def _open(path: Path, threads: int | None, optimize: bool, providers: Sequence[str]) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise LoopQError("Running ONNX files needs onnxruntime: pip install onnxruntime.") from error
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise LoopQError(f"threads must be a positive integer; got {threads!r}.")
+    unknown = [name for name in providers if name not in onnxruntime.get_available_providers()]
+    if unknown:
+        raise LoopQError(
+            f"ONNX Runtime has no {unknown[0]}; it has {', '.join(onnxruntime.get_available_providers())}."
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:
+        raise LoopQError(
+            f"ONNX Runtime cannot open {path}; the file is damaged or incomplete: {str(error)[:400]}"
+        ) from error

@@ -1,0 +1,121 @@
+"""The export itself: a sequence of named steps, and the options that are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from torch import fx
+
+from loopq_compile.backends.onnx.convention import METADATA_KEY, output_names, to_json
+from loopq_compile.backends.onnx.naming import name_everything
+from loopq_compile.backends.onnx.prepare import prepare
+from loopq_compile.backends.onnx.qdq import OPSET, lower_to_qdq
+from loopq_compile.backends.onnx.report import OnnxExport, describe
+from loopq_compile.backends.onnx.simplify import simplify
+from loopq_compile.backends.onnx.translate import DOMAIN, translate
+from loopq_compile.backends.onnx.write import EXTERNAL_DATA_THRESHOLD, check_destination, write_model
+from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.state import CompilerState, get_state
+
+TARGETS = ("qdq",)
+FORMS = ("unrolled",)
+_PLANNED = {"target": ("onnxruntime",), "form": ("rolled",)}
+_IR_VERSION = 10
+
+
+def export(
+    graph_module: fx.GraphModule,
+    directory: str | os.PathLike[str],
+    *,
+    target: str = "qdq",
+    form: str = "unrolled",
+    cache: bool = False,
+    overwrite: bool = True,
+    external_data_threshold: int = EXTERNAL_DATA_THRESHOLD,
+) -> OnnxExport:
+    """Writes the program as `model.onnx` into `directory`.
+
+    Quantized weights are INT4 or INT8 initializers with block-wise scales, stored once and read by every loop;
+    activations pass through QuantizeLinear and DequantizeLinear. Batch and sequence are dynamic. Node names start with
+    the loop (`/loop2/...`). The program is not changed.
+
+    Args:
+        graph_module: a compiled graph (captured, quantized or not).
+        directory: made if it does not exist.
+        target: "qdq", standard operators alone.
+        form: "unrolled", every loop has its own nodes.
+        cache: a key-value cache as inputs and outputs; not in this version.
+        overwrite: replace a `model.onnx` that is there already.
+        external_data_threshold: bytes of weights above which they go to `model.onnx.data`.
+
+    Raises:
+        LoopQError: an unknown or not yet available option, an operator without translation, or a directory that
+            cannot be written.
+    """
+    _check_options(graph_module, directory, target, form, cache)
+    check_destination(Path(directory), overwrite=overwrite)
+    state = get_state(graph_module)
+    prepared = prepare(graph_module)
+    names = output_names(state.signature, prepared.outputs)
+    model = translate(prepared, state.signature, names, OPSET)
+    simplify(model)
+    lower_to_qdq(model, prepared.origins)
+    _clean_up(model)
+    name_everything(model, prepared.origins)
+    _describe_program(model, state, prepared.outputs, target=target, form=form)
+    files = write_model(model, Path(directory), threshold=external_data_threshold)
+    return describe(model, files, target=target, form=form)
+
+
+def _check_options(graph_module: Any, directory: Any, target: str, form: str, cache: bool) -> None:
+    if not isinstance(graph_module, fx.GraphModule):
+        raise LoopQError(f"export takes the graph module of a program; got {type(graph_module).__name__}.")
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+        raise LoopQError(f"directory must be a path; got {directory!r}.")
+    for option, value, known in (("target", target, TARGETS), ("form", form, FORMS)):
+        if value in known:
+            continue
+        if value in _PLANNED[option]:
+            raise LoopQError(f"ONNX {option} {value!r} is not in this version; it has {', '.join(map(repr, known))}.")
+        raise LoopQError(f"Unknown ONNX {option} {value!r}.{did_you_mean(str(value), known + _PLANNED[option])}")
+    if cache:
+        raise LoopQError("cache=True is not in this version: ONNX files compute the whole sequence anew.")
+
+
+def _clean_up(model: ir.Model) -> None:
+    """Drops what lowering left behind; no node is computed ahead here."""
+    common.RemoveUnusedNodesPass()(model)
+    model.graph.opset_imports.pop(DOMAIN, None)
+    common.RemoveUnusedOpsetsPass()(model)
+    model.ir_version = _IR_VERSION
+
+
+def _describe_program(model: ir.Model, state: CompilerState, outputs: list[Any], *, target: str, form: str) -> None:
+    model.producer_name, model.producer_version = "loopq_compile", _version()
+    model.doc_string = None
+    model.metadata_props[METADATA_KEY] = to_json(state.signature, outputs)
+    model.metadata_props["loopq.program"] = json.dumps(
+        {
+            "model": state.model_name,
+            "method": state.method,
+            "scheme": state.scheme.to_dict() if state.scheme else None,
+            "loops": state.loops.count,
+            "structure": state.loops.describe(),
+            "target": target,
+            "form": form,
+        }
+    )
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("loopq-compile")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,41 @@
+"""Target `qdq`: standard operators alone, so that any ONNX runtime can read the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from loopq_compile.backends.onnx.activations import lower_dynamic_scale, lower_pair
+from loopq_compile.backends.onnx.emit import constant_array
+from loopq_compile.backends.onnx.prepare import Origin
+from loopq_compile.backends.onnx.translate import DOMAIN, origin_of
+from loopq_compile.backends.onnx.weights import lower_linears, lower_weight
+from loopq_compile.errors import InternalError, LoopQError
+
+OPSET = 21
+"""The first operator set with INT4 and block-wise scales; later ones bring nothing that this target needs."""
+
+
+def lower_to_qdq(model: ir.Model, origins: Mapping[str, Origin]) -> None:
+    """Replaces the nodes of domain `loopq` in place; afterwards all nodes are standard.
+
+    Raises:
+        LoopQError: the model computes in a type that ONNX cannot quantize (float64).
+    """
+    graph = model.graph
+    nodes = [node for node in graph if node.domain == DOMAIN]
+    for node in nodes:
+        if node.op_type != "Linear" and node.inputs[1] is not None and node.inputs[1].dtype is ir.DataType.DOUBLE:
+            raise LoopQError("ONNX cannot quantize float64; convert the model first: model.float().")
+    for node in nodes:
+        if node.op_type == "DynamicScale":
+            lower_dynamic_scale(graph, node)
+        elif node.op_type == "Dequantize" and constant_array(node.inputs[0]) is not None:
+            lower_weight(graph, node, bits=origins.get(origin_of(node) or "", Origin("")).bits)
+    for node in [node for node in nodes if node.op_type == "Quantize"]:
+        lower_pair(graph, node)
+    lower_linears(graph, [node for node in nodes if node.op_type == "Linear"])
+    left = [node.name for node in graph if node.domain == DOMAIN]
+    if left:
+        raise InternalError(f"Nodes without a translation to standard ONNX are left: {left[:5]}.")

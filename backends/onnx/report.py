@@ -1,0 +1,91 @@
+"""What an export wrote."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """The result of an export.
+
+    Args:
+        path: the `.onnx` file.
+        files: all files written, the model first.
+        bytes: their size together, external data included.
+        target, form: what was asked for.
+        opset: version of the standard operator set.
+        nodes: number of nodes by operator.
+        integer_weights: number of quantized weights by ONNX type, for instance `{"INT4": 28}`.
+        inputs, outputs: such as `input_ids: INT64[batch, sequence]`.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    bytes: int
+    target: str
+    form: str
+    opset: int
+    nodes: dict[str, int]
+    integer_weights: dict[str, int]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def node_count(self) -> int:
+        """Number of nodes."""
+        return sum(self.nodes.values())
+
+    def __str__(self) -> str:
+        common = ", ".join(f"{count} {name}" for name, count in list(self.nodes.items())[:6])
+        weights = ", ".join(f"{count} {name}" for name, count in self.integer_weights.items()) or "none"
+        return "\n".join(
+            [
+                f"{self.path}  {_size(self.bytes)}{' with external data' if len(self.files) > 1 else ''}",
+                f"  target {self.target}, form {self.form}, opset {self.opset}",
+                f"  {self.node_count} nodes: {common}{', ...' if len(self.nodes) > 6 else ''}",
+                f"  quantized weights: {weights}",
+                f"  ({', '.join(self.inputs)}) -> ({', '.join(self.outputs)})",
+            ]
+        )
+
+
+def describe(model: ir.Model, files: list[Path], *, target: str, form: str) -> OnnxExport:
+    """The report on `model`, which was written to `files`."""
+    nodes = Counter(node.op_type for node in model.graph.all_nodes())
+    integers = (ir.DataType.INT4, ir.DataType.INT8)
+    weights = Counter(
+        value.dtype.name
+        for value in model.graph.initializers.values()
+        if value.dtype in integers and value.shape is not None and len(value.shape) == 2
+    )
+    return OnnxExport(
+        path=files[0],
+        files=tuple(files),
+        bytes=sum(file.stat().st_size for file in files),
+        target=target,
+        form=form,
+        opset=model.opset_imports[""],
+        nodes=dict(nodes.most_common()),
+        integer_weights=dict(sorted(weights.items())),
+        inputs=tuple(map(_value, model.graph.inputs)),
+        outputs=tuple(map(_value, model.graph.outputs)),
+    )
+
+
+def _value(value: ir.Value) -> str:
+    shape = ", ".join(str(getattr(size, "value", size)) for size in value.shape) if value.shape is not None else "?"
+    return f"{value.name}: {value.dtype.name if value.dtype is not None else '?'}[{shape}]"
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

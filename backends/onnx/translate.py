@@ -1,0 +1,185 @@
+"""Second step of an export: ATen operators become ONNX operators, by `torch.onnx`.
+
+Quantization and linear layers pass through it as opaque nodes of the domain `loopq`. So constant folding can neither
+turn a dequantized weight back into floating point nor store a second, transposed copy of a tied one, and the target
+decides later what they become.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+import loopq_compile.operators  # noqa: F401  (registers torch.ops.loopq)
+from loopq_compile.backends.onnx.decompose import DECOMPOSITIONS
+from loopq_compile.backends.onnx.prepare import Prepared
+from loopq_compile.errors import LoopQError
+from loopq_compile.signature import InputSpec, Signature
+
+DOMAIN = "loopq"
+"""Domain of the opaque nodes `Quantize`, `Dequantize`, `DynamicScale` and `Linear`."""
+
+_EXAMPLE_SIZES = {"batch": 2, "sequence": 16}
+_aten, _loopq = torch.ops.aten, torch.ops.loopq
+
+
+def translate(prepared: Prepared, signature: Signature, output_names: list[str], opset: int) -> ir.Model:
+    """The ONNX model of a prepared graph, with quantization and linear layers left as nodes of `DOMAIN`.
+
+    `origin_of` finds the FX node that an ONNX node came from.
+
+    Raises:
+        LoopQError: an operator has no ONNX translation; the message names it, its loop and its source line.
+    """
+    for node in prepared.graph_module.graph.nodes:
+        # torch.onnx writes the module stack into the file's metadata and keeps it through its own rewrites: it
+        # carries the node's name to the other side.
+        node.meta["nn_module_stack"] = {"loopq": (f"loopq:{node.name}", "torch.nn.Module")}
+    try:
+        with _quiet(), torch.no_grad():
+            exported = _retrace(prepared, signature)
+            try:
+                return _to_onnx(exported, signature, output_names, opset, decompose=False)
+            except torch.onnx.errors.OnnxExporterError:  # an operator that torch.onnx knows in parts only
+                return _to_onnx(exported, signature, output_names, opset, decompose=True)
+    except Exception as error:
+        raise LoopQError(_explain(error, prepared)) from error
+
+
+def _retrace(prepared: Prepared, signature: Signature) -> ExportedProgram:
+    """The graph as an `ExportedProgram`, which is what torch.onnx takes."""
+    placeholders = [node for node in prepared.graph_module.graph.nodes if node.op == "placeholder"]
+    inputs = tuple(_example(spec, node) for spec, node in zip(signature.inputs, placeholders, strict=True))
+    dynamic = tuple({i: Dim.DYNAMIC for i in _dynamic_axes(spec)} for spec in signature.inputs)
+    return torch.export.export(_Runner(prepared.graph_module), inputs, dynamic_shapes=(dynamic,), strict=False)
+
+
+def _to_onnx(
+    exported: ExportedProgram, signature: Signature, output_names: list[str], opset: int, *, decompose: bool
+) -> ir.Model:
+    if not decompose:
+        # torch.onnx decomposes operators by tracing the graph twice more, which takes two thirds of its time. The
+        # few that language models need have been decomposed on the way here.
+        exported = copy.copy(exported)
+        exported.run_decompositions = lambda *_: exported  # type: ignore[method-assign]
+    program = torch.onnx.export(
+        exported,
+        dynamo=True,
+        opset_version=opset,
+        optimize=False,
+        verbose=False,
+        input_names=[spec.name for spec in signature.inputs],
+        output_names=output_names,
+        dynamic_shapes=(tuple(_dynamic_axes(spec) for spec in signature.inputs),),
+    )
+    assert program is not None
+    return program.model
+
+
+def _dynamic_axes(spec: InputSpec) -> dict[int, str]:
+    return {i: size for i, size in enumerate(spec.shape) if isinstance(size, str)}
+
+
+def origin_of(node: ir.Node) -> str | None:
+    """Name of the FX node that `node` came from, None for nodes that the optimizer made up."""
+    match = re.search(r"loopq:([^']+)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+    return match[1] if match else None
+
+
+class _Interpreter(fx.Interpreter):
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is _loopq.quantize.default:
+            x, scale, group_size, q_min, q_max = args
+            attributes = {"group_size": group_size, "q_min": q_min, "q_max": q_max}
+            return _opaque("Quantize", (x, scale), attributes, torch.int8, x.shape)
+        if target is _loopq.dequantize.default:
+            codes, scale, group_size = args
+            return _opaque("Dequantize", (codes, scale), {"group_size": group_size}, scale.dtype, codes.shape)
+        if target is _loopq.dynamic_scale.default:
+            x, clip, group_size, q_max = args
+            shape = (*x.shape[:-1], x.shape[-1] // group_size)
+            return _opaque("DynamicScale", (x, clip), {"group_size": group_size, "q_max": q_max}, x.dtype, shape)
+        if target is _aten.linear.default and args[1].ndim == 2 and args[0].ndim >= 2:
+            shape = (*args[0].shape[:-1], args[1].shape[0])
+            return _opaque("Linear", (*args, *kwargs.values()), {}, args[0].dtype, shape)
+        return super().call_function(DECOMPOSITIONS.get(target, target), args, kwargs)
+
+
+def _opaque(
+    name: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], dtype: torch.dtype, shape: Any
+) -> Tensor:
+    return torch.onnx.ops.symbolic(f"{DOMAIN}::{name}", inputs, attributes, dtype=dtype, shape=shape, version=1)
+
+
+class _Runner(nn.Module):
+    """Runs the graph node by node, so that `torch.export` sees the metadata of each."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__()
+        self.program = graph_module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        with fx_traceback.preserve_node_meta():
+            return _Interpreter(self.program).run(*inputs)
+
+
+WEIGHT_PREFIX = "program."
+"""What `torch.onnx` puts in front of tensor names, because the graph is a submodule of `_Runner`."""
+
+
+def _example(spec: InputSpec, node: fx.Node) -> Tensor:
+    """A tensor of the size seen at capture: the graph may demand more of a size than its name says."""
+    value = node.meta.get("val")
+    shape = []
+    for i, size in enumerate(spec.shape):
+        if isinstance(size, str):
+            captured = getattr(getattr(value.shape[i], "node", None), "hint", None) if value is not None else None
+            size = captured or _EXAMPLE_SIZES.get(size, 16)
+        shape.append(size)
+    return torch.zeros(shape, dtype=spec.dtype)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx warns about optional packages that are not installed, and about matters a user cannot change."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _explain(error: Exception, prepared: Prepared) -> str:
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    text = "\n".join(str(part) for part in chain)
+    # The second attempt has decomposed the operator and misses its parts: the first one's complaint is among them.
+    found = re.findall(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", text)
+    missing = {f"{operator}.{overload}" for operator, overload in found}
+    first = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), type(chain[-1]).__name__)
+    for node in prepared.graph_module.graph.nodes:
+        if str(node.target) in missing:
+            origin = prepared.origins[node.name]
+            where = f"node {origin.node}{f' in loop {origin.loop}' if origin.loop else ''}"
+            line = (node.meta.get("stack_trace") or "").strip().splitlines()[-2:]
+            return (
+                f"Operator {node.target} ({where}) has no ONNX translation. Write that part of the model with other "
+                f"operators: {' '.join(part.strip() for part in line) or 'source line unknown'}"
+            )
+    return f"The program cannot be translated to ONNX: {first[:600]}"

@@ -1,0 +1,97 @@
+"""Linear layers and their weights for target `qdq`.
+
+A quantized weight arrives as `Dequantize(codes [N, K], scale [N, groups])`, read by the `Linear` of every loop. It
+leaves as one INT4 or INT8 initializer `[K, N]` with block-wise scales and one `DequantizeLinear`, whose result `MatMul`
+takes as it is. Weights that stay in floating point are turned round too, without a second copy: a tied one, which an
+embedding reads as well, keeps its place and gets a `Transpose` node that all loops share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array
+from loopq_compile.errors import InternalError
+
+TURNED = "loopq.turned"
+"""Marks the `Transpose` behind a quantized weight; linear layers look through it, so only other readers keep it."""
+
+
+def lower_weight(graph: ir.Graph, node: ir.Node, bits: int | None) -> None:
+    """Replaces the `Dequantize` of a weight.
+
+    Up to 4 bits are stored as INT4 (two codes a byte), 5 to 8 bits as INT8. With one group per row the scale is a
+    plain per-channel one, `[N]`, which more runtimes read; otherwise it is `[groups, N]` with `block_size`.
+
+    Args:
+        bits: width of the codes; None takes it from their range.
+
+    Raises:
+        InternalError: the weight is not a matrix of constants.
+    """
+    codes_value, scale_value = node.inputs
+    codes, scale = constant_array(codes_value), constant_array(scale_value)
+    if codes is None or scale is None or codes.ndim != 2 or codes_value is None or scale_value is None:
+        raise InternalError(f"Weight {node.inputs} of {node.name} is not a constant matrix with constant scales.")
+    outputs, features = codes.shape
+    scale = np.broadcast_to(scale, (outputs, scale.shape[-1]))
+    groups = scale.shape[1]
+    stored = ir.DataType.INT4 if (bits or _bits(codes)) <= 4 else ir.DataType.INT8
+    numpy_type = ml_dtypes.int4 if stored is ir.DataType.INT4 else np.int8
+    emitter = Emitter(graph, node)
+    packed = constant(graph, f"{codes_value.name}.{stored.name.lower()}", codes.T.astype(numpy_type), stored)
+    if groups == 1:
+        scales = constant(graph, f"{scale_value.name}.per_channel", scale[:, 0])
+        attributes = {"axis": 1}
+    else:
+        scales = constant(graph, f"{scale_value.name}.blocks", scale.T)
+        attributes = {"axis": 0, "block_size": features // groups}
+    weight = emitter.node("DequantizeLinear", [packed, scales], scale_value.dtype, [features, outputs], attributes)
+    turned = emitter.node("Transpose", [weight], scale_value.dtype, [outputs, features], {"perm": [1, 0]})
+    producer = turned.producer()
+    assert producer is not None
+    producer.metadata_props[TURNED] = "yes"
+    emitter.finish(turned)
+
+
+def lower_linears(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
+    """Replaces `Linear(x, weight [N, K], bias)` by `MatMul` and `Add`; `nodes` are all of them.
+
+    Quantized weights must have been lowered before: they are `[K, N]` by then, behind a `Transpose` that goes away.
+    """
+    turned: dict[ir.Value, ir.Value] = {}
+    for node in nodes:
+        x, weight, *bias = node.inputs
+        assert x is not None and weight is not None
+        emitter = Emitter(graph, node)
+        if weight not in turned:
+            turned[weight] = _turn(emitter, weight)
+        result = node.outputs[0]
+        y = emitter.node("MatMul", [x, turned[weight]], result.dtype, result.shape)
+        if bias and bias[0] is not None:
+            y = emitter.node("Add", [y, bias[0]], result.dtype, result.shape)
+        emitter.finish(y)
+
+
+def _turn(emitter: Emitter, weight: ir.Value) -> ir.Value:
+    """`weight [N, K]` as `[K, N]`."""
+    maker = weight.producer()
+    if maker is not None and maker.metadata_props.get(TURNED):
+        source = maker.inputs[0]
+        assert source is not None
+        return source
+    linear_only = all(reader.op_type == "Linear" and position == 1 for reader, position in weight.uses())
+    values = constant_array(weight)
+    if values is not None and linear_only:
+        return constant(emitter.graph, f"{weight.name}.transposed", values.T)
+    shape = list(reversed(list(weight.shape or ())))
+    return emitter.node("Transpose", [weight], weight.dtype, shape, {"perm": [1, 0]})
+
+
+def _bits(codes: np.ndarray) -> int:
+    largest = max(int(codes.max(initial=0)), -int(codes.min(initial=0)) - 1, 1)
+    return largest.bit_length() + 1

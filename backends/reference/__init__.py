@@ -1,0 +1,46 @@
+"""The reference backend: runs the graph in PyTorch, operator by operator. What it computes is the meaning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from loopq_compile.errors import LoopQError
+from loopq_compile.state import get_state
+
+__all__ = ["ReferenceExecutable", "lower"]
+
+
+class ReferenceExecutable:
+    """Runs a graph module as it stands.
+
+    Args:
+        graph_module: a captured graph, before or after any pass. It is shared, not copied: later passes show.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self.signature = get_state(graph_module).signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns for the same call, gradients switched off.
+
+        Raises:
+            LoopQError: the arguments do not fit the captured call.
+        """
+        inputs = self.signature.bind(args, kwargs)
+        with torch.no_grad():
+            return self.signature.restore(self.graph_module(*inputs))
+
+
+def lower(program: Any, **options: Any) -> ReferenceExecutable:
+    """A `ReferenceExecutable` for a `Program` or a graph module; there are no options.
+
+    Raises:
+        LoopQError: options were given.
+    """
+    if options:
+        raise LoopQError(f"The reference backend takes no options; got {', '.join(options)}.")
+    return ReferenceExecutable(getattr(program, "graph_module", program))

@@ -1,0 +1,54 @@
+"""The command line: `loopq-compile`. One module a command; heavy imports happen when a command runs."""
+
+from __future__ import annotations
+
+import typer
+
+from loopq_compile.cli import bench, compile, demo, evaluate, export, generate, inspect
+from loopq_compile.cli.common import Commands
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Quantizes looped language models (LoopQ) and lowers them to ONNX.
+
+    A looped model runs one block of layers several times. Start with `loopq-compile demo`, which takes the small looped
+    language model inside this package all the way; then `compile` one of your own.
+
+    A MODEL is one of: the word "bundled"; a Hugging Face folder or hub id; a folder written by `compile`; an .onnx file
+    or the folder written by `export`.
+    """,
+)
+app.command("demo")(demo.demo)
+app.command("compile")(compile.compile_command)
+app.command("inspect")(inspect.inspect_command)
+app.command("eval")(evaluate.eval_command)
+app.add_typer(bench.app, name="bench")
+app.command("export")(export.export_command)
+app.command("generate")(generate.generate_command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from loopq_compile import __version__
+
+        typer.echo(f"loopq-compile {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `loopq-compile` program."""
+    app(prog_name="loopq-compile")

@@ -1,0 +1,165 @@
+"""What the commands share: consoles, errors as one message, options, and ways from names to models and texts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from loopq_compile.errors import LoopQError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loopq_compile.loading import Loaded
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help='"bundled", a Hugging Face folder or hub id, a folder written by `compile`, or an exported .onnx file.',
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text for people.")]
+TokenizerFile = Annotated[
+    str | None,
+    typer.Option("--tokenizer", metavar="FILE", help="tokenizer.json to use; by default the one beside the model."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let a Hugging Face repository run its own Python code. Read it first."),
+]
+TextFile = Annotated[
+    str | None,
+    typer.Option("--text", metavar="FILE", help="UTF-8 text to score; by default the bundled model's held-out text."),
+]
+Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
+Stride = Annotated[
+    int, typer.Option("--stride", min=1, help="Tokens from one window to the next; each token is scored once.")
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=0, help="Score only the first N tokens; 0 for all.")]
+
+
+class Commands(TyperGroup):
+    """Commands whose errors reach the user as one message on standard error and exit status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return super().invoke(ctx)
+            except LoopQError as error:
+                _fail(str(error))
+            except BrokenPipeError:  # the reader (head, less) has left
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+                raise typer.Exit(1) from None
+            except OSError as error:
+                _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+
+
+def _fail(message: str) -> None:
+    console(stderr=True).print("[bold red]error:[/]", end=" ")
+    typer.echo(message, err=True)
+    raise typer.Exit(1)
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that does not squeeze tables into 80 columns where there is no terminal."""
+    made = Console(stderr=stderr, soft_wrap=False, highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made = Console(stderr=stderr, width=160, highlight=False)
+    return made
+
+
+def print_json(value: Any) -> None:
+    """JSON on standard output."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1, title: str = "") -> Table:
+    """A table whose first `text_columns` are aligned left, the others right."""
+    made = Table(box=None, pad_edge=False, header_style="bold", title=title or None, title_justify="left")
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="left" if i < text_columns else "right", overflow="fold", no_wrap=i > 0)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def load(name: str, tokenizer_file: str | None = None, trust_remote_code: bool = False) -> Loaded:
+    """`load_model`, with the tokenizer of `tokenizer_file` if one is given."""
+    from loopq_compile.loading import Loaded, load_model, read_tokenizer
+
+    tokenizer = read_tokenizer(tokenizer_file) if tokenizer_file else None
+    loaded = load_model(name, trust_remote_code=trust_remote_code)
+    return Loaded(loaded.model, tokenizer or loaded.tokenizer)
+
+
+def text_source(file: str | None) -> tuple[str, str]:
+    """The text to score, and a sentence about where it is from."""
+    if file is not None:
+        from loopq_compile.evaluate import read_text
+
+        return read_text(file), file
+    from loopq_compile.bundled import held_out_text
+
+    held_out = held_out_text()
+    return held_out.text, str(held_out)
+
+
+def calibration_batches(source: str, tokenizer: Any, samples: int, length: int, seed: int) -> list[Tensor]:
+    """Token batches `[<= 4, length]` from a text file, or for `source="bundled"` from the bundled training text.
+
+    Raises:
+        LoopQError: the file is unreadable or too short, or there is no tokenizer.
+    """
+    import torch
+
+    from loopq_compile.evaluate import read_text, tokenize
+
+    if min(samples, length) < 1:
+        raise LoopQError(f"samples={samples} and length={length} must be at least 1.")
+    if source == "bundled":
+        from loopq_compile import bundled
+
+        own = bundled.load_tokenizer()
+        if tokenizer is None or tokenizer.to_str() == own.to_str():
+            return bundled.calibration_tokens(samples, length, seed)
+        rows = torch.cat(bundled.calibration_tokens(2 * samples, length, seed))
+        text = own.decode(rows.flatten().tolist())
+    else:
+        text = read_text(source)
+    ids = tokenize(tokenizer, text)
+    if len(ids) < length:
+        raise LoopQError(f"{source} has {len(ids)} tokens, fewer than one sample of length {length}. Lower --length.")
+    rows = ids[: len(ids) // length * length].view(-1, length)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]
+    return list(rows[order].split(4))
+
+
+def names(text: str) -> list[str]:
+    """The entries of a comma-separated list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def checked_choice(option: str, value: str, choices: Sequence[str]) -> str:
+    """`value`, if it is one of `choices`."""
+    from loopq_compile.errors import did_you_mean
+
+    if value not in choices:
+        raise LoopQError(f"Unknown {option} {value!r}.{did_you_mean(value, choices)}")
+    return value
+
+
+def note(json_output: bool) -> Callable[[str], None]:
+    """Prints remarks for people: to standard output, or to standard error where that is kept for JSON."""
+    target = console(stderr=json_output)
+    return lambda text: target.print(text, markup=False)

@@ -1,0 +1,101 @@
+"""`loopq-compile compile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loopq_compile.cli.common import (
+    Json,
+    Model,
+    TokenizerFile,
+    TrustRemoteCode,
+    calibration_batches,
+    load,
+    note,
+    print_json,
+)
+from loopq_compile.errors import LoopQError
+
+
+def compile_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New folder for the quantized program.")],
+    scheme: Annotated[
+        str, typer.Option(help="Bits of weights and activations: w4a4, w4a8, w8a8, w4a16, any w{2..8}a{2..8,16}.")
+    ] = "w4a4",
+    method: Annotated[str, typer.Option(help="symmetric, las, or loopq (everything this version has).")] = "loopq",
+    activation: Annotated[
+        str,
+        typer.Option(
+            help="dynamic: activation scales are taken from every token as it comes. static: they are constants found "
+            "in calibration."
+        ),
+    ] = "dynamic",
+    group_size: Annotated[int, typer.Option(help="Neighbouring features that share a scale; -1 for whole rows.")] = 32,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Linear layers to leave in floating point: '*.o_proj'. Repeatable."),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help='UTF-8 text to calibrate on, or "bundled" for documentation text of the installed libraries (the '
+            "default for the bundled model).",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Number of calibration samples.")] = 32,
+    length: Annotated[int, typer.Option(min=1, help="Tokens in a calibration sample.")] = 128,
+    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
+    tokenizer: TokenizerFile = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Quantize a model and save it as a program.
+
+    The folder holds program.json (the graph, readable), tensors.safetensors and the tokenizer. Look at it with
+    `loopq-compile inspect DIR`, measure it with `eval`, turn it into ONNX with `export`.
+
+    Example: loopq-compile compile bundled --scheme w4a8 --activation static --out my-program
+    """
+    from loopq_compile.artifact import save
+    from loopq_compile.driver import compile as compile_model
+    from loopq_compile.loading import BUNDLED, TOKENIZER_FILE
+    from loopq_compile.pipelines import get_pipeline
+    from loopq_compile.scheme import Scheme
+
+    say = note(json)
+    wanted = Scheme.parse(scheme, activation=activation, group_size=group_size, skip=tuple(skip or ()))
+    get_pipeline(method)
+    loaded = load(model, tokenizer, trust_remote_code)
+    if loaded.kind != "model":
+        raise LoopQError(f"{model} is quantized already; compile takes a model in floating point.")
+    source = calibration or (BUNDLED if model == BUNDLED else None)
+    batches = calibration_batches(source, loaded.tokenizer, samples, length, seed) if source else None
+    if batches is not None:
+        say(f"calibrating on {sum(map(len, batches))} samples of {length} tokens from {source}")
+    program = compile_model(loaded.model, scheme=wanted, method=method, calibration=batches)
+    files = {TOKENIZER_FILE: loaded.tokenizer.to_str()} if loaded.tokenizer else {}
+    save(program.graph_module, out, files)
+    if json:
+        print_json(_report(program, out))
+    else:
+        say(program.summary())
+        say(f"\nwrote {out}; next: loopq-compile inspect {out}, loopq-compile export {out} --out {out}-onnx")
+
+
+def _report(program: Any, out: Path) -> dict[str, Any]:
+    from loopq_compile.state import get_state
+
+    return {
+        "out": str(out),
+        "bytes": sum(file.stat().st_size for file in out.iterdir()),
+        "method": get_state(program.graph_module).method,
+        "scheme": program.scheme.to_dict(),
+        "loops": program.loops.describe(),
+        "loop_count": program.loops.count,
+        "passes": [entry.pass_name for entry in program.log],
+    }

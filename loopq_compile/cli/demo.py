@@ -1,0 +1,29 @@
+"""`loopq-compile demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loopq_compile.cli.common import Json, console, print_json
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for what is written.")] = Path(
+        "demo-output"
+    ),
+    max_tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens to measure on; more takes longer.")] = 4096,
+    json: Json = False,
+) -> None:
+    """Take the bundled looped language model all the way: a few minutes on two cores.
+
+    Captures it, finds its loops, quantizes it in eight ways and measures each on held-out text, exports the one with
+    four-bit weights and activations to ONNX, and lets ONNX Runtime write text with it.
+    """
+    from loopq_compile.demo import Demo
+
+    results = Demo(out=out, max_tokens=max_tokens, console=console(stderr=json)).run()
+    if json:
+        print_json(results)

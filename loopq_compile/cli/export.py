@@ -1,0 +1,51 @@
+"""`loopq-compile export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loopq_compile.cli.common import Json, load, note, print_json
+from loopq_compile.errors import LoopQError
+
+
+def export_command(
+    program: Annotated[str, typer.Argument(metavar="DIR", help="Folder written by `loopq-compile compile`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for model.onnx and the tokenizer.")],
+    target: Annotated[
+        str, typer.Option(help="qdq: standard ONNX operators alone, which any runtime can read.")
+    ] = "qdq",
+    form: Annotated[
+        str, typer.Option(help="unrolled: every loop has its own nodes; weights are stored once.")
+    ] = "unrolled",
+    json: Json = False,
+) -> None:
+    """Write a compiled program as an ONNX file.
+
+    The file passes the ONNX checker and runs in ONNX Runtime: try `loopq-compile generate DIR` on it.
+    """
+    from loopq_compile.loading import save_tokenizer
+
+    loaded = load(program)
+    if loaded.kind != "program":
+        raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile {program} --out DIR` first.")
+    report = loaded.model.export_onnx(out, target=target, form=form)
+    save_tokenizer(loaded.tokenizer, out)
+    if json:
+        print_json(
+            {
+                "path": str(report.path),
+                "bytes": report.bytes,
+                "target": report.target,
+                "form": report.form,
+                "opset": report.opset,
+                "nodes": report.nodes,
+                "integer_weights": report.integer_weights,
+                "inputs": report.inputs,
+                "outputs": report.outputs,
+            }
+        )
+    else:
+        note(json)(str(report))

@@ -1,0 +1,93 @@
+"""`loopq-compile generate`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any
+
+import typer
+
+from loopq_compile.cli.common import Json, Model, TokenizerFile, TrustRemoteCode, load, print_json
+from loopq_compile.errors import LoopQError
+
+END_TOKENS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|end_of_text|>", "<eos>")
+"""What tokenizers call the token that ends a text."""
+
+
+def generate_command(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="Draw tokens at random; without it the most likely one is taken.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="Below 1 more predictable, above 1 more varied.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the K most likely tokens only.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the most likely tokens that add up to P only.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
+    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on behind the end-of-text token.")] = False,
+    tokenizer: TokenizerFile = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Continue a text, with a model, a compiled program or an ONNX file.
+
+    Tokens appear as they are made. The whole text is computed again for every token (there is no cache yet).
+
+    Example: loopq-compile generate bundled --prompt "Return the" --do-sample --top-p 0.9
+    """
+    import torch
+
+    from loopq_compile.evaluate import tokenize
+    from loopq_compile.generation import stream
+
+    loaded = load(model, tokenizer, trust_remote_code)
+    ids = tokenize(loaded.tokenizer, prompt).unsqueeze(0)
+    start = time.perf_counter()
+    with torch.no_grad():
+        steps = stream(
+            loaded.model,
+            ids,
+            max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            eos_token_id=None if ignore_end else end_token(loaded.tokenizer),
+        )
+        tokens: list[int] = []
+        if not json:
+            typer.echo(prompt, nl=False)
+        for piece in pieces(loaded.tokenizer, ids[0].tolist(), (int(step[0]) for step in steps), tokens):
+            if not json:
+                typer.echo(piece, nl=False)
+    if json:
+        text = loaded.tokenizer.decode(tokens)  # type: ignore[union-attr]
+        seconds = round(time.perf_counter() - start, 3)
+        print_json({"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds})
+    else:
+        typer.echo()
+
+
+def end_token(tokenizer: Any) -> int | None:
+    """Id of the token that ends a text, None if the tokenizer has none that is known by name."""
+    ids = [tokenizer.token_to_id(name) for name in END_TOKENS]
+    return next((token for token in ids if token is not None), None)
+
+
+def pieces(tokenizer: Any, prompt: list[int], steps: Iterable[int], made: list[int]) -> Iterator[str]:
+    """Text to print for each new token; tokens are added to `made`. Half characters wait for their other half."""
+    shown = tokenizer.decode(prompt)
+    for token in steps:
+        made.append(token)
+        text = tokenizer.decode(prompt + made)
+        if not text.endswith("\ufffd") and text.startswith(shown):
+            yield text[len(shown) :]
+            shown = text
+    rest = tokenizer.decode(prompt + made)
+    if not made:
+        raise LoopQError("The model made no token.")
+    if len(rest) > len(shown):
+        yield rest[len(shown) :]

@@ -1,0 +1,138 @@
+"""Example inputs of a model: which argument each one is, and which of its dimensions vary."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from loopq_compile.errors import LoopQError
+
+EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
+"""Sizes of examples made here; the exporter specialises dimensions of size 1, and equal sizes are ambiguous."""
+
+Dimensions = dict[str, dict[int, str]]
+"""Names of the dimensions that may vary, by input: `{"input_ids": {0: "batch", 1: "sequence"}}`."""
+
+
+def bind_example(model: nn.Module, example_inputs: Any) -> tuple[list[str], dict[str, Any]]:
+    """Names of all parameters of `forward`, and the example's arguments by name."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if example_inputs is None:
+        return names, _causal_lm_example(model, names)
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    if isinstance(example_inputs, Mapping):
+        arguments = dict(example_inputs)
+        unknown = [name for name in arguments if name not in names]
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise LoopQError(f"{type(model).__name__}.forward has no argument {unknown[0]!r}; it takes {names}.")
+        names += unknown
+    elif isinstance(example_inputs, tuple | list):
+        if len(example_inputs) > len(names):
+            raise LoopQError(f"{len(example_inputs)} example inputs, but {type(model).__name__}.forward takes {names}.")
+        arguments = dict(zip(names, example_inputs, strict=False))
+    else:
+        raise LoopQError(
+            f"example_inputs must be a tensor, a tuple or a dict of tensors; got {type(example_inputs).__name__}."
+        )
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor | None | bool | int | float | str):
+            raise LoopQError(f"example input {name!r} must be a tensor or a plain value; got {type(value).__name__}.")
+    if not any(isinstance(value, Tensor) for value in arguments.values()):
+        raise LoopQError("example_inputs holds no tensor.")
+    if "use_cache" in names:
+        arguments.setdefault("use_cache", False)  # a program keeps no state
+    return names, arguments
+
+
+def _causal_lm_example(model: nn.Module, names: list[str]) -> dict[str, Any]:
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not isinstance(vocabulary, int) or "input_ids" not in names:
+        raise LoopQError(
+            f"{type(model).__name__} is not a Hugging Face causal language model: give example_inputs, for instance "
+            "torch.randint(0, vocab_size, (2, 16))."
+        )
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (EXAMPLE_BATCH, EXAMPLE_LENGTH), generator=generator)
+    device = next((p.device for p in model.parameters()), ids.device)
+    return {"input_ids": ids.to(device)} | ({"use_cache": False} if "use_cache" in names else {})
+
+
+def main_input(arguments: Mapping[str, Any]) -> str:
+    """The input that defines batch and sequence."""
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        if 0 in value.shape:
+            raise LoopQError(f"example input {name!r} is empty: shape {list(value.shape)}.")
+    integer = [name for name, value in tensors.items() if value.ndim >= 2 and not value.is_floating_point()]
+    deep = [name for name, value in tensors.items() if value.ndim >= 2]
+    if not deep:
+        name, value = next(iter(tensors.items()))
+        raise LoopQError(
+            f"example input {name!r} has shape {list(value.shape)}; a batch dimension is needed: x.unsqueeze(0)."
+        )
+    return "input_ids" if "input_ids" in integer else (integer or deep)[0]
+
+
+def name_dimensions(arguments: Mapping[str, Any]) -> Dimensions:
+    """Dimensions as long as batch or sequence of the main input; the main input's own come first."""
+    main = main_input(arguments)
+    batch, length = arguments[main].shape[:2]
+    has_sequence = arguments[main].ndim >= 3 or not arguments[main].is_floating_point()
+    named: Dimensions = {}
+    for name, value in arguments.items():
+        sizes = tuple(value.shape) if isinstance(value, Tensor) else ()
+        named[name] = {0: "batch"} if sizes[:1] == (batch,) else {}
+        if has_sequence and name == main:
+            named[name][1] = "sequence"
+        elif has_sequence:
+            found = [i for i, size in enumerate(sizes) if size == length and i not in named[name]]
+            if length > 1 or len(found) == 1:  # several dimensions of size 1 are more likely there to be broadcast
+                named[name] |= dict.fromkeys(found, "sequence")
+    return named
+
+
+def widen(arguments: dict[str, Any], named: Dimensions) -> dict[str, Any]:
+    """Repeats the example until neither batch nor sequence is 1 and the two differ."""
+    batch, length = arguments[main_input(arguments)].shape[:2]
+    new_length = EXAMPLE_LENGTH if length == 1 else length
+    new_batch = next(n for n in range(max(batch, 2), max(batch, 2) + 2) if n != new_length)
+    size = {"batch": new_batch, "sequence": new_length}
+    widened = dict(arguments)
+    for name, dims in named.items():
+        for i, dim in dims.items():
+            value = widened[name]
+            missing = size[dim] - value.shape[i]
+            if missing:
+                first = value.narrow(i, 0, 1)
+                widened[name] = torch.cat([value, first.expand(*value.shape[:i], missing, *value.shape[i + 1 :])], i)
+    return widened
+
+
+def dynamic_shapes(arguments: Mapping[str, Any], named: Dimensions) -> dict[str, Any]:
+    """What `torch.export` is told. The batch and a sequence of tokens must vary; others may turn out to be fixed."""
+    main = main_input(arguments)
+    shapes: dict[str, Any] = {}
+    for name, value in arguments.items():
+        tokens = name == main and not value.is_floating_point()
+        shapes[name] = None
+        if isinstance(value, Tensor):
+            shapes[name] = {i: Dim.DYNAMIC if dim == "batch" or tokens else Dim.AUTO for i, dim in named[name].items()}
+    return shapes
+
+
+def read_shapes(values: Mapping[str, Tensor], named: Dimensions, main: str) -> dict[str, tuple[int | str, ...]]:
+    """Shapes of the captured inputs, with the names of dimensions that vary. `values` are the exporter's tensors."""
+    known = {str(values[main].shape[i]): dim for i, dim in named[main].items()}
+
+    def read(name: str, i: int, size: int | torch.SymInt) -> int | str:
+        expression = str(size)  # "s70", or "16" where the model turned out to need this size
+        return int(expression) if expression.isdigit() else known.get(expression, f"{name}_{i}")
+
+    return {name: tuple(read(name, i, size) for i, size in enumerate(value.shape)) for name, value in values.items()}
