@@ -28,9 +28,11 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# mypy does not follow the mapping of passes/ and backends/ from the repository's root: check the installed package.
+# mypy does not follow the mapping of passes/ and backends/ into the package: check the package as it is installed.
 types: $(READY)
-	cd tests && $(BIN)/python -m mypy --config-file ../pyproject.toml -p loopq_compile
+	rm -rf $(VENV)/types
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/types .
+	cd $(VENV)/types && $(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml -p loopq_compile
 
 wheel: $(READY)
 	$(BIN)/python -m build --outdir dist .

@@ -1,6 +1,6 @@
 """Measure a trained model and write the files that `loopq_compile.bundled` loads.
 
-    python examples/package_bundled.py --work /tmp/loopq-train --out loopq_compile/bundled
+    python examples/package_bundled.py --work WORK --out loopq_compile/bundled
 
 Reads the latest checkpoint of `train_bundled.py`, so it can also take a snapshot while a run is still going. Weights
 are stored in fp16; all figures are those of the stored weights, computed in fp32.
@@ -11,13 +11,16 @@ import json
 import math
 import shutil
 import sys
+import textwrap
+from collections.abc import Iterable
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers import Tokenizer
 from train_bundled import END_OF_TEXT, Settings, head_loss, model_config
 
@@ -89,16 +92,15 @@ def package(work: Path, out: Path) -> None:
         "training_tokens_seen": saved["tokens"],
         "training_minutes": round(saved["seconds"] / 60, 1),
         "steps": saved["step"],
-        "settings": saved["settings"],
     }
     out.mkdir(parents=True, exist_ok=True)
-    save_file(halves, str(out / "model.safetensors"))
+    (out / "model.safetensors").write_bytes(save(halves))
     (out / "config.json").write_text(json.dumps({**model.config.to_dict(), "figures": figures}, indent=1) + "\n")
     (out / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False) + "\n")
     shutil.copyfile(work / "manifest.json", out / "manifest.json")
     samples = [sample(model, tokenizer, prompt) for prompt in PROMPTS]
     facts = json.loads((work / "sources.json").read_text())
-    (out / "MODEL_CARD.md").write_text(card(figures, facts, samples, model))
+    (out / "MODEL_CARD.md").write_text(card(figures, facts, settings, samples, model))
     print(json.dumps(figures, indent=1), *samples, sep="\n---\n")
 
 
@@ -114,9 +116,14 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def card(figures: dict[str, Any], facts: dict[str, Any], samples: list[str], model: Ouro) -> str:
+def wrapped(items: Iterable[str]) -> str:
+    """A comma-separated list in lines of at most 118 characters."""
+    return textwrap.fill(", ".join(items), 118, break_long_words=False, break_on_hyphens=False)
+
+
+def card(figures: dict[str, Any], facts: dict[str, Any], settings: Settings, samples: list[str], model: Ouro) -> str:
     """The model card (Markdown)."""
-    config, settings = model.config, figures["settings"]
+    config = model.config
     rows = zip(figures["loss_per_loop"], figures["perplexity_per_loop"], strict=True)
     table = "\n".join(f"| {loop} | {loss:.3f} | {perplexity:.2f} |" for loop, (loss, perplexity) in enumerate(rows, 1))
     return CARD.format(
@@ -128,21 +135,17 @@ def card(figures: dict[str, Any], facts: dict[str, Any], samples: list[str], mod
         vocab=config.vocab_size,
         table=table,
         exits=", ".join(f"{share:.0%}" for share in figures["exit_distribution"]),
-        data=", ".join(f"{name} {count / 1e6:.2f}" for name, count in facts["characters"].items() if count > 20_000),
-        versions=", ".join(f"{name} {number}" for name, number in library_versions().items()),
+        data=wrapped(f"{name} {count / 1e6:.2f}" for name, count in facts["characters"].items() if count > 20_000),
+        versions=wrapped(f"{name} {number}" for name, number in library_versions().items()),
         samples="\n\n".join(f"```text\n{text.removeprefix(END_OF_TEXT)}\n```" for text in samples),
         **{name: figures[name] for name in ("bits_per_byte", "unigram_loss", "training_minutes", "steps")},
-        perplexity=figures["perplexity_per_loop"][3],
         unigram_perplexity=math.exp(figures["unigram_loss"]),
         seen=figures["training_tokens_seen"] / 1e6,
         corpus_tokens=facts["tokens"] / 1e6,
         held_out_tokens=figures["held_out_tokens"],
         held_out_passages=figures["held_out_passages"],
         training_passages=facts["passages"],
-        **{
-            name: settings[name]
-            for name in ("batch", "length", "muon_lr", "adam_lr", "weight_decay", "seed", "entropy_weight")
-        },
+        **asdict(settings),
     )
 
 
@@ -162,45 +165,54 @@ model otherwise.
 
 ## Quality on held-out text
 
-{held_out_tokens} tokens in {held_out_passages} passages, windows of {length} tokens side by side, each passage ended
-by id 0; fp32.
+{held_out_tokens} tokens in {held_out_passages} passages; windows of {length} tokens side by side; each passage ends
+with id 0; fp32.
 
 | loops | loss (nats per token) | perplexity |
 | ---: | ---: | ---: |
 {table}
 
-At T = 4: {bits_per_byte} bits per byte. For comparison, a unigram model fitted to the training tokens: loss
-{unigram_loss}, perplexity {unigram_perplexity:.0f}. Mean exit distribution of the gate over loops 1 to 4: {exits}. A
-sliding window (as `loopq-compile eval` uses) gives each token more context, so it reports a slightly lower
-perplexity.
+At T = 4: {bits_per_byte:.3f} bits per byte. For comparison, a unigram model fitted to the training tokens: loss
+{unigram_loss:.3f}, perplexity {unigram_perplexity:.0f}. Mean exit distribution of the gate over loops 1 to 4: {exits}.
+`loopq-compile eval` slides its window and joins the passages by empty lines, so its figure differs a little.
+Held-out loss was watched during the run (learning rates and the last two stages were chosen by it), which makes these
+figures slightly optimistic.
 
 ## Data
 
 Documentation inside installed libraries: `pydoc_data.topics` and docstrings, read with `ast`, cleaned, cut into
 passages of at most 3000 characters and deduplicated by a hash of the text without white space. {training_passages}
-training passages, {corpus_tokens:.1f} M tokens; in millions of characters: {data}.
+training passages, {corpus_tokens:.1f} M tokens. Millions of characters:
+
+{data}.
 
 A passage is held out when its own hash says so (one in fifty). The set measured here is listed in `manifest.json` by
 hash and source file; it comes from packages that are always installed, and passages of which more than half stands
 word for word (by lines) in training text are left out. No text is stored in this package. Other library versions word
 some passages differently: `held_out_text()` reports how much of the set is there.
 
-Versions: {versions}.
+Versions:
+
+{versions}.
 
 ## Training
 
 {training_minutes} minutes on one CPU core (bf16 autocast), {steps} steps, {seen:.1f} M tokens ({batch} x {length} a
 step), seed {seed}. Muon (rate {muon_lr}, weight decay {weight_decay}) for the matrices of the layers, AdamW (rate
-{adam_lr}) for the rest; warm-up, plateau, linear decay over the last 40 %. Loss: half the mean over loops, half
-Ouro's expected loss under the exit gate with an entropy bonus of {entropy_weight}. Loops per batch: 2 or 3 in the
-first quarter, then 2 to 5 (half of the time 4).
+{adam_lr}) for the rest; warm-up, plateau, linear decay over the last 40 %.
+
+The loss mixes a mean over the loops with Ouro's expected loss under the exit gate and an entropy bonus, and the number
+of loops is drawn for each batch. Stages: 2 or 3 loops for the first quarter; then 2 to 5 (half of the time 4), all
+alike; from 45 % on the mean weighs loop t in proportion to t; from 70 % on to its cube, mostly with 4 or 5 loops. The
+last two stages were added while the run was going, since the second loop had stayed the best one on held-out text until
+then; `stage()` in the script has the numbers.
 
     python examples/train_bundled.py prepare --work WORK
     python examples/train_bundled.py train --work WORK --steps {steps}
     python examples/package_bundled.py --work WORK --out loopq_compile/bundled
 
-The learning rate of the original run followed the clock (`--minutes`), so `--steps` repeats its recipe and not its
-bits.
+The schedule of the original run followed the clock (`--minutes`) and it was stopped and resumed twice, so `--steps`
+repeats the recipe and not the bits.
 
 ## Samples
 

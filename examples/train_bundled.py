@@ -1,8 +1,8 @@
 """Train the looped language model that ships with loopq_compile, from text that is on every machine.
 
-    python examples/train_bundled.py prepare --work /tmp/loopq-train
-    python examples/train_bundled.py train --work /tmp/loopq-train --minutes 90
-    python examples/package_bundled.py --work /tmp/loopq-train --out loopq_compile/bundled
+    python examples/train_bundled.py prepare --work WORK
+    python examples/train_bundled.py train --work WORK --minutes 90
+    python examples/package_bundled.py --work WORK --out loopq_compile/bundled
 
 `prepare` reads the docstrings of the installed libraries, trains a byte-level BPE tokenizer and writes token arrays.
 `train` runs on one core by default and can be stopped and started again (`--steps` in place of `--minutes` makes a
@@ -53,7 +53,7 @@ class Settings:
     warmup: float = 0.01
     cooldown: float = 0.4
     early: float = 0.25
-    deepen: float = 0.4
+    deepen: float = 0.45
     finish: float = 0.7
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
-import os
-import re
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from loopq_compile.capture_errors import explain, watch_specialization
 from loopq_compile.errors import CaptureError, LoopQError
 from loopq_compile.example_inputs import bind_example, dynamic_shapes, main_input, name_dimensions, read_shapes, widen
 from loopq_compile.signature import InputSpec, Signature
@@ -93,14 +93,16 @@ def _export(model: nn.Module, arguments: Mapping[str, Any], shapes: dict[str, An
     if extra:
         catch_all = next(p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD)
         dynamic[catch_all] = extra
+    fixed_at: list[traceback.FrameSummary] = []
     try:
-        exported = torch.export.export(model, (), dict(arguments), dynamic_shapes=dynamic, strict=False)
+        with watch_specialization(fixed_at):
+            exported = torch.export.export(model, (), dict(arguments), dynamic_shapes=dynamic, strict=False)
         # Tracing a second time costs as much as the export itself; most models do not need it.
         return exported if _is_functional(exported.graph) else exported.run_decompositions({})
     except LoopQError:
         raise
     except Exception as error:
-        raise CaptureError(_explain(model, error)) from error
+        raise CaptureError(explain(model, error, fixed_at)) from error
 
 
 def _is_functional(graph: fx.Graph) -> bool:
@@ -120,41 +122,6 @@ def _is_functional(graph: fx.Graph) -> bool:
     return True
 
 
-def _explain(model: nn.Module, error: Exception) -> str:
-    """What went wrong, at which line of the model's source, and a way out."""
-    text = str(error)
-    not_the_models = (os.path.dirname(torch.__file__), __file__, "<")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_the_models)]
-    where = re.search(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)', text.split("User code", 1)[-1])
-    if frames:
-        place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}"
-    elif where:
-        place = f"{where[1]}:{where[2]} in {where[3]}: {where[4]}"
-    else:
-        place = "unknown source line"
-    if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__:
-        advice = (
-            "The control flow depends on tensor values. Replace the branch by torch.where or torch.cond, or fix the "
-            "number of loops (for early exit: run all loops and keep the gate as an output)."
-        )
-    elif "Constraints violated" in text or "specializ" in text.lower():
-        advice = (
-            "The model fixes the batch size or sequence length to a constant. Use x.shape instead of the number, "
-            "x.reshape(x.shape[0], ...) instead of x.view(2, ...)."
-        )
-    elif "not a known type" in text:
-        advice = (
-            "The model returns an object that torch.export does not know. Return tensors, tuples, lists or dicts, "
-            "register the class with torch.export.register_dataclass, or switch off the cache (use_cache=False)."
-        )
-    elif isinstance(error, TypeError | IndexError) or "size mismatch" in text or "shape" in text:
-        advice = "Check that model(**example_inputs) itself runs with these inputs."
-    else:
-        advice = "Check that torch.export.export(model, ...) works on it; its own message follows."
-    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    return f"Cannot capture {type(model).__name__} at {place}\n{advice}\n{type(error).__name__}: {first[:600]}"
-
-
 @contextlib.contextmanager
 def _vmap_free_masks() -> Iterator[None]:
     """Lets transformers build attention masks without vmap while exporting, where it is installed and does not do so.
@@ -162,13 +129,11 @@ def _vmap_free_masks() -> Iterator[None]:
     transformers 4.x builds masks with `torch.vmap`, which leaves functorch bookkeeping in the graph; it ships
     functions without vmap for its own exporters.
     """
-    import sys
-
     masking = sys.modules.get("transformers.masking_utils")
-    executorch = None
+    executorch: Any = None
     if masking is not None and hasattr(masking, "ALL_MASK_ATTENTION_FUNCTIONS"):
         with contextlib.suppress(ImportError):
-            from transformers.integrations import executorch  # type: ignore[no-redef]
+            from transformers.integrations import executorch
     functions = getattr(masking, "ALL_MASK_ATTENTION_FUNCTIONS", None)
     plain = getattr(executorch, "sdpa_mask_without_vmap", None)
     if plain is None or functions is None:
@@ -262,8 +227,9 @@ def _is_identity(node: fx.Node) -> bool:
     """Operators that return their input: whole slices, detach, dropout outside training."""
     aten = torch.ops.aten
     if node.target is aten.slice.Tensor:
-        _, start, end, step = (*node.args[1:], *(None, None, None, 1)[len(node.args) - 1 :])
-        return start in (None, 0) and end == torch.iinfo(torch.int64).max and step == 1
+        given: list[Any] = list(node.args[1:])
+        start, end, step = (given + [0, None, None, 1][len(given) :])[1:]
+        return start in (None, 0) and isinstance(end, int) and end == torch.iinfo(torch.int64).max and step == 1
     return node.target in (aten.detach.default, aten.alias.default) or (
         node.target is aten.dropout.default and not node.args[2]
     )

@@ -13,7 +13,7 @@ also follows the last iteration is an end; what it ends with and what also prece
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +62,13 @@ def assign_iterations(region: Region, use_of: Mapping[fx.Node, int], count: int)
     dependence = find_dependence(region.nodes, use_of)
     rest = [[node for node in gap if node not in layers.voted and not _is_size(node)] for gap in gaps]
     segments = [[*gap, *stretch] for gap, stretch in zip(gaps, [*stretches, []], strict=True)]
-    keys = _keys(region, segments, dependence, layers.foreign)
+    steps = _steps(region, segments, dependence, layers.foreign)
     prologue, *between, epilogue = rest
     begin = end = 0
     for t, gap in enumerate(between):
-        tail = _common_prefix(gap, epilogue, keys)
-        head = min(_common_prefix(gap[::-1], prologue[::-1], keys), len(gap) - tail)
+        tail = _common(map(steps.get, gap), map(steps.get, epilogue))
+        head = _common(map(steps.get, reversed(gap)), map(steps.get, reversed(prologue)))
+        head = min(head, len(gap) - tail)
         middle = gap[tail : len(gap) - head]
         if not layers.foreign.intersection(middle):
             # What is neither (`if t > 0: ...`) prepares the next iteration.
@@ -136,12 +137,21 @@ def _layers(region: Region, gaps: Sequence[Nodes], use_of: Mapping[fx.Node, int]
     return _Layers(voted, foreign)
 
 
-def _keys(
-    region: Region, segments: Sequence[Nodes], dependence: Mapping[fx.Node, int], foreign: set[fx.Node]
-) -> dict[fx.Node, Hashable]:
-    """What makes nodes of two gaps the same step: operator, source line, and the values that several iterations read.
+@dataclass(frozen=True)
+class _Step:
+    """What makes nodes of two gaps the same: operator, source line, and the values that several iterations read."""
 
-    `segments` are the iterations, each with the gap in front of it. Foreign layers are like nothing else.
+    target: object
+    line: str | None
+    shared: frozenset[fx.Node | str]
+
+
+def _steps(
+    region: Region, segments: Sequence[Nodes], dependence: Mapping[fx.Node, int], foreign: set[fx.Node]
+) -> dict[fx.Node, _Step | None]:
+    """The step that each node is; None for foreign layers, which are like nothing else.
+
+    `segments` are the iterations, each with the gap in front of it.
     """
     readers: dict[Hashable, set[int]] = defaultdict(set)
     for i, segment in enumerate(segments):
@@ -153,16 +163,16 @@ def _keys(
     def is_shared(value: fx.Node | str) -> bool:
         if isinstance(value, str):
             return len(readers[value]) > 1
-        # What enters the loop is read by the iteration 0 and the gap behind it, say a residual.
+        # What enters the loop is read by iteration 0 and the gap behind it (a residual); what is shared, later too.
         return dependence.get(value, -1) < 0 and max(readers[value]) > 1
 
-    return {
-        node: node
-        if node in foreign
-        else (node.target, node.meta.get("stack_trace"), frozenset(filter(is_shared, _values(node, region))))
-        for segment in segments
-        for node in segment
-    }
+    def step(node: fx.Node) -> _Step | None:
+        if node in foreign:
+            return None
+        shared = frozenset(filter(is_shared, _values(node, region)))
+        return _Step(node.target, node.meta.get("stack_trace"), shared)
+
+    return {node: step(node) for segment in segments for node in segment}
 
 
 def _values(node: fx.Node, region: Region) -> set[fx.Node | str]:
@@ -170,9 +180,17 @@ def _values(node: fx.Node, region: Region) -> set[fx.Node | str]:
     return {value for argument in node.all_input_nodes for value in region.roots.get(argument, (argument,))}
 
 
-def _common_prefix(left: Nodes, right: Nodes, keys: Mapping[fx.Node, Hashable]) -> int:
-    pairs = zip(left, right, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if keys[a] != keys[b]), min(len(left), len(right)))
+def _common(left: Iterable[_Step | None], right: Iterable[_Step | None]) -> int:
+    """How many steps `left` and `right` begin with alike.
+
+    What `right` reads from outside may be more: a loop often starts from the very value that it also injects.
+    """
+    count = 0
+    for a, b in zip(left, right, strict=False):
+        if a is None or b is None or (a.target, a.line) != (b.target, b.line) or not a.shared <= b.shared:
+            break
+        count += 1
+    return count
 
 
 def _drop_shared_values(nodes: Nodes, dependence: Mapping[fx.Node, int], assigned: dict[fx.Node, int]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.errors import LoopQError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -64,6 +66,8 @@ def load_model(name_or_path: str | Path, *, trust_remote_code: bool = False) -> 
         return _load_folder(path, trust_remote_code)
     if path.suffix == ".onnx" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise LoopQError(f"There is no file or folder {name}.")
+    if difflib.get_close_matches(name, [BUNDLED], cutoff=0.7):
+        raise LoopQError(f"There is no file or folder {name}. Did you mean {BUNDLED!r}?")
     return _load_hugging_face(name, trust_remote_code)
 
 
@@ -136,8 +140,8 @@ def _load_hugging_face(name: str, trust_remote_code: bool) -> Loaded:
     except ImportError as error:
         raise LoopQError(
             f"{name!r} is taken for a Hugging Face model, and those need transformers: pip install 'loopq-compile[hf]'."
-            f"{did_you_mean(name, [BUNDLED]) if '/' not in name else ''}"
         ) from error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error says what came of them
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name, trust_remote_code=trust_remote_code, use_safetensors=True, dtype=torch.float32
@@ -159,10 +163,7 @@ def _explain(name: str, text: str) -> str:
             f"{_first_line(text)}"
         )
     if "connect" in text or "not a local folder" in text or "not a valid model identifier" in text:
-        hint = did_you_mean(name, [BUNDLED]) if "/" not in name else ""
-        return (
-            f"{name!r} is no file or folder here, and the Hugging Face hub could not give it: {_first_line(text)}{hint}"
-        )
+        return f"{name!r} is no file or folder here, and the Hugging Face hub could not give it: {_first_line(text)}"
     return f"{name} cannot be loaded: {_first_line(text)}"
 
 

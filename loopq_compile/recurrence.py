@@ -12,7 +12,7 @@ Nothing here knows an architecture.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -121,7 +121,7 @@ def weight_roots(graph: fx.Graph) -> dict[fx.Node, frozenset[str]]:
     return roots
 
 
-def matrix_weight(node: fx.Node, roots: dict[fx.Node, frozenset[str]]) -> str | None:
+def matrix_weight(node: fx.Node, roots: Mapping[fx.Node, frozenset[str]]) -> str | None:
     """Name of the weight if `node` multiplies data with a weight of at least two dimensions."""
     if node.target not in MATRIX_PRODUCTS or node in roots:
         return None

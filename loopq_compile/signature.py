@@ -113,14 +113,30 @@ def _checked(spec: InputSpec, value: Any) -> Tensor:
     return value.to(spec.dtype)
 
 
+def result_names(outputs: pytree.TreeSpec) -> list[str]:
+    """The name of every flat result, such as `logits` or `past_key_values.0`; "" where the structure has none."""
+    try:
+        numbered = pytree.tree_unflatten(list(range(outputs.num_leaves)), outputs)
+        paths = {leaf: path for path, leaf in pytree.tree_flatten_with_path(numbered)[0]}
+    except ValueError:  # a container without names for its parts, as in transformers 4: but it is a mapping
+        paths = {}
+        if isinstance(numbered, Mapping):
+            paths = {leaf: (pytree.MappingKey(key),) for key, leaf in numbered.items() if isinstance(leaf, int)}
+    except Exception:  # a user's own container may refuse numbers in place of tensors
+        paths = {}
+    names = []
+    for leaf in range(outputs.num_leaves):
+        parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in paths.get(leaf, ())]
+        names.append(".".join(parts) if parts and not parts[0].isdigit() else "")
+    return names
+
+
 def signature_to_dict(signature: Signature) -> dict[str, Any]:
     """Plain values for JSON. An output type that PyTorch cannot name in a file is kept as a dict by field name."""
     try:
         outputs = json.loads(pytree.treespec_dumps(signature.outputs))
     except (NotImplementedError, TypeError, ValueError):
-        dummy = pytree.tree_unflatten(list(range(signature.outputs.num_leaves)), signature.outputs)
-        paths, _ = pytree.tree_flatten_with_path(dummy)
-        named = {pytree.keystr(path).strip(".[]'\""): 0 for path, _ in paths}
+        named = {name or str(i): 0 for i, name in enumerate(result_names(signature.outputs))}
         outputs = json.loads(pytree.treespec_dumps(pytree.tree_structure(named)))
     return {
         "parameters": list(signature.parameters),

@@ -67,17 +67,18 @@ def _find_loop(region: Region, group: Group, parent: LoopTag, nodes: Sequence[fx
     children: list[Loop] = []
     for iteration in range(group.count):
         inside = Region(members[iteration], region.roots)
+        nested = group_repeats(group.nested(iteration))
         found = [
             _find_loop(inside, inner, LoopTag((*parent.loops, number), (*parent.index, iteration)), nodes)
-            for number, inner in enumerate(group_repeats(group.nested(iteration)))
+            for number, inner in enumerate(sorted(nested, key=lambda inner: inner.windows[0]))
         ]
         children = children or found
-    nested = {weight for loop in LoopStructure(tuple(children)).walk() for weight in loop.weights}
+    theirs = {weight for loop in LoopStructure(tuple(children)).walk() for weight in loop.weights}
     calls = [r.token[1] for r in group.repeats if r.token[0] == "call" and len(r.uses) == group.count]
     return Loop(
         count=group.count,
         blocks=tuple(calls[:1]),
-        weights=tuple(weight for weight in group.weights if weight not in nested),
+        weights=tuple(weight for weight in group.weights if weight not in theirs),
         boundaries=_boundaries(region, iteration_of, members),
         children=tuple(children),
     )

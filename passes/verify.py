@@ -53,9 +53,9 @@ def _places(graph: fx.Graph) -> dict[_Place, dict[fx.Node, int | None]]:
     """Iteration numbers by place; nodes of the place outside its iterations have None."""
     tags = {node: get_tag(node) for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")}
     keys: dict[_Place, None] = {}
-    for tag in tags.values():
-        for depth in range(len(tag.index) if tag else 0):
-            keys[tag.loops[: depth + 1], tag.index[:depth]] = None
+    for found in filter(None, tags.values()):
+        for depth in range(len(found.index)):
+            keys[found.loops[: depth + 1], found.index[:depth]] = None
     by_parent: dict[_Place, list[tuple[fx.Node, LoopTag | None]]] = defaultdict(list)
     for node, tag in tags.items():
         for depth in range(len(tag.index) + 1 if tag else 1):

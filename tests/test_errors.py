@@ -123,7 +123,10 @@ CASES = {
     "a scheme of the wrong type": (lambda: compiled(scheme=4), "must be a name such as 'w4a4'"),
     "too few bits": (lambda: compiled(scheme="w1a4"), "weight_bits must be an integer out of 2, 3"),
     "an unknown scheme field": (lambda: compiled(groupsize=32), "Did you mean 'group_size'"),
-    "a group size that does not divide": (lambda: compiled(group_size=48), r"group_size=48 does not divide the 64 inputs"),
+    "a group size that does not divide": (
+        lambda: compiled(group_size=48),
+        r"group_size=48 does not divide the 64 inputs",
+    ),
     "a pattern that matches nothing": (lambda: compiled(skip=("*.dwon",)), r"Did you mean 'down'"),
     "everything skipped": (lambda: compiled(skip=("*",)), "nothing to quantize"),
     "an unknown method": (lambda: compiled(method="symetric"), "Did you mean 'symmetric'"),

@@ -60,9 +60,7 @@ def test_insert_replace_remove_leave_the_original_alone():
 
 def test_a_custom_pass_sees_the_tagged_graph():
     item = CountNodes()
-    lq.compile(
-        tiny_model(), tokens(), scheme="w4a8", method=lq.pipelines.symmetric().insert_after("tag-loops", item)
-    )
+    lq.compile(tiny_model(), tokens(), scheme="w4a8", method=lq.pipelines.symmetric().insert_after("tag-loops", item))
     assert item.seen > 50
 
 

@@ -51,7 +51,7 @@ class Writer:
             else:
                 count, body = parse_loop(item)
                 for k in range(count):
-                    self.word(body, f"{label}.{k}".lstrip("."))
+                    self.word(body, f"{label}.{k}".lstrip(".") if count > 1 else label)
 
 
 def split(word: str) -> list[str]:
@@ -139,8 +139,8 @@ def test_words_have_the_structure_they_are_written_with(word):
         ("aba", "2 x (a)"),
         ("abaca", "3 x (a)"),
         ("aabaab", "2 x (b, 2 x (a))"),
-        ("abaab", "3 x (a)"),  # no period: the weight with most work counts
-        ("ababa", "3 x (a)"),
+        ("abaab", "3 x (a, b)"),  # no period: the weight with most work counts, the other stands between
+        ("ababa", "3 x (a, b)"),
     ],
 )
 def test_what_words_without_brackets_are_read_as(word, structure):

@@ -134,7 +134,11 @@ class Stack(Looped):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Attention(), Mlp()])
+        self.layers = nn.ModuleList([self.first(), Mlp()])
+
+    def first(self) -> nn.Module:
+        """The first layer of the stack."""
+        return Mlp(bias=True)
 
     def stack(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -373,7 +377,7 @@ class ListedTwice(Looped):
 
     def __init__(self) -> None:
         super().__init__()
-        pair = [Attention(), Mlp()]
+        pair = [Mlp(bias=True), Mlp()]
         self.layers = nn.ModuleList([*pair, *pair, *pair])
 
     def run(self, x: Tensor) -> Tensor:

@@ -79,6 +79,9 @@ class Gpt2(Looped):
 class RotaryOnce(Stack):
     """Rotary tables and mask are computed once, in front of the loop."""
 
+    def first(self) -> nn.Module:
+        return Attention()
+
     def run(self, x: Tensor) -> Tensor:
         length = x.shape[1]
         tables = rotary_tables(length, DIM // 4)
@@ -184,6 +187,9 @@ class SkipConnection(Looped):
 
 class Padded(Stack):
     """A stack with an attention mask `[batch, sequence]` as second input."""
+
+    def first(self) -> nn.Module:
+        return Attention()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         length = input_ids.shape[1]

@@ -1,0 +1,88 @@
+"""Why a model cannot be captured: the line of its source, and a way out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+_PYTORCH = os.path.dirname(torch.__file__)
+_CAPTURE = os.path.join(os.path.dirname(__file__), "capture")
+
+
+@contextlib.contextmanager
+def watch_specialization(found: list[traceback.FrameSummary]) -> Iterator[None]:
+    """Adds to `found` the model's lines at which a dynamic size turns out to be a constant.
+
+    The exporter reports that only at its end, without a place. The method watched here is private to PyTorch: where a
+    release lacks it, nothing is found.
+    """
+    original = getattr(ShapeEnv, "_set_replacement", None)
+    if original is None:
+        yield
+        return
+
+    def watched(self: ShapeEnv, symbol: Any, value: Any, *rest: Any, **options: Any) -> Any:
+        if getattr(value, "is_number", False):
+            found.extend(_model_frames(traceback.extract_stack())[-1:])
+        return original(self, symbol, value, *rest, **options)
+
+    ShapeEnv._set_replacement = watched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ShapeEnv._set_replacement = original  # type: ignore[method-assign]
+
+
+def _model_frames(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+    """The frames below the capture that are neither PyTorch's nor ours."""
+    ours = [i for i, frame in enumerate(frames) if frame.filename.startswith(_CAPTURE)]
+    return [
+        frame
+        for i, frame in enumerate(frames)
+        if i > max(ours[:1], default=-1) and not frame.filename.startswith((_PYTORCH, _CAPTURE, "<"))
+    ]
+
+
+def explain(model: nn.Module, error: Exception, fixed_at: Sequence[traceback.FrameSummary]) -> str:
+    """What went wrong, at which line of the model's source, and a way out."""
+    text = str(error)
+    frames = _model_frames(traceback.extract_tb(error.__traceback__)) or list(fixed_at)
+    where = re.search(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)', text.split("User code", 1)[-1])
+    if frames:
+        place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}"
+    elif where:
+        place = f"{where[1]}:{where[2]} in {where[3]}: {where[4]}"
+    else:
+        place = "unknown source line"
+    advice = _advice(error, text)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return f"Cannot capture {type(model).__name__} at {place}\n{advice}\n{type(error).__name__}: {first[:600]}"
+
+
+def _advice(error: Exception, text: str) -> str:
+    if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__:
+        return (
+            "The control flow depends on tensor values. Replace the branch by torch.where or torch.cond, or fix the "
+            "number of loops (for early exit: run all loops and keep the gate as an output)."
+        )
+    if "Constraints violated" in text or "specializ" in text.lower():
+        return (
+            "The model fixes the batch size or sequence length to a constant. Use x.shape instead of the number, "
+            "x.reshape(x.shape[0], ...) instead of x.view(2, ...)."
+        )
+    if "not a known type" in text:
+        return (
+            "The model returns an object that torch.export does not know. Return tensors, tuples, lists or dicts, "
+            "register the class with torch.export.register_dataclass, or switch off the cache (use_cache=False)."
+        )
+    if isinstance(error, TypeError | IndexError) or "size mismatch" in text or "shape" in text:
+        return "Check that model(**example_inputs) itself runs with these inputs."
+    return "Check that torch.export.export(model, ...) works on it; its own message follows."
