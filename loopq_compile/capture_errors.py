@@ -34,7 +34,7 @@ def watch_specialization(found: list[traceback.FrameSummary]) -> Iterator[None]:
             found.extend(_model_frames(traceback.extract_stack())[-1:])
         return original(self, symbol, value, *rest, **options)
 
-    ShapeEnv._set_replacement = watched  # type: ignore[method-assign]
+    ShapeEnv._set_replacement = watched  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

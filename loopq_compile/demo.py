@@ -40,7 +40,7 @@ class Demo:
     """
 
     out: Path
-    max_tokens: int = 4096
+    max_tokens: int = 16384
     samples: int = 32
     sample_length: int = 128
     new_tokens: int = 40

@@ -91,7 +91,7 @@ class Loop:
         weights: parameter names of the matrix products that repeat.
         call_sites: uses of every weight inside the loop.
         boundaries: the `count - 1` transitions.
-        children: loops nested in one iteration of this one.
+        children: loops nested in one iteration of this one, as they are in its first.
     """
 
     count: int

@@ -10,9 +10,8 @@ import torch
 from torch import fx
 
 from loopq_compile.errors import LoopQError, did_you_mean
-from loopq_compile.loops import get_tag
 from loopq_compile.passes.base import Pass, PassResult
-from loopq_compile.recurrence import matrix_weight, weight_roots
+from loopq_compile.recurrence import MATRIX_PRODUCTS, matrix_weight, weight_roots
 from loopq_compile.scheme import Scheme
 from loopq_compile.state import CompilerState, Site, get_tensor
 
@@ -29,8 +28,9 @@ class AnnotateLinears(Pass):
     has a `Site` that is quantized or has a reason not to be, and belongs to a transform-weight group: the linears
     that read the same tensor.
 
-    Left in floating point by default: language-model heads (as many outputs as an embedding has rows, or tied to
-    one), gates, and linears that do not depend on the input tokens (time embeddings, modulation).
+    Left in floating point by default: language-model heads (as many outputs as an embedding has rows and no product
+    behind them, or tied to one), gates, and linears that do not depend on the input tokens (time embeddings,
+    modulation).
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -99,14 +99,15 @@ def _default_reason(graph_module: fx.GraphModule, weight: str, nodes: list[fx.No
         return f"its weight is also used by {other.target}"
     if tensor.shape[0] <= LARGEST_GATE:
         return f"a gate of {tensor.shape[0]} outputs"
-    outside = all(get_tag(node) is None for node in nodes)
     rows = {
         get_tensor(graph_module, str(node.args[0].target)).shape[0]
         for node in graph_module.graph.nodes
         if node.target is _aten.embedding.default and node.args[0].op == "get_attr"
     }
     name = weight.removesuffix(".weight")
-    if any(fnmatchcase(name, head) for head in HEADS) or (outside and tensor.shape[0] in rows):
+    if any(fnmatchcase(name, head) for head in HEADS):
+        return "a language-model head"
+    if tensor.shape[0] in rows and not any(_feeds_a_product(node) for node in nodes):
         return "a language-model head"
     if not any(_depends_on_input(node.args[0]) for node in nodes):
         return "it does not depend on the input"
@@ -125,6 +126,18 @@ def _depends_on_input(start: object) -> bool:
             return True
         if node.target is not _aten.sym_size.int:
             stack.extend(node.all_input_nodes)
+    return False
+
+
+def _feeds_a_product(start: fx.Node) -> bool:
+    """Whether another matrix product depends on `start`, as on everything but a model's last layer."""
+    stack, seen = list(start.users), set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        if node.target in MATRIX_PRODUCTS:
+            return True
+        stack.extend(user for user in node.users if user not in seen)
+        seen.update(node.users)
     return False
 
 

@@ -226,9 +226,12 @@ def make_manifest(passages: Sequence[Passage]) -> dict[str, list[list[str | int]
 
 
 def read_manifest(manifest: dict[str, list[list[str | int]]]) -> list[Passage]:
-    """The passages of a manifest that stand in the installed libraries, in order; parses only the files it names."""
+    """The passages of a manifest that stand in the installed libraries; parses only the files it names.
+
+    They come in the order of their hashes, so that any first part of them is a fair sample of all sources.
+    """
     found: list[Passage] = []
     for source, wanted in manifest.items():
         here = {passage.digest: passage for passage in read_source(source)}
         found.extend(here[str(digest)] for digest, _ in wanted if digest in here)
-    return found
+    return sorted(found, key=lambda passage: passage.digest)

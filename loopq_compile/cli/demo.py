@@ -14,7 +14,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for what is written.")] = Path(
         "demo-output"
     ),
-    max_tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens to measure on; more takes longer.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens to measure on; more takes longer.")] = 16384,
     json: Json = False,
 ) -> None:
     """Take the bundled looped language model all the way: a few minutes on two cores.
