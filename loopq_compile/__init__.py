@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loopq_compile import pipelines
-    from loopq_compile.artifact import load
-    from loopq_compile.driver import compile
+    from loopq_compile.driver import compile, load
     from loopq_compile.errors import CaptureError, LoopQError
     from loopq_compile.loops import LoopStructure
     from loopq_compile.pipeline import Pipeline
@@ -28,7 +27,7 @@ _HOMES = {
     "Program": "program",
     "Scheme": "scheme",
     "compile": "driver",
-    "load": "artifact",
+    "load": "driver",
 }
 
 __all__ = [

@@ -20,7 +20,6 @@ from loopq_compile.errors import LoopQError
 from loopq_compile.folders import replacing_folder
 from loopq_compile.graph_json import graph_from_json, graph_to_json
 from loopq_compile.loops import LoopStructure, LoopTag
-from loopq_compile.program import Program
 from loopq_compile.scheme import Scheme
 from loopq_compile.shapes import infer_shapes
 from loopq_compile.signature import signature_from_dict, signature_to_dict
@@ -55,8 +54,8 @@ def save(
             (folder / name).write_text(text, encoding="utf-8")
 
 
-def load(directory: str | os.PathLike[str]) -> Program:
-    """Reads a program written by `save`.
+def read(directory: str | os.PathLike[str]) -> fx.GraphModule:
+    """The graph module, with its compiler state, of a program written by `save`.
 
     Raises:
         LoopQError: the folder is no program, was written by a newer version, or is damaged.
@@ -152,7 +151,7 @@ def _read_tensors(folder: Path, data: Mapping[str, Any]) -> dict[str, Tensor]:
         raise LoopQError(f"{path} cannot be read: {error}.") from error
 
 
-def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Program:
+def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphModule:
     graph = graph_from_json(data["nodes"])
     missing = [node.target for node in graph.nodes if node.op == "get_attr" and node.target not in tensors]
     if missing:
@@ -171,7 +170,7 @@ def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Program:
     attach_state(graph_module, state)
     graph_module.graph.lint()
     infer_shapes(graph_module)
-    return Program(graph_module)
+    return graph_module
 
 
 def _digest(path: Path) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
 
+from loopq_compile.artifact import read
 from loopq_compile.capture import capture, check_model
 from loopq_compile.errors import LoopQError
 from loopq_compile.pipeline import Pipeline
@@ -71,3 +73,12 @@ def quantize(graph_module: Any, scheme: Scheme, pipeline: Pipeline, calibration:
     finally:
         state.calibration = None
     return Program(graph_module)
+
+
+def load(directory: str | os.PathLike[str]) -> Program:
+    """Reads a program written by `Program.save`.
+
+    Raises:
+        LoopQError: the folder is no program, was written by a newer version, or is damaged.
+    """
+    return Program(read(directory))

@@ -121,7 +121,7 @@ def _load_folder(path: Path, trust_remote_code: bool) -> Loaded:
 
 
 def _load_program(folder: Path) -> Loaded:
-    from loopq_compile.artifact import load
+    from loopq_compile.driver import load
 
     return Loaded(load(folder), find_tokenizer(folder))
 
