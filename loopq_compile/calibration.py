@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopq_compile.errors import LoopQError
+from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.signature import Signature
 
 
@@ -31,7 +31,7 @@ def calibration_batches(calibration: Any, signature: Signature, vocabulary: int 
             f"{type(calibration).__name__}. Tokenize text first."
         )
     number = -1
-    for number, batch in enumerate(calibration):
+    for number, batch in enumerate(_guarded(calibration)):
         try:
             yield _bind(batch, signature, vocabulary)
         except LoopQError as error:
@@ -40,11 +40,40 @@ def calibration_batches(calibration: Any, signature: Signature, vocabulary: int 
         raise LoopQError("calibration is empty: at least one batch is needed (an iterator can be used only once).")
 
 
+def _guarded(calibration: Iterable[Any]) -> Iterator[Any]:
+    """The batches; what the user's own iterator raises is reported as such."""
+    iterator, number = iter(calibration), 0
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise LoopQError(
+                f"The calibration data failed at batch {number}: {type(error).__name__}: {error}"
+            ) from error
+        yield batch
+        number += 1
+
+
+def _known_part(batch: Mapping[str, Any], signature: Signature) -> dict[str, Any]:
+    """The inputs of the program; what tokenizers add without changing the result may be there as well."""
+    inputs = {spec.name for spec in signature.inputs}
+    for name, value in batch.items():
+        if name == "attention_mask" and name not in inputs and isinstance(value, Tensor) and not value.all():
+            raise LoopQError(
+                "attention_mask masks tokens, but the program was captured without it; give it in example_inputs, or "
+                "calibrate without padding."
+            )
+        if name not in signature.parameters and name not in ("attention_mask", "token_type_ids", "labels"):
+            raise LoopQError(f"unknown input {name!r}.{did_you_mean(name, signature.parameters)}")
+    return {name: value for name, value in batch.items() if name in inputs or name in signature.constants}
+
+
 def _bind(batch: Any, signature: Signature, vocabulary: int | None) -> list[Tensor]:
     if isinstance(batch, Mapping):
-        known = {name: value for name, value in batch.items() if name in signature.parameters}
-        tensors = signature.bind((), known)
-    elif isinstance(batch, tuple | list):
+        tensors = signature.bind((), _known_part(batch, signature))
+    elif isinstance(batch, tuple | list) and all(isinstance(item, Tensor) for item in batch):
         tensors = signature.bind(batch, {})
     else:
         tensors = signature.bind((batch,), {})

@@ -70,6 +70,20 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
 
 def check_model(model: object) -> None:
     """Refuses what is no `nn.Module`."""
+    wrapped = next(
+        (
+            name
+            for name in ("_orig_mod", "module")
+            if type(model).__module__.startswith("torch.")
+            and type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel")
+            and hasattr(model, name)
+        ),
+        None,
+    )
+    if wrapped:
+        raise LoopQError(f"model is wrapped in {type(model).__name__}; pass model.{wrapped}.")
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise LoopQError(f"model must be an instance, not a class; write {model.__name__}(...).")
     if not isinstance(model, nn.Module):
         hint = " Load it first." if isinstance(model, str) else ""
         raise LoopQError(f"model must be a torch.nn.Module; got {type(model).__name__}.{hint}")

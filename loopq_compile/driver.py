@@ -50,6 +50,8 @@ def compile(
         CaptureError: the model cannot be captured.
     """
     check_model(model)
+    for name in [name for name in ("steps", "seed") if name in options]:
+        raise LoopQError(f"{name}= is an option of learned methods, which this version does not have; leave it out.")
     scheme = Scheme.parse(scheme, **options)
     pipeline = get_pipeline(method)
     needs_data = scheme.quantizes_activations and (scheme.activation == "static" or pipeline.name not in DATA_FREE)

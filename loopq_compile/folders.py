@@ -23,12 +23,8 @@ def replacing_folder(directory: str | os.PathLike[str], marker: str) -> Iterator
     Raises:
         LoopQError: something else stands there, or writing fails (no permission, disk full).
     """
-    goal = Path(directory).expanduser().absolute()
-    if goal.exists() and not goal.is_dir():
-        raise LoopQError(f"{goal} is a file; give a folder.")
+    goal = check_folder(directory, marker)
     try:
-        if goal.is_dir() and any(goal.iterdir()) and not (goal / marker).exists():
-            raise LoopQError(f"{goal} holds other files and would be replaced; give a new or empty folder.")
         goal.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{goal.name}-", dir=goal.parent))
     except OSError as error:
@@ -47,3 +43,23 @@ def replacing_folder(directory: str | os.PathLike[str], marker: str) -> Iterator
         raise LoopQError(f"Cannot write {goal}: {error.strerror or error}. Nothing was changed there.") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def check_folder(directory: str | os.PathLike[str], marker: str) -> Path:
+    """The absolute path of `directory`; refuses early what `replacing_folder` would refuse after the work is done.
+
+    Raises:
+        LoopQError: something else stands there, or the folder above it cannot be written.
+    """
+    goal = Path(directory).expanduser().absolute()
+    if goal.exists() and not goal.is_dir():
+        raise LoopQError(f"{goal} is a file; give a folder.")
+    try:
+        if goal.is_dir() and any(goal.iterdir()) and not (goal / marker).exists():
+            raise LoopQError(f"{goal} holds other files and would be replaced; give a new or empty folder.")
+        above = next(folder for folder in goal.parents if folder.exists())
+    except OSError as error:
+        raise LoopQError(f"Cannot write to {goal}: {error.strerror or error}.") from error
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise LoopQError(f"Cannot write to {goal}: no permission to write in {above}.")
+    return goal

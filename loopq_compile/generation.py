@@ -88,7 +88,10 @@ def _check(input_ids: Any, max_new_tokens: int, temperature: float, top_k: int |
         raise LoopQError("input_ids is empty: give at least one token to continue.")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise LoopQError(f"max_new_tokens must be at least 1; got {max_new_tokens!r}.")
-    if temperature <= 0:
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise LoopQError(f"{name} must be a number; got {value!r}.")
+    if not temperature > 0:
         raise LoopQError(f"temperature must be positive; got {temperature!r} (for greedy text use do_sample=False).")
     if top_k is not None and top_k < 1:
         raise LoopQError(f"top_k must be at least 1; got {top_k!r}.")

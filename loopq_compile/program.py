@@ -37,8 +37,12 @@ class Program:
             LoopQError: the arguments do not fit the captured signature.
         """
         signature = get_state(self.graph_module).signature
-        with torch.no_grad():
-            return signature.restore(self.graph_module(*signature.bind(args, kwargs)))
+        inputs = signature.bind(args, kwargs)
+        try:
+            with torch.no_grad():
+                return signature.restore(self.graph_module(*inputs))
+        except IndexError as error:
+            raise LoopQError(f"An index in the inputs is out of range, such as a token id: {error}.") from error
 
     @property
     def loops(self) -> LoopStructure:
@@ -113,10 +117,15 @@ class Program:
         """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.generate`."""
         from loopq_compile.generation import generate
 
-        if len(get_state(self.graph_module).signature.inputs) != 1:
-            raise LoopQError("generate needs a program whose only input are the token ids.")
+        first, *others = [spec.name for spec in get_state(self.graph_module).signature.inputs]
+        if others not in ([], ["attention_mask"]):
+            raise LoopQError(f"generate feeds token ids and an attention mask; this program also takes {others}.")
+
+        def run(ids: Tensor) -> Any:
+            return self(**{first: ids}, **{name: torch.ones_like(ids) for name in others})
+
         return generate(
-            self,
+            run,
             input_ids,
             max_new_tokens,
             do_sample=do_sample,

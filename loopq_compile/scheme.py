@@ -72,6 +72,8 @@ class Scheme:
             patterns = getattr(self, field)
             if isinstance(patterns, str):
                 raise LoopQError(f"Scheme({field}=...) takes a sequence of patterns; write ({patterns!r},).")
+            if not isinstance(patterns, list | tuple | set) or not all(isinstance(item, str) for item in patterns):
+                raise LoopQError(f"Scheme({field}=...) takes a sequence of patterns; got {patterns!r}.")
             object.__setattr__(self, field, tuple(patterns))
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loopq_compile.operators.quantize import smallest_scale
 from loopq_compile.scheme import quantized_range
 
 BINS_PER_OCTAVE = 16
@@ -145,4 +146,4 @@ def weight_scale(weight: Tensor, group_size: int, bits: int, method: str) -> Ten
             best = torch.where(error < least, scale.squeeze(-1), best)
             least = torch.minimum(error, least)
         scales.append(best)
-    return torch.cat(scales).to(weight.dtype)
+    return torch.cat(scales).to(weight.dtype).clamp_min(smallest_scale(weight.dtype))

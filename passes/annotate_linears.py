@@ -72,10 +72,11 @@ class AnnotateLinears(Pass):
         others: dict[str, fx.Node] = {}
         for node in graph_module.graph.nodes:
             weight = matrix_weight(node, roots)
-            if weight is not None and node.target is not _aten.linear.default:
+            if weight is not None and weight not in state.sites:
                 others.setdefault(weight, node)
         for weight, node in others.items():
-            state.note(f"{weight} stays in floating point: {node.target} is not a linear layer")
+            why = "the weight is computed in the graph" if node.target is _aten.linear.default else "no linear layer"
+            state.note(f"{weight} stays in floating point: {node.target}, {why}")
 
 
 def linear_calls(graph: fx.Graph) -> dict[str, list[fx.Node]]:
@@ -102,7 +103,9 @@ def _default_reason(graph_module: fx.GraphModule, weight: str, nodes: list[fx.No
     rows = {
         get_tensor(graph_module, str(node.args[0].target)).shape[0]
         for node in graph_module.graph.nodes
-        if node.target is _aten.embedding.default and node.args[0].op == "get_attr"
+        if node.target is _aten.embedding.default
+        and node.args[0].op == "get_attr"
+        and node.args[1].op == "placeholder"  # not tables of positions or types
     }
     name = weight.removesuffix(".weight")
     if any(fnmatchcase(name, head) for head in HEADS):

@@ -13,7 +13,7 @@ from loopq_compile.operators import ops
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.insert import add_constant, attribute_name, call, inserting
 from loopq_compile.scheme import Scheme, quantized_range
-from loopq_compile.state import CompilerState
+from loopq_compile.state import CompilerState, get_tensor
 
 _aten = torch.ops.aten
 
@@ -41,21 +41,33 @@ class InsertActivationQdq(Pass):
         tables: dict[str, fx.Node] = {}
         readers = _readers(graph_module.graph, state)
         for (x, group, tag), linears in readers.items():
-            width = next(site.shape[1] for site in state.sites.values() if site.group == group)
+            member = next(site for site in state.sites.values() if site.group == group)
+            width = member.shape[1]
             if group not in tables:
-                tables[group] = self._table(graph_module, state.scheme, group, width)
+                tables[group] = self._table(graph_module, state.scheme, group, width, _dtype(graph_module, linears[0]))
             with inserting(graph_module.graph, before=linears[0], tag=tag, site=group):
                 pair = _insert_pair(graph_module.graph, x, tables[group], state.scheme, width)
             for linear in linears:
                 linear.replace_input_with(x, pair)
         return PassResult(graph_module, bool(readers))
 
-    def _table(self, graph_module: fx.GraphModule, scheme: Scheme, group: str, width: int) -> fx.Node:
+    def _table(
+        self, graph_module: fx.GraphModule, scheme: Scheme, group: str, width: int, dtype: torch.dtype
+    ) -> fx.Node:
         size = scheme.group_size if scheme.group_size != -1 else width
         columns = width // size if scheme.activation_granularity == "group" else 1
-        table = add_constant(graph_module, table_name(group, scheme), torch.ones(1, columns))
+        table = add_constant(graph_module, table_name(group, scheme), torch.ones(1, columns, dtype=dtype))
         table.meta["loopq_group"] = group
         return table
+
+
+def _dtype(graph_module: fx.GraphModule, linear: fx.Node) -> torch.dtype:
+    """The type a linear computes in: that of its weight, or of the weight's scales once that is quantized."""
+    weight = linear.args[1]
+    assert isinstance(weight, fx.Node)
+    while weight.op != "get_attr":
+        weight = weight.args[1]  # type: ignore[assignment]  # quantize and dequantize: the scales
+    return get_tensor(graph_module, str(weight.target)).dtype
 
 
 def table_name(group: str, scheme: Scheme) -> str:

@@ -89,6 +89,11 @@ class Exploding(nn.Module):
         return self.second((self.first(x) * 1e4).exp())
 
 
+def broken_loader():
+    yield tokens()
+    raise OSError("disk on fire")
+
+
 FLOATS = torch.randn(2, 5, 32)
 
 CASES = {
@@ -109,6 +114,8 @@ CASES = {
         lambda: compiled(Exploding(), FLOATS, calibration=[FLOATS], activation="static"),
         "The input of 'second'.*NaN or infinite",
     ),
+    "a class in place of a model": (lambda: compiled(TinyLoopedLM), r"write TinyLoopedLM\(...\)"),
+    "a wrapped model": (lambda: compiled(nn.DataParallel(tiny_model())), "pass model.module"),
     # example inputs
     "no example inputs": (lambda: lq.compile(tiny_model(), scheme="w4a16"), "give example_inputs"),
     "an example of another type": (lambda: compiled(example="text"), "must be a tensor, a tuple or a dict"),
@@ -128,6 +135,9 @@ CASES = {
         r"group_size=48 does not divide the 64 inputs",
     ),
     "a pattern that matches nothing": (lambda: compiled(skip=("*.dwon",)), r"Did you mean 'down'"),
+    "patterns that are no text": (lambda: compiled(skip=(3,)), "takes a sequence of patterns"),
+    "no patterns at all": (lambda: compiled(skip=None), "takes a sequence of patterns; got None"),
+    "an option of learned methods": (lambda: compiled(steps=3), "option of learned methods"),
     "everything skipped": (lambda: compiled(skip=("*",)), "nothing to quantize"),
     "an unknown method": (lambda: compiled(method="symetric"), "Did you mean 'symmetric'"),
     "a method of this plan's future": (lambda: compiled(method="spinquant"), "planned and not in this version"),
@@ -149,12 +159,25 @@ CASES = {
         lambda: compiled(calibration=[tokens() + VOCABULARY]),
         "the model's vocabulary from 0 to 63",
     ),
-    "a batch with the wrong names": (lambda: compiled(calibration=[{"ids": tokens()}]), "'input_ids' is missing"),
+    "a batch with the wrong names": (lambda: compiled(calibration=[{"ids": tokens()}]), "unknown input 'ids'"),
     "NaN activations as data": (
         lambda: compiled(nn.Sequential(nn.Linear(32, 32)), FLOATS, calibration=[FLOATS / 0 * 0]),
         "Calibration batch 0: .*NaN",
     ),
+    "data that fails on its way": (lambda: compiled(calibration=broken_loader()), "failed at batch 1: OSError: disk"),
+    "a batch with an unknown name": (
+        lambda: compiled(calibration=[{"input_ids": tokens(), "inputs_id": 3}]),
+        "unknown input 'inputs_id'. Did you mean 'input_ids'",
+    ),
+    "padding that the program does not see": (
+        lambda: compiled(calibration=[{"input_ids": tokens(), "attention_mask": torch.zeros(2, 16)}]),
+        "captured without it",
+    ),
+    "a batch of lists": (lambda: compiled(calibration=[[1, 2, 3]]), "Calibration batch 0: .*must be a tensor"),
     # calling and generating
+    "a token beyond the vocabulary": (lambda: tiny_program()(tokens() + 5000), "out of range"),
+    "a temperature that is no number": (lambda: tiny_program().generate(tokens(), temperature="1"), "must be a number"),
+    "a temperature of NaN": (lambda: tiny_program().generate(tokens(), temperature=float("nan")), "must be positive"),
     "a call without inputs": (lambda: tiny_program()(), "'input_ids' is missing"),
     "a call with an unknown name": (lambda: tiny_program()(input_id=tokens()), "Did you mean 'input_ids'"),
     "a call with too many inputs": (lambda: tiny_program()(tokens(), tokens()), "Got 2 positional arguments"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common
 from torch import fx
 
@@ -20,7 +21,7 @@ from loopq_compile.backends.onnx.simplify import simplify
 from loopq_compile.backends.onnx.translate import DOMAIN, translate
 from loopq_compile.backends.onnx.write import EXTERNAL_DATA_THRESHOLD, check_destination, write_model
 from loopq_compile.errors import LoopQError, did_you_mean
-from loopq_compile.state import CompilerState, get_state
+from loopq_compile.state import CompilerState, get_state, get_tensor
 
 TARGETS = ("qdq",)
 FORMS = ("unrolled",)
@@ -83,6 +84,15 @@ def _check_options(graph_module: Any, directory: Any, target: str, form: str, ca
         if value in _PLANNED[option]:
             raise LoopQError(f"ONNX {option} {value!r} is not in this version; it has {', '.join(map(repr, known))}.")
         raise LoopQError(f"Unknown ONNX {option} {value!r}.{did_you_mean(str(value), known + _PLANNED[option])}")
+    half = [
+        str(node.target)
+        for node in graph_module.graph.nodes
+        if node.op == "get_attr" and get_tensor(graph_module, str(node.target)).dtype in (torch.float16, torch.bfloat16)
+    ]
+    if half:
+        raise LoopQError(
+            f"{half[0]!r} is in half precision; ONNX files of this version are float32: compile model.float()."
+        )
     if cache:
         raise LoopQError("cache=True is not in this version: ONNX files compute the whole sequence anew.")
 

@@ -61,8 +61,9 @@ def compile_command(
 
     Example: loopq-compile compile bundled --scheme w4a8 --activation static --out my-program
     """
-    from loopq_compile.artifact import save
+    from loopq_compile.artifact import GRAPH_FILE, save
     from loopq_compile.driver import compile as compile_model
+    from loopq_compile.folders import check_folder
     from loopq_compile.loading import BUNDLED, TOKENIZER_FILE
     from loopq_compile.pipelines import get_pipeline
     from loopq_compile.scheme import Scheme
@@ -70,6 +71,7 @@ def compile_command(
     say = note(json)
     wanted = Scheme.parse(scheme, activation=activation, group_size=group_size, skip=tuple(skip or ()))
     get_pipeline(method)
+    check_folder(out, GRAPH_FILE)
     loaded = load(model, tokenizer, trust_remote_code)
     if loaded.kind != "model":
         raise LoopQError(f"{model} is quantized already; compile takes a model in floating point.")

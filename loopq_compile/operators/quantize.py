@@ -2,7 +2,8 @@
 
 The last dimension (K features) is cut into groups of `group_size` neighbours; a group shares one scale. Scales have
 as many entries in their last dimension as there are groups, or one entry for all of them; leading dimensions
-broadcast. None of the three is differentiable: integers really flow between the nodes.
+broadcast. Arithmetic is in single precision at least, also for half-precision tensors. None of the three is
+differentiable: integers really flow between the nodes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,17 @@ import torch
 from torch import Tensor
 
 SMALLEST_SCALE = 1e-12
-"""Scales never fall below this: a group of zeros quantizes to zeros, not to NaN."""
+"""Scales never fall below this: a group of zeros quantizes to zeros, not to NaN. In half precision, where this
+number is zero, the smallest normal number of the type takes its place."""
+
+
+def smallest_scale(dtype: torch.dtype) -> float:
+    """Lower bound of scales stored in `dtype`."""
+    return max(SMALLEST_SCALE, torch.finfo(dtype).tiny)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.library.custom_op("loopq::quantize", mutates_args=())
@@ -27,8 +38,8 @@ def quantize(x: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: int) 
     Returns:
         Integers as int8, `[..., K]`.
     """
-    groups = x.unflatten(-1, (-1, group_size))
-    codes = torch.round(groups / scale.unsqueeze(-1)).clamp(q_min, q_max)
+    groups = _wide(x).unflatten(-1, (-1, group_size))
+    codes = torch.round(groups / _wide(scale).unsqueeze(-1)).clamp(q_min, q_max)
     return codes.to(torch.int8).flatten(-2).contiguous()
 
 
@@ -49,8 +60,9 @@ def dequantize(codes: Tensor, scale: Tensor, group_size: int) -> Tensor:
     Returns:
         `[..., K]` in the type of `scale`.
     """
-    groups = codes.unflatten(-1, (-1, group_size)).to(scale.dtype)
-    return (groups * scale.unsqueeze(-1)).flatten(-2).contiguous()
+    wide = _wide(scale).unsqueeze(-1)
+    groups = codes.unflatten(-1, (-1, group_size)).to(wide.dtype)
+    return (groups * wide).flatten(-2).to(scale.dtype).contiguous()
 
 
 @dequantize.register_fake
@@ -69,10 +81,10 @@ def dynamic_scale(x: Tensor, clip: Tensor, group_size: int, q_max: int) -> Tenso
         q_max: largest integer.
 
     Returns:
-        Scales `[..., K / group_size]`, at least `SMALLEST_SCALE`.
+        Scales `[..., K / group_size]` in the type of `x`, at least `smallest_scale`.
     """
-    largest = x.unflatten(-1, (-1, group_size)).abs().amax(-1)
-    return (largest * (clip / q_max)).clamp_min(SMALLEST_SCALE)
+    largest = _wide(x.unflatten(-1, (-1, group_size)).abs().amax(-1))
+    return (largest * (_wide(clip) / q_max)).to(x.dtype).clamp_min(smallest_scale(x.dtype))
 
 
 @dynamic_scale.register_fake

@@ -168,3 +168,43 @@ def test_a_model_without_loops_is_ordinary_quantization():
     assert "No loop was found" in program.summary()
     assert any("no loop found" in note for entry in program.log for note in entry.notes)
     assert (program(tokens(3)) - model(tokens(3))).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("scheme", "activation"), [("w8a8", "static"), ("w8a8", "dynamic"), ("w8a16", "dynamic")])
+def test_half_precision_models_stay_in_half_precision(dtype, scheme, activation):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(VOCABULARY, 32), nn.Linear(32, 48), nn.Linear(48, 32)).to(dtype).eval()
+    with torch.no_grad():
+        model[2].weight[:4] = 0  # groups of zeros: their scale must not vanish
+    program = lq.compile(
+        model, tokens(), scheme=scheme, method="las", activation=activation, calibration=[tokens(1)], group_size=16
+    )
+    expected, got = model(tokens(2)), program(tokens(2))
+    assert got.dtype == dtype and got.isfinite().all()
+    assert (got.float() - expected.float()).norm() < 0.05 * expected.float().norm()
+    with pytest.raises(lq.LoopQError, match=r"compile model.float\(\)"):
+        program.export_onnx("unused")
+
+
+def test_what_stays_in_floating_point_is_logged():
+    model = nn.Sequential(
+        nn.Embedding(VOCABULARY, 32), nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)), nn.Linear(32, 48)
+    )
+    program = lq.compile(model.eval(), tokens(), scheme="w8a8", method="symmetric")
+    notes = [note for entry in program.log for note in entry.notes]
+    assert any("the weight is computed in the graph" in note for note in notes)
+
+
+def test_a_table_of_positions_does_not_make_a_head():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.positions = nn.Embedding(VOCABULARY, 32), nn.Embedding(48, 32)
+            self.middle, self.last = nn.Linear(32, 32), nn.Linear(32, 48)
+
+        def forward(self, ids):
+            return self.last(self.middle(self.embed(ids) + self.positions(torch.arange(ids.shape[1]))))
+
+    program = lq.compile(Encoder().eval(), tokens(), scheme="w8a8", method="symmetric")
+    assert "language-model head" not in program.summary()
