@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import fx
@@ -63,10 +64,9 @@ class InsertActivationQdq(Pass):
 
 def _dtype(graph_module: fx.GraphModule, linear: fx.Node) -> torch.dtype:
     """The type a linear computes in: that of its weight, or of the weight's scales once that is quantized."""
-    weight = linear.args[1]
-    assert isinstance(weight, fx.Node)
+    weight: Any = linear.args[1]
     while weight.op != "get_attr":
-        weight = weight.args[1]  # type: ignore[assignment]  # quantize and dequantize: the scales
+        weight = weight.args[1]  # quantize and dequantize: the scales
     return get_tensor(graph_module, str(weight.target)).dtype
 
 
