@@ -68,20 +68,15 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     return graph_module
 
 
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+"""PyTorch's wrappers around a model, and where they keep it."""
+
+
 def check_model(model: object) -> None:
     """Refuses what is no `nn.Module`."""
-    wrapped = next(
-        (
-            name
-            for name in ("_orig_mod", "module")
-            if type(model).__module__.startswith("torch.")
-            and type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel")
-            and hasattr(model, name)
-        ),
-        None,
-    )
-    if wrapped:
-        raise LoopQError(f"model is wrapped in {type(model).__name__}; pass model.{wrapped}.")
+    inner = _WRAPPERS.get(type(model).__name__)
+    if inner and type(model).__module__.startswith("torch."):
+        raise LoopQError(f"model is wrapped in {type(model).__name__}; pass model.{inner}.")
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise LoopQError(f"model must be an instance, not a class; write {model.__name__}(...).")
     if not isinstance(model, nn.Module):

@@ -80,11 +80,15 @@ def compile_command(
     if batches is not None:
         say(f"calibrating on {sum(map(len, batches))} samples of {length} tokens from {source}")
     program = compile_model(loaded.model, scheme=wanted, method=method, calibration=batches)
-    files = {TOKENIZER_FILE: loaded.tokenizer.to_str()} if loaded.tokenizer else {}
-    save(program.graph_module, out, files)
+    save(program.graph_module, out, {TOKENIZER_FILE: loaded.tokenizer.to_str()} if loaded.tokenizer else {})
+    _show(program, out, json)
+
+
+def _show(program: Any, out: Path, json: bool) -> None:
     if json:
         print_json(_report(program, out))
     else:
+        say = note(json)
         say(program.summary())
         say(f"\nwrote {out}; next: loopq-compile inspect {out}, loopq-compile export {out} --out {out}-onnx")
 
