@@ -31,7 +31,7 @@ def calibration_batches(calibration: Any, signature: Signature, vocabulary: int 
             f"{type(calibration).__name__}. Tokenize text first."
         )
     number = -1
-    for number, batch in enumerate(_guarded(calibration)):
+    for number, batch in enumerate(guarded(calibration)):
         try:
             yield _bind(batch, signature, vocabulary)
         except LoopQError as error:
@@ -40,7 +40,7 @@ def calibration_batches(calibration: Any, signature: Signature, vocabulary: int 
         raise LoopQError("calibration is empty: at least one batch is needed (an iterator can be used only once).")
 
 
-def _guarded(calibration: Iterable[Any]) -> Iterator[Any]:
+def guarded(calibration: Iterable[Any]) -> Iterator[Any]:
     """The batches; what the user's own iterator raises is reported as such."""
     iterator, number = iter(calibration), 0
     while True:

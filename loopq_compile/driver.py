@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from loopq_compile.artifact import read
+from loopq_compile.calibration import guarded
 from loopq_compile.capture import capture, check_model
-from loopq_compile.errors import LoopQError
+from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.options import CalibrationOptions
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.pipelines import get_pipeline
 from loopq_compile.program import Program
 from loopq_compile.scheme import Scheme
 from loopq_compile.shapes import infer_shapes
-from loopq_compile.state import get_state
+from loopq_compile.state import copy_graph, get_state
 
-DATA_FREE = ("symmetric",)
-"""Methods that need no calibration data with dynamic scales; weight-only schemes never do."""
+DATA_FREE = ("symmetric", "quarot")
+"""Methods that need no calibration data with dynamic scales and `weight_solver="rtn"`."""
 
 
 def compile(
@@ -40,7 +44,8 @@ def compile(
         method: "symmetric", "las", "loopq", or a `Pipeline`.
         calibration: iterable of token tensors `[batch, sequence]` (or tuples, dicts of inputs), read once. May be left
             out for `method="symmetric"` with dynamic scales and for weight-only schemes.
-        options: fields of `Scheme` to change, such as `group_size=64` or `skip=("*.o_proj",)`.
+        options: fields of `Scheme` to change, such as `group_size=64` or `skip=("*.o_proj",)`, and of
+            `CalibrationOptions`, such as `steps=300`, `seed=1`, `weight_solver="gptq"` or `checkpoint="folder"`.
 
     Returns:
         A `Program` that is called like the model.
@@ -50,9 +55,9 @@ def compile(
         CaptureError: the model cannot be captured.
     """
     check_model(model)
-    for name in [name for name in ("steps", "seed") if name in options]:
-        raise LoopQError(f"{name}= is an option of learned methods, which this version does not have; leave it out.")
-    scheme = Scheme.parse(scheme, **options)
+    ours = {name: options.pop(name) for name in list(options) if name in CalibrationOptions.names()}
+    _check_names(options)
+    scheme, calibration_options = Scheme.parse(scheme, **options), CalibrationOptions(**ours)
     pipeline = get_pipeline(method)
     needs_data = scheme.quantizes_activations and (scheme.activation == "static" or pipeline.name not in DATA_FREE)
     if calibration is None and needs_data and pipeline.name != "custom":
@@ -62,19 +67,41 @@ def compile(
             "weight-only scheme such as 'w4a16'."
         )
     graph_module = capture(model, example_inputs)
-    return quantize(graph_module, scheme, pipeline, calibration)
+    return quantize(graph_module, scheme, pipeline, calibration, calibration_options)
 
 
-def quantize(graph_module: Any, scheme: Scheme, pipeline: Pipeline, calibration: Any = None) -> Program:
+def quantize(
+    graph_module: Any,
+    scheme: Scheme,
+    pipeline: Pipeline,
+    calibration: Any = None,
+    options: CalibrationOptions | None = None,
+) -> Program:
     """Runs `pipeline` on a captured graph, which it changes in place."""
     state = get_state(graph_module)
-    state.scheme, state.method, state.calibration = scheme, pipeline.name, calibration
+    state.scheme, state.method, state.options = scheme, pipeline.name, options or CalibrationOptions()
+    state.calibration = _repeatable(calibration)
+    state.teacher = copy_graph(graph_module)
     try:
         graph_module = pipeline.run(graph_module)
         infer_shapes(graph_module)
     finally:
-        state.calibration = None
+        state.calibration = state.teacher = None
     return Program(graph_module)
+
+
+def _repeatable(calibration: Any) -> Any:
+    """The batches as a list where they can be read only once: several passes read them."""
+    if isinstance(calibration, Iterator):
+        return list(guarded(calibration))
+    return calibration
+
+
+def _check_names(options: dict[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(Scheme)} | CalibrationOptions.names()
+    for name in options:
+        if name not in known:
+            raise LoopQError(f"compile has no option {name!r}.{did_you_mean(name, known)}")
 
 
 def load(directory: str | os.PathLike[str]) -> Program:

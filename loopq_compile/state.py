@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from loopq_compile.errors import InternalError
 from loopq_compile.loops import LoopStructure, LoopTag
+from loopq_compile.options import CalibrationOptions
 from loopq_compile.scheme import Scheme
 from loopq_compile.signature import Signature
 
@@ -56,7 +57,10 @@ class CompilerState:
         method: name of the pipeline.
         sites: linears by weight name, filled by `annotate-linears`.
         calibration: the calibration batches while a pipeline runs (an iterable of inputs), None without.
+        options: of calibration.
+        teacher: the captured graph as it was, with the same node names; None where nothing asks for it.
         statistics: what `collect-ranges` measured, by group and row of its per-loop table.
+        results: what passes found out, as plain values for JSON, by topic.
         log: one entry per pass.
     """
 
@@ -68,7 +72,10 @@ class CompilerState:
     method: str = ""
     sites: dict[str, Site] = field(default_factory=dict)
     calibration: Any = None
+    options: CalibrationOptions = field(default_factory=CalibrationOptions)
+    teacher: fx.GraphModule | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
     log: list[LogEntry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -92,6 +99,16 @@ def get_state(graph_module: fx.GraphModule) -> CompilerState:
     if not isinstance(state, CompilerState):
         raise InternalError("This GraphModule has no loopq state; passes must return the module they were given.")
     return state
+
+
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The graph with a fresh state, for one more pipeline; tensors are shared, passes replace and never change them."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    copied = fx.GraphModule(graph_module, graph)
+    state = get_state(graph_module)
+    attach_state(copied, CompilerState(state.signature, state.model_name))
+    return copied
 
 
 def get_tensor(graph_module: fx.GraphModule, name: str) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from loopq_compile.calibration import calibration_batches
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.loops import get_tag
-from loopq_compile.passes.annotate_linears import linear_calls
 from loopq_compile.passes.base import Pass, PassResult
+from loopq_compile.passes.weights import site_calls
 from loopq_compile.progress import progress
 from loopq_compile.state import CompilerState, get_tensor
 from loopq_compile.statistics import Statistics
@@ -78,9 +78,8 @@ class _Observer(fx.Interpreter):
         self.bits, self.size = state.scheme.activation_bits, state.scheme.group_size
         self.statistics: dict[str, dict[int, Statistics]] = {}
         self.watched: dict[fx.Node, set[tuple[str, int]]] = {}
-        for weight, calls in linear_calls(graph_module.graph).items():
-            site = state.sites[weight]
-            for node in calls if site.reason is None else ():
+        for site, calls in site_calls(graph_module):
+            for node in calls:
                 self.watched.setdefault(node.args[0], set()).add((site.group, state.loops.row(get_tag(node))))  # type: ignore[arg-type]
 
     def run_node(self, n: fx.Node) -> Any:

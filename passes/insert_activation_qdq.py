@@ -13,6 +13,7 @@ from loopq_compile.loops import LoopTag, get_tag
 from loopq_compile.operators import ops
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.insert import add_constant, attribute_name, call, inserting
+from loopq_compile.passes.weights import weight_chain
 from loopq_compile.scheme import Scheme, quantized_range
 from loopq_compile.state import CompilerState, get_tensor
 
@@ -63,11 +64,13 @@ class InsertActivationQdq(Pass):
 
 
 def _dtype(graph_module: fx.GraphModule, linear: fx.Node) -> torch.dtype:
-    """The type a linear computes in: that of its weight, or of the weight's scales once that is quantized."""
-    weight: Any = linear.args[1]
-    while weight.op != "get_attr":
-        weight = weight.args[1]  # quantize and dequantize: the scales
-    return get_tensor(graph_module, str(weight.target)).dtype
+    """The type a linear computes in: that of its weight, or of the weight's scales once integers are stored."""
+    weight, *chain = weight_chain(linear)
+    dtype = get_tensor(graph_module, str(weight.target)).dtype
+    if not dtype.is_floating_point:
+        scale: Any = chain[0].args[1]
+        dtype = get_tensor(graph_module, str(scale.target)).dtype
+    return dtype
 
 
 def table_name(group: str, scheme: Scheme) -> str:

@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from loopq_compile.operators import ops
 from loopq_compile.passes.base import Pass, PassResult
+from loopq_compile.passes.constants import chain_name, constant_nodes, evaluate
 from loopq_compile.passes.insert import add_constant
-from loopq_compile.state import get_tensor
 
 
 class PackWeights(Pass):
-    """Folds `quantize(weight, scale)` into an integer constant.
+    """Folds what is constant in front of a linear into an integer weight and its scales.
 
-    Before: `dequantize(quantize(weight, scale), scale)`. After: `dequantize(codes, scale)` with int8 `codes`; the
-    floating-point weight leaves the graph unless something else reads it.
+    Before: `dequantize(quantize(chain, scale), scale)`, where `chain` and `scale` depend on stored tensors alone: a
+    weight, or what inverse transforms, rounding offsets and learned clip ratios make of it. After: `dequantize(codes,
+    scale)` with constants `<weight>_codes` (int8) and `<weight>_scale`, or `<weight>_loop<row>_codes` for a weight with
+    a transform per loop. The floating-point weight and what else nothing reads any more leave the graph.
 
     Does nothing to activations: their quantize nodes read values that are not constant.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
-        modified = False
-        for node in list(graph.nodes):
-            if node.target is not ops.quantize.default or node.args[0].op != "get_attr":
-                continue
-            weight, scale = (get_tensor(graph_module, str(argument.target)) for argument in node.args[:2])
-            with torch.no_grad():
-                codes = ops.quantize(weight, scale, *node.args[2:])
-            constant = add_constant(graph_module, f"{node.args[0].target}_codes", codes)
-            constant.meta["loopq_site"] = node.meta.get("loopq_site", "")
-            node.replace_all_uses_with(constant)
-            graph.erase_node(node)
-            modified = True
-        if modified:
+        constant = constant_nodes(graph)
+        quantized = [n for n in graph.nodes if n.target is ops.quantize.default and n in constant]
+        scales = {n.args[1] for n in quantized if n.args[1].op != "get_attr"}
+        names = _names(graph_module, quantized)
+        for node, value in evaluate(graph_module, [*quantized, *scales]):
+            _replace(graph_module, node, f"{names[node]}_{'scale' if node in scales else 'codes'}", value)
+        if quantized:
             graph.eliminate_dead_code()
             _drop_unused(graph_module)
-        return PassResult(graph_module, modified)
+        return PassResult(graph_module, bool(quantized))
+
+
+def _names(graph_module: fx.GraphModule, quantized: list[fx.Node]) -> dict[fx.Node, str]:
+    """By quantize node and scale; a weight that a custom pass quantizes in several ways gets numbers behind its name."""
+    seen: Counter[str] = Counter()
+    names: dict[fx.Node, str] = {}
+    for node in quantized:
+        name = chain_name(graph_module, node)
+        seen[name] += 1
+        names[node] = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        names.setdefault(node.args[1], names[node])  # type: ignore[arg-type]
+    return names
+
+
+def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> None:
+    constant = add_constant(graph_module, name, value.clone(memory_format=torch.contiguous_format))
+    constant.meta["loopq_site"] = node.meta.get("loopq_site", "")
+    node.replace_all_uses_with(constant)
+    graph_module.graph.erase_node(node)
 
 
 def _drop_unused(graph_module: fx.GraphModule) -> None:

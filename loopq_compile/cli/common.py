@@ -25,7 +25,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help='"bundled", a Hugging Face folder or hub id, a folder written by `compile`, or an exported .onnx file.',
+        help='"bundled", "smollm2", a Hugging Face folder or hub id, a folder written by `compile`, or an exported .onnx '
+        "file.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text for people.")]
@@ -44,6 +45,24 @@ TextFile = Annotated[
 Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
 Stride = Annotated[
     int, typer.Option("--stride", min=1, help="Tokens from one window to the next; each token is scored once.")
+]
+CalibrationText = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        metavar="self|docs|mixed|FILE",
+        help="Text to calibrate on: sampled by the model itself, docstrings of the installed libraries, half of each, or "
+        "a UTF-8 file.",
+    ),
+]
+RepeatLayers = Annotated[
+    str | None,
+    typer.Option(
+        "--repeat",
+        metavar="FIRST-LASTxTIMES",
+        help="Make a looped model of a Hugging Face model: 12-15x3 runs layers 12 to 15 three times. The same as the "
+        "model name MODEL@12-15x3.",
+    ),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=0, help="Score only the first N tokens; 0 for all.")]
 
@@ -94,12 +113,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: i
     return made
 
 
-def load(name: str, tokenizer_file: str | None = None, trust_remote_code: bool = False) -> Loaded:
-    """`load_model`, with the tokenizer of `tokenizer_file` if one is given."""
-    from loopq_compile.loading import Loaded, load_model, read_tokenizer
+def load(
+    name: str, tokenizer_file: str | None = None, trust_remote_code: bool = False, repeat: str | None = None
+) -> Loaded:
+    """`load_model`, with the tokenizer of `tokenizer_file` if one is given, and layers repeated as `repeat` says."""
+    from loopq_compile.loading import Loaded, load_model, read_tokenizer, repeat_in
 
     tokenizer = read_tokenizer(tokenizer_file) if tokenizer_file else None
     loaded = load_model(name, trust_remote_code=trust_remote_code)
+    loaded = repeat_in(loaded, repeat) if repeat else loaded
     return Loaded(loaded.model, tokenizer or loaded.tokenizer)
 
 
@@ -115,34 +137,13 @@ def text_source(file: str | None) -> tuple[str, str]:
     return held_out.text, str(held_out)
 
 
-def calibration_batches(source: str, tokenizer: Any, samples: int, length: int, seed: int) -> list[Tensor]:
-    """Token batches `[<= 4, length]` from a text file, or for `source="bundled"` from the bundled training text.
+def calibration_batches(
+    source: str, tokenizer: Any, samples: int, length: int, seed: int, model: Any = None, cache: Any = None
+) -> list[Tensor]:
+    """Token batches `[<= 4, length]` from `source`; see `loopq_compile.self_generated.calibration_data`."""
+    from loopq_compile.self_generated import calibration_data
 
-    Raises:
-        LoopQError: the file is unreadable or too short, or there is no tokenizer.
-    """
-    import torch
-
-    from loopq_compile.evaluate import read_text, tokenize
-
-    if min(samples, length) < 1:
-        raise LoopQError(f"samples={samples} and length={length} must be at least 1.")
-    if source == "bundled":
-        from loopq_compile import bundled
-
-        own = bundled.load_tokenizer()
-        if tokenizer is None or tokenizer.to_str() == own.to_str():
-            return bundled.calibration_tokens(samples, length, seed)
-        rows = torch.cat(bundled.calibration_tokens(2 * samples, length, seed))
-        text = own.decode(rows.flatten().tolist())
-    else:
-        text = read_text(source)
-    ids = tokenize(tokenizer, text)
-    if len(ids) < length:
-        raise LoopQError(f"{source} has {len(ids)} tokens, fewer than one sample of length {length}. Lower --length.")
-    rows = ids[: len(ids) // length * length].view(-1, length)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]
-    return list(rows[order].split(4))
+    return calibration_data(source, model, tokenizer, samples, length, seed, cache=cache)
 
 
 def names(text: str) -> list[str]:

@@ -4,5 +4,6 @@ Examples, tests and the demo import from here. Passes and backends never do: a p
 """
 
 from loopq_compile.models.ouro import LoopedLMOutput, Ouro, OuroConfig, exit_distribution
+from loopq_compile.models.repeated import Repeat, repeat_layers
 
-__all__ = ["LoopedLMOutput", "Ouro", "OuroConfig", "exit_distribution"]
+__all__ = ["LoopedLMOutput", "Ouro", "OuroConfig", "Repeat", "exit_distribution", "repeat_layers"]

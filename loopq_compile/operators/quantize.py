@@ -2,8 +2,8 @@
 
 The last dimension (K features) is cut into groups of `group_size` neighbours; a group shares one scale. Scales have
 as many entries in their last dimension as there are groups, or one entry for all of them; leading dimensions
-broadcast. Arithmetic is in single precision at least, also for half-precision tensors. None of the three is
-differentiable: integers really flow between the nodes.
+broadcast. Arithmetic is in single precision at least, also for half-precision tensors. Integers really flow between
+`quantize` and `dequantize`, so gradients do not; `loopq_compile.operators.straight_through` has the form for calibration.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def dynamic_scale(x: Tensor, clip: Tensor, group_size: int, q_max: int) -> Tenso
 
     Args:
         x: `[..., K]`, floating point.
-        clip: clip ratios, `[K / group_size]` or `[1]`; 1 keeps the whole range of a group.
+        clip: clip ratios, `[K / group_size]`, `[1]`, or (for weights) one per row and group; 1 keeps the whole range
+            of a group.
         group_size: features per scale; divides K.
         q_max: largest integer.
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from loopq_compile.capture import capture
 from loopq_compile.driver import compile as compile_model
@@ -20,7 +20,7 @@ from loopq_compile.evaluate import LENGTH, STRIDE, Remembered, Score, evaluate
 from loopq_compile.pipelines import get_pipeline
 from loopq_compile.program import Program
 from loopq_compile.scheme import Scheme
-from loopq_compile.state import CompilerState, attach_state, get_state
+from loopq_compile.state import copy_graph
 
 FULL_PRECISION = "full precision"
 COLUMNS = (
@@ -141,7 +141,7 @@ def quality(
         if batches is None:  # says what cannot do without
             program = compile_model(model, example_inputs, scheme=run.scheme, method=run.method)
         else:
-            program = quantize(_fresh_copy(captured), run.scheme, get_pipeline(run.method), batches)
+            program = quantize(copy_graph(captured), run.scheme, get_pipeline(run.method), batches)
         seconds = time.perf_counter() - start
         score = evaluate(program, tokens, teacher=teacher, length=length, stride=stride, title=str(run))
         activation = run.scheme.activation if run.scheme.quantizes_activations else "none"
@@ -184,16 +184,6 @@ def write_results(
     except OSError as error:
         raise LoopQError(f"Cannot write to {folder}: {error.strerror or error}.") from error
     return [folder / name for name in texts]
-
-
-def _fresh_copy(captured: fx.GraphModule) -> fx.GraphModule:
-    """The captured graph for one more pipeline; tensors are shared, passes replace and never change them."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(captured.graph, {}))
-    copied = fx.GraphModule(captured, graph)
-    state = get_state(captured)
-    attach_state(copied, CompilerState(state.signature, state.model_name))
-    return copied
 
 
 def _row(method: str, scheme: str, activation: str, score: Score, base: Score, seconds: float) -> QualityRow:

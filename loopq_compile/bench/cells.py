@@ -1,0 +1,89 @@
+"""Results that survive a killed run: one JSON file per cell of a table, named by a hash of all that determines it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from loopq_compile.errors import LoopQError
+
+Values = dict[str, Any]
+
+
+class Cells:
+    """Measured values by what they were measured on.
+
+    Args:
+        folder: where the files lie; None keeps nothing.
+        fresh: measure again what is there already, and replace it. Cells know the package's version and not its code:
+            whoever changes a method needs this, or another folder.
+    """
+
+    def __init__(self, folder: str | Path | None = None, fresh: bool = False) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self._fresh = fresh
+        self._known: dict[str, Values] = {}
+
+    def get(self, name: str, about: Mapping[str, Any], measure: Callable[[], Values]) -> Values:
+        """The values of a cell, from its file if there is one.
+
+        Args:
+            name: what the file's name starts with, for people.
+            about: everything that determines the values, as JSON.
+            measure: computes the values; what it raises leaves no file.
+
+        Raises:
+            LoopQError: the file cannot be written.
+        """
+        key = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+        if key not in self._known:
+            file = None if self.folder is None else self.folder / f"{re.sub('[^A-Za-z0-9.+-]+', '_', name)}-{key}.json"
+            values = None if self._fresh else _read(file)
+            if values is None:
+                values = plain(measure())
+                _write(file, {"about": dict(about), "values": values})
+            self._known[key] = values
+        return self._known[key]
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON has it: numbers that are not finite become None, tuples lists."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replaces `file` at once: a kill leaves the old one or the new one.
+
+    Raises:
+        LoopQError: it cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_name(file.name + ".tmp")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(file)
+    except OSError as error:
+        raise LoopQError(f"Cannot write to {file.parent}: {error.strerror or error}.") from error
+
+
+def _read(file: Path | None) -> Values | None:
+    if file is None or not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["values"]
+    except (OSError, ValueError, KeyError):  # damaged: measured again
+        return None
+
+
+def _write(file: Path | None, content: Values) -> None:
+    if file is not None:
+        write_text(file, json.dumps(content, indent=1) + "\n")

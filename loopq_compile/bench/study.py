@@ -1,0 +1,285 @@
+"""A study: one model, quantized and measured in many settings, each of them once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from loopq_compile.bench import parameters, trajectory
+from loopq_compile.bench.cells import Cells, Values, plain
+from loopq_compile.capture import capture
+from loopq_compile.driver import DATA_FREE, quantize
+from loopq_compile.errors import LoopQError
+from loopq_compile.evaluate import LENGTH, STRIDE, Remembered, evaluate
+from loopq_compile.options import CalibrationOptions
+from loopq_compile.pipeline import Pipeline
+from loopq_compile.pipelines import METHODS, get_pipeline
+from loopq_compile.program import Program
+from loopq_compile.scheme import Scheme
+from loopq_compile.self_generated import calibration_data, fingerprint
+from loopq_compile.state import copy_graph, get_state
+
+PROBE_ROWS, PROBE_LENGTH = 4, 128
+"""Held-out tokens on which program and model are compared point by point."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One setting.
+
+    Args:
+        method: name of a pipeline.
+        scheme: bits, groups, kind of activation scales.
+        seed: of the calibration samples, and of what is random in the method.
+        samples: calibration rows; None for the study's own number.
+        flags: arguments of the pipeline's function, such as `{"cta": False}`.
+        options: fields of `CalibrationOptions` on top of the study's own.
+        label: name in tables; by default the method.
+    """
+
+    method: str
+    scheme: Scheme
+    seed: int = 0
+    samples: int | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """What to call it in tables."""
+        return self.label or self.method
+
+    def __str__(self) -> str:
+        activation = self.scheme.activation if self.scheme.quantizes_activations else ""
+        return " ".join(filter(None, (self.name, self.scheme.name, activation, f"seed {self.seed}")))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells of a study have in common.
+
+    Args:
+        model: its name, for people.
+        text: where the held-out text is from, for people.
+        calibration: `self`, `docs`, `mixed`, or a text file.
+        samples, sample_length: calibration rows, and tokens in each.
+        length, stride: of the perplexity's sliding window.
+        options: fields of `CalibrationOptions` for every run.
+        cache: folder for calibration text that the model samples.
+    """
+
+    model: str = ""
+    text: str = ""
+    calibration: str = "docs"
+    samples: int = 32
+    sample_length: int = 128
+    length: int = LENGTH
+    stride: int = STRIDE
+    options: Mapping[str, Any] = field(default_factory=dict)
+    cache: str | Path | None = None
+
+
+class Study:
+    """Quantizes and measures a model; every result is a cell that is kept.
+
+    Args:
+        model: in full precision; it is the teacher. Captured once, when the first cell needs it.
+        tokenizer: the model's, for calibration text; may be None where none is tokenized.
+        tokens: held-out token ids, `[n]`.
+        settings: what all cells share.
+        cells: where results are kept.
+        say: told about every cell that was measured.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        tokens: Tensor,
+        settings: Settings,
+        cells: Cells | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.model, self.tokenizer, self.tokens, self.settings = model, tokenizer, tokens, settings
+        self.cells, self._say = cells or Cells(), say
+        self._batches: dict[tuple[int, int], list[Tensor]] = {}
+
+    @cached_property
+    def captured(self) -> fx.GraphModule:
+        """The model's graph in full precision."""
+        return capture(self.model)
+
+    @cached_property
+    def teacher(self) -> Remembered:
+        """The model, which remembers what it said of the held-out text."""
+        return Remembered(self.model)
+
+    @cached_property
+    def _about(self) -> Values:
+        from loopq_compile import __version__
+
+        tokens = hashlib.blake2b(self.tokens.numpy().tobytes(), digest_size=8).hexdigest()
+        weights = fingerprint(self.model)
+        return {"version": __version__, "model": self.settings.model, "weights": weights, "tokens": tokens}
+
+    def full_precision(self) -> Values:
+        """Perplexity of the model: `{"perplexity", "tokens", "seconds"}`."""
+        window = {"length": self.settings.length, "stride": self.settings.stride}
+
+        def measure() -> Values:
+            score = evaluate(self.teacher, self.tokens, title="full precision", **window)
+            return {"perplexity": score.perplexity, "tokens": score.tokens, "seconds": round(score.seconds, 3)}
+
+        return self.cell("full precision", {**window, "kind": "full precision"}, measure)
+
+    def measure(self, run: Run) -> Values:
+        """All that is measured of one setting; see `_measure`. A setting that is impossible gives `{"error": message}`.
+
+        Raises:
+            LoopQError: the model cannot be measured at all.
+        """
+        self.full_precision()
+        try:
+            return self.cell(str(run), self.describe(run), lambda: self._measure(run))
+        except LoopQError as error:
+            self._say(f"  {run}: {error}")
+            return {"error": str(error)}
+
+    def describe(self, run: Run) -> Values:
+        """All that determines what a run gives, for the name of its cell."""
+        settings = self.settings
+        source = Path(settings.calibration)
+        text = hashlib.blake2b(source.read_bytes()).hexdigest() if source.is_file() else settings.calibration
+        return {
+            "kind": "run",
+            "method": run.method,
+            "scheme": asdict(run.scheme),
+            "flags": dict(run.flags),
+            "options": {**settings.options, **run.options},
+            "seed": run.seed,
+            "calibration": [text, run.samples or settings.samples, settings.sample_length],
+            "window": [settings.length, settings.stride],
+        }
+
+    def cell(self, name: str, about: Mapping[str, Any], measure: Callable[[], Values]) -> Values:
+        """A cell of this study: `about` is completed by model, text and version."""
+
+        def noted() -> Values:
+            start = time.perf_counter()
+            values = measure()
+            perplexity = values.get("perplexity")
+            result = f"perplexity {perplexity:.3f}" if perplexity is not None else "done"
+            self._say(f"  {name}: {result} ({time.perf_counter() - start:.0f} s)")
+            return values
+
+        return self.cells.get(name, {**self._about, **about}, noted)
+
+    def batches(self, samples: int | None = None, seed: int = 0) -> list[Tensor]:
+        """Calibration batches; `samples` rows, by default the study's own number."""
+        settings, count = self.settings, samples or self.settings.samples
+        if (count, seed) not in self._batches:
+            self._batches[count, seed] = calibration_data(
+                settings.calibration,
+                self.model,
+                self.tokenizer,
+                count,
+                settings.sample_length,
+                seed,
+                cache=settings.cache,
+            )
+        return self._batches[count, seed]
+
+    def program(self, run: Run) -> Program:
+        """The quantized model.
+
+        Raises:
+            LoopQError: the method is unknown, cannot be taken apart as the flags say, or refuses the model.
+        """
+        batches = self.batches(run.samples, run.seed)
+        options = CalibrationOptions(**{"seed": run.seed, **self.settings.options, **run.options})
+        return quantize(copy_graph(self.captured), run.scheme, pipeline_of(run), batches, options)
+
+    def probe(self) -> list[Tensor]:
+        """Held-out rows `[1, PROBE_LENGTH]` on which node values are compared."""
+        length = min(PROBE_LENGTH, len(self.tokens))
+        return [row.view(1, -1) for row in self.tokens.split(length)[:PROBE_ROWS] if len(row) == length]
+
+    def _measure(self, run: Run) -> Values:
+        settings = self.settings
+        pipeline_of(run)
+        batches = self.batches(run.samples, run.seed)
+        with peak_memory() as peak:
+            start = time.perf_counter()
+            program = self.program(run)
+            seconds = time.perf_counter() - start
+        score = evaluate(
+            program, self.tokens, teacher=self.teacher, length=settings.length, stride=settings.stride, title=str(run)
+        )
+        state = get_state(program.graph_module)
+        return {
+            **score.to_dict(),
+            "seconds": round(score.seconds, 3),
+            "ratio": score.perplexity / self.full_precision()["perplexity"],
+            "scales": run.scheme.activation if state.scheme is None else state.scheme.activation,
+            "calibration": {
+                "tokens": sum(batch.numel() for batch in batches),
+                "steps": sum(int(phase.get("steps", 0)) for phase in state.results.get("calibration", ())),
+                "seconds": round(seconds, 3),
+                "peak bytes": peak.get("bytes"),
+            },
+            "parameters": parameters.by_part(self.captured, program.graph_module),
+            "trajectory": self._trajectory(run, program),
+            "results": plain(state.results),
+        }
+
+    def _trajectory(self, run: Run, program: Program) -> list[Values]:
+        if [spec.dtype.is_floating_point for spec in get_state(self.captured).signature.inputs] != [False]:
+            return []
+        reference = trajectory.reference_graph(self.captured, run.scheme)
+        where = trajectory.points(reference)
+        found = trajectory.errors(reference, program.graph_module, where, self.probe())
+        return [{**asdict(point), "error": found[point.node]} for point in where if point.node in found]
+
+
+def pipeline_of(run: Run) -> Pipeline:
+    """The run's pipeline.
+
+    Raises:
+        LoopQError: the method is unknown or has no such flags.
+    """
+    if not run.flags:
+        return get_pipeline(run.method)
+    get_pipeline(run.method)
+    try:
+        return METHODS[run.method](**run.flags)
+    except TypeError as error:
+        flags = ", ".join(f"{name}={value}" for name, value in run.flags.items())
+        raise LoopQError(f"Method {run.method!r} of this version cannot be built with {flags}: {error}.") from error
+
+
+def seeds_of(method: str, scheme: Scheme, seeds: list[int]) -> list[int]:
+    """The seeds worth running: a method that looks at no data gives the same every time."""
+    free = method in DATA_FREE and method != "quarot" and (scheme.activation == "dynamic")
+    return seeds[:1] if free or (method == "symmetric" and not scheme.quantizes_activations) else seeds
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[dict[str, int]]:
+    """Notes the largest resident size of the process while it is open, in `["bytes"]`; nothing where Linux is not."""
+    noted: dict[str, int] = {}
+    status = Path("/proc/self/status")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    yield noted
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        noted["bytes"] = int(line.split()[1]) * 1024

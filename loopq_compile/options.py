@@ -1,0 +1,116 @@
+"""Options of calibration: how long, how fast, on what, and what is learned."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from loopq_compile.errors import LoopQError, did_you_mean
+
+SOLVERS = ("rtn", "gptq", "loaq")
+_CHOICES = {"weight_solver": (*SOLVERS, None), "precision": ("float32", "bfloat16"), "recompute": ("auto", "on", "off")}
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How a method calibrates; `compile(**options)` takes the fields by name.
+
+    Args:
+        steps: optimizer steps of learned methods over all their phases; None for the method's own number.
+        seed: of everything random: order of samples, signs of rotations, start of adapters.
+        batch_rows: calibration rows (sequences) in a step.
+        learning_rate: factor on the learning rates of all parameters; 1 is what was tuned.
+        weight_solver: "rtn", "gptq" or "loaq" find integers from second-order statistics; None for the method's own.
+        transition_rank: rank r of the transition adapter's low-rank part (LoopQ eq. 7).
+        selection_budget: share of the transform groups inside loops that get transforms and weights of their own per
+            loop (LoopQ section 4.2).
+        selection_rounds: in how many rounds they are chosen.
+        state_weight: lambda, weight of the trajectory loss.
+        transition_weight: lambda', weight of the transition loss.
+        final_share: upper bound of a_t, the pull of every loop towards the last state; 1 is the paper's.
+        refresh: steps between updates of a_t.
+        temperature: of teacher and student in the KL divergence.
+        top_k: teacher logits kept for a token; the others count as one. None for all up to a vocabulary of 8192, else
+            512.
+        validation: share of the calibration batches held out to choose the best state.
+        evaluate_every: steps between evaluations on them.
+        patience: evaluations without improvement after which calibration stops.
+        gradient_clip: largest norm of the gradient.
+        precision: "bfloat16" runs matrix products of calibration in bfloat16.
+        recompute: "on" keeps only the ends of layers for the backward pass, "off" everything; "auto" decides by size.
+        checkpoint: folder for checkpoints; a killed calibration that is started again goes on from there.
+        checkpoint_every: steps between checkpoints.
+
+    Raises:
+        LoopQError: a value is out of range.
+    """
+
+    steps: int | None = None
+    seed: int = 0
+    batch_rows: int = 4
+    learning_rate: float = 1.0
+    weight_solver: str | None = None
+    transition_rank: int = 8
+    selection_budget: float = 0.05
+    selection_rounds: int = 2
+    state_weight: float = 0.1
+    transition_weight: float = 0.1
+    final_share: float = 0.5
+    refresh: int = 100
+    temperature: float = 1.0
+    top_k: int | None = None
+    validation: float = 0.125
+    evaluate_every: int = 50
+    patience: int = 8
+    gradient_clip: float = 1.0
+    precision: str = "float32"
+    recompute: str = "auto"
+    checkpoint: str | None = None
+    checkpoint_every: int = 25
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None:
+            object.__setattr__(self, "checkpoint", os.fspath(self.checkpoint))
+        for field in ("batch_rows", "transition_rank", "selection_rounds", "refresh", "evaluate_every", "patience"):
+            _check_count(field, getattr(self, field), 1)
+        _check_count("checkpoint_every", self.checkpoint_every, 1)
+        _check_count("seed", self.seed, 0)
+        for field in ("steps", "top_k"):
+            if getattr(self, field) is not None:
+                _check_count(field, getattr(self, field), 1)
+        for field in ("learning_rate", "temperature", "gradient_clip"):
+            _check_number(field, getattr(self, field), above=0.0)
+        for field in ("state_weight", "transition_weight"):
+            _check_number(field, getattr(self, field))
+        for field in ("final_share", "selection_budget", "validation"):
+            _check_number(field, getattr(self, field), most=1.0)
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in choices:
+                names = [choice for choice in choices if choice]
+                raise LoopQError(f"{field}={value!r} is unknown.{did_you_mean(str(value), names)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def names() -> frozenset[str]:
+        """Names of the fields."""
+        return frozenset(field.name for field in dataclasses.fields(CalibrationOptions))
+
+
+def _check_count(field: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise LoopQError(f"{field} must be an integer of at least {least}; got {value!r}.")
+
+
+def _check_number(field: str, value: object, above: float | None = None, most: float | None = None) -> None:
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        low = value > above if above is not None else value >= 0
+        if low and (most is None or value <= most) and value != float("inf"):
+            return
+    bound = f"above {above:g}" if above is not None else "at least 0"
+    raise LoopQError(f"{field} must be a number {bound}{f' and at most {most:g}' if most else ''}; got {value!r}.")

@@ -1,0 +1,152 @@
+"""Statistics of one call of a linear, from the quantized graph and the full-precision graph walked side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.loops import get_tag
+from loopq_compile.solvers.residual import Write, find_write, has_norm, inverse_rms, norm_gain
+from loopq_compile.solvers.statistics import Moments, Split
+from loopq_compile.solvers.walk import Walk
+
+_aten = torch.ops.aten
+HELD = 4
+"""One token in so many is held back to choose LoaQ's shares on."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear where statistics are wanted.
+
+    Args:
+        linear: the node in the quantized graph.
+        weight: what it multiplies with before rounding, `[out, K]`.
+        original: the weight of the full-precision graph, `[out, K₀]`.
+    """
+
+    linear: fx.Node
+    weight: Tensor
+    original: Tensor
+
+
+class Observer:
+    """Runs the quantized graph, and the full-precision one beside it, up to a linear and measures there.
+
+    Args:
+        graph_module: the quantized graph.
+        teacher: the graph before quantization, with the same names of nodes; None where outputs are not compared.
+        batches: inputs of both.
+        form: of LoaQ, see `loopq_compile.solvers.loaq`.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        teacher: fx.GraphModule | None,
+        batches: Sequence[Sequence[Tensor]],
+        form: int,
+    ) -> None:
+        self.walk = Walk(graph_module, batches)
+        self._count = len(batches)
+        self._nodes = {node.name: node for node in graph_module.graph.nodes}
+        self._teacher = None if teacher is None else Walk(teacher, batches)
+        self._teacher_nodes = {} if teacher is None else {node.name: node for node in teacher.graph.nodes}
+        self._form = form
+
+    def write(self, linear: fx.Node) -> Write | None:
+        """How `linear` writes to the residual stream (nodes of the full-precision graph), if the form asks for it."""
+        return None if self._teacher is None or self._form == 1 else find_write(self._counterpart(linear))
+
+    def measure(self, layer: Layer) -> Split:
+        """Moments of what `layer.linear` reads; with a teacher, those of one token in four apart.
+
+        Raises:
+            LoopQError: the inputs are not finite.
+        """
+        linear, split, write = layer.linear, Split(), self.write(layer.linear)
+        gain: Tensor | None = None
+        for batch in range(self._count):
+            self.walk.run(batch, linear)
+            if self._teacher is not None:
+                self._teacher.run(batch, self._counterpart(linear))
+            if write is not None and has_norm(write) and gain is None:
+                gain = self._gain(batch, layer, write)
+                write = None if gain is None else write
+            sample = self._sample(batch, layer, write, gain)
+            held = 0 if self._teacher is None else len(sample[0]) // HELD
+            split.add(sample, held)
+        self.walk.finish(linear)
+        if self._teacher is not None:
+            self._teacher.finish(self._counterpart(linear))
+        for moments in filter(None, (split.fit, split.held)):
+            _check(linear, moments)
+        return split
+
+    def _counterpart(self, linear: fx.Node) -> fx.Node:
+        if linear.name not in self._teacher_nodes:
+            raise InternalError(f"The full-precision graph has no node {linear.name!r}.")
+        return self._teacher_nodes[linear.name]
+
+    def _sample(self, batch: int, layer: Layer, write: Write | None, gain: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Inputs of both graphs and error of the residual stream, as `Moments.of` takes them."""
+        x = _rows(self.walk.value(batch, layer.linear.args[0]))
+        if self._teacher is None:
+            return x, None, None
+        teacher_x = self._teacher_input(batch, layer.linear)
+        if write is None:
+            return x, teacher_x, None
+        side = write.add.args.index(write.stream)
+        stream = _rows(self.walk.value(batch, self._nodes[write.add.name].args[side]))  # type: ignore[arg-type]
+        teacher_stream = _rows(self._teacher.value(batch, write.stream))
+        if gain is None and self._form == 2:
+            return x, teacher_x, teacher_stream - stream
+        bias = self._bias(layer.linear)
+        output, teacher_output = F.linear(x, layer.weight, bias), F.linear(teacher_x, layer.original, bias)
+        if gain is not None:
+            factor, teacher_factor = inverse_rms(output), inverse_rms(teacher_output)
+            small = 1e-2 * gain.square().mean()
+            missing = (teacher_stream - stream) * (gain / (gain.square() + small))
+        else:
+            factor, teacher_factor = inverse_rms(stream + output), inverse_rms(teacher_stream + teacher_output)
+            missing = teacher_factor * teacher_stream - factor * stream
+        if bias is not None:
+            missing = missing + (teacher_factor - factor) * bias
+        return factor * x, teacher_factor * teacher_x, missing
+
+    def _teacher_input(self, batch: int, linear: fx.Node) -> Tensor:
+        assert self._teacher is not None
+        node = self._counterpart(linear)
+        return _rows(self._teacher.value(batch, node.args[node.target is _aten.addmm.default]))  # type: ignore[arg-type]
+
+    def _bias(self, linear: fx.Node) -> Tensor | None:
+        node = linear.args[2] if len(linear.args) > 2 else None
+        return self.walk.constant(node).float() if isinstance(node, fx.Node) else None
+
+    def _gain(self, batch: int, layer: Layer, write: Write) -> Tensor | None:
+        """The gain of the norm between the linear and the residual stream; None if that is no such norm."""
+        assert self._teacher is not None
+        output = F.linear(self._teacher_input(batch, layer.linear), layer.original, self._bias(layer.linear))
+        shape = self._teacher.value(batch, write.stream).shape
+        normed = self._teacher.apply(batch, write.branch, {write.linear: output.reshape(shape)})
+        return norm_gain(output, _rows(normed)) if normed.shape == shape else None
+
+
+def _rows(x: Any) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def _check(linear: fx.Node, moments: Moments) -> None:
+    for tensor in (moments.hessian, moments.cross, moments.residual):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            tag = get_tag(linear)
+            raise LoopQError(
+                f"The input of {linear.meta.get('loopq_site', linear.name)!r} ({tag or 'outside loops'}) becomes NaN or "
+                "infinite on the calibration data, so its weight cannot be solved."
+            )

@@ -1,0 +1,67 @@
+"""The grid that weights are rounded to, and rounding to nearest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from loopq_compile.statistics import CLIP_RATIOS
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values a quantized weight `[outputs, inputs]` can take: `code * scale`, `q_min <= code <= q_max`.
+
+    Args:
+        scale: `[outputs, inputs / size]`, positive, float32.
+        size: neighbouring inputs that share a scale.
+        q_min, q_max: range of the integers.
+    """
+
+    scale: Tensor
+    size: int
+    q_min: int
+    q_max: int
+
+    @property
+    def steps(self) -> Tensor:
+        """The scale of every weight, `[outputs, inputs]`."""
+        return self.scale.repeat_interleave(self.size, dim=1)
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Codes of the grid points nearest to `weight`, as `loopq::quantize` rounds; floats `[outputs, inputs]`."""
+        return (weight / self.steps).round_().clamp_(self.q_min, self.q_max)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """The weights that `codes` stand for."""
+        return codes * self.steps
+
+    def scaled(self, scale: Tensor) -> Grid:
+        """The same integers with other scales."""
+        return replace(self, scale=scale)
+
+
+def searched(weight: Tensor, importance: Tensor, grid: Grid) -> Grid:
+    """`grid` with the range of each group that rounds its weights best, measured in outputs.
+
+    Every range from the largest magnitude of a group down to half of it is tried, and the scale of `grid`; the error is
+    `Σ_j importance_j (w_j - q_j)²`, which is the output error if inputs were uncorrelated.
+
+    Args:
+        weight: `[outputs, inputs]`.
+        importance: `[inputs]`, the diagonal of the Hessian.
+        grid: gives the integers and scales to start from.
+    """
+    groups, weights = weight.unflatten(1, (-1, grid.size)), importance.view(-1, grid.size)
+    full = groups.abs().amax(-1) / grid.q_max
+    best, least = grid.scale, torch.full_like(grid.scale, torch.inf)
+    for scale in (grid.scale, *(full * ratio for ratio in CLIP_RATIOS)):
+        scale = torch.where(scale > 0, scale, grid.scale)
+        steps = scale.unsqueeze(-1)
+        rounded = (groups / steps).round_().clamp_(grid.q_min, grid.q_max).mul_(steps)
+        error = rounded.sub_(groups).square_().mul_(weights).sum(-1)
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(error, least)
+    return grid.scaled(best)

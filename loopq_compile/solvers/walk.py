@@ -1,0 +1,91 @@
+"""Running a graph stretch by stretch over all calibration batches, so that weights can be solved on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from loopq_compile.state import get_tensor
+
+
+class Walk:
+    """A graph that is run in program order, all batches up to one node before any goes beyond it.
+
+    Values that are still to be read are kept for every batch, all others are dropped: in a Transformer little more
+    than the residual stream. What depends on stored tensors alone (weights behind inverse transforms and quantization)
+    is computed when it is read and forgotten at the end of a stretch, so that what a pass changes in a chain is seen from the
+    next stretch on.
+
+    Args:
+        graph_module: the graph; nodes may be inserted into constant chains while it runs.
+        batches: the graph's inputs, one list per batch.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, batches: Sequence[Sequence[Tensor]]) -> None:
+        self._graph_module = graph_module
+        nodes = list(graph_module.graph.nodes)
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        self._dynamic = set(inputs)
+        for node in nodes:
+            if any(argument in self._dynamic for argument in node.all_input_nodes):
+                self._dynamic.add(node)
+        self._plan = [node for node in nodes if node in self._dynamic and node.op != "placeholder"]
+        self._position = {node: index for index, node in enumerate(self._plan)}
+        self._last_use = {
+            argument: self._position[node] for node in self._plan for argument in node.all_input_nodes
+        }
+        self._values: list[dict[fx.Node, Any]] = [dict(zip(inputs, batch, strict=True)) for batch in batches]
+        self._constants: dict[fx.Node, Any] = {}
+        self._start = 0
+
+    def position(self, node: fx.Node) -> int:
+        """Where `node` stands in program order."""
+        return self._position[node]
+
+    def run(self, batch: int, stop: fx.Node) -> None:
+        """Runs `batch` from where the last stretch ended up to, and without, `stop`."""
+        values = self._values[batch]
+        for index in range(self._start, self._position[stop]):
+            node = self._plan[index]
+            with torch.no_grad():
+                values[node] = self._compute(node, values)
+            for used in (*node.all_input_nodes, node):
+                if self._last_use.get(used, -1) <= index:
+                    values.pop(used, None)
+
+    def finish(self, stop: fx.Node) -> None:
+        """Ends the stretch, once all batches have arrived at `stop`."""
+        self._start = self._position[stop]
+        self._constants.clear()
+
+    def value(self, batch: int, node: fx.Node) -> Any:
+        """The value of a node that is still to be read by something at or behind the current position."""
+        return self._values[batch][node] if node in self._dynamic else self.constant(node)
+
+    def apply(self, batch: int, nodes: Sequence[fx.Node], given: dict[fx.Node, Any]) -> Any:
+        """The value of the last of `nodes`, computed from the `given` values and those of the walk, which stay."""
+        values = {**self._values[batch], **given}
+        with torch.no_grad():
+            for node in nodes:
+                values[node] = self._compute(node, values)
+        return values[nodes[-1]]
+
+    def constant(self, node: fx.Node) -> Any:
+        """The value of a node that depends on stored tensors alone."""
+        if node not in self._constants:
+            if node.op == "get_attr":
+                return get_tensor(self._graph_module, str(node.target)).detach()
+            with torch.no_grad():
+                self._constants[node] = self._compute(node, {})
+        return self._constants[node]
+
+    def _compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        def read(argument: fx.Node) -> Any:
+            return values[argument] if argument in self._dynamic else self.constant(argument)
+
+        target: Any = node.target
+        return target(*map_arg(node.args, read), **map_arg(node.kwargs, read))

@@ -1,0 +1,55 @@
+"""Data-parallel calibration under `torchrun`: every process takes its rows of a batch, gradients are averaged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loopq_compile.errors import LoopQError
+
+
+def world() -> tuple[int, int]:
+    """`(rank, size)`; joins the process group that `torchrun` describes in the environment, if there is one."""
+    if not dist.is_available():
+        return 0, 1
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return 0, 1
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def shard(inputs: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+    """The rows of a batch that process `rank` of `size` works on.
+
+    Raises:
+        LoopQError: the rows cannot be shared out evenly.
+    """
+    if size == 1:
+        return list(inputs)
+    rows = inputs[0].shape[0]
+    if rows % size or any(tensor.shape[:1] != (rows,) for tensor in inputs):
+        raise LoopQError(
+            f"A calibration batch of {rows} rows cannot be shared by {size} processes; choose batch_rows and the number "
+            f"of samples as multiples of {size}."
+        )
+    return [tensor.chunk(size)[rank] for tensor in inputs]
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replaces tensors by their mean over all processes; nothing happens in a single one."""
+    if world()[1] == 1:
+        return
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if world()[1] > 1:
+        dist.barrier()

@@ -1,0 +1,153 @@
+"""What calibration may change, and in which coordinates.
+
+Optimizers move every number by about the learning rate, so each kind of tensor is learned in coordinates where one
+rate suits all its entries: scales and diagonals by their logarithm, clip ratios by their logit, rounding in units of
+the weight's scale. Rotations stay rotations: they move along the Stiefel manifold by Cayley transforms (Li et al.
+2020, the optimizer of SpinQuant).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RATES: dict[str, float] = {
+    "transform": 2e-3,
+    "diagonal": 5e-3,
+    "orthogonal": 2e-2,
+    "clip": 1e-2,
+    "range": 5e-3,
+    "weight_clip": 1e-2,
+    "rounding": 2e-2,
+    "adapter": 2e-3,
+}
+"""Learning rates by kind, in the coordinates of the kind."""
+_LOWEST_CLIP, _HIGHEST_CLIP = 0.02, 0.995
+
+
+@dataclass
+class Learnable:
+    """One tensor of the graph that calibration changes.
+
+    Args:
+        name: of the constant in the graph.
+        kind: a key of `RATES`.
+        raw: its coordinates, a leaf with gradient.
+        unit: for rounding, the scale of every entry's group, `[outputs, groups]`.
+    """
+
+    name: str
+    kind: str
+    raw: Tensor
+    unit: Tensor | None = None
+
+    @staticmethod
+    def of(name: str, kind: str, tensor: Tensor, unit: Tensor | None = None) -> Learnable:
+        """The coordinates of `tensor`; those of another type are kept in single precision."""
+        x = tensor.detach().float()
+        if kind in ("range", "diagonal"):
+            x = x.abs().clamp_min(1e-12).log()
+        elif kind in ("clip", "weight_clip"):
+            x = x.clamp(_LOWEST_CLIP, _HIGHEST_CLIP).logit()
+        elif kind == "rounding" and unit is not None:
+            x = _in_groups(x, unit, inverse=True)
+        return Learnable(name, kind, x.clone().requires_grad_(), unit)
+
+    def value(self, raw: Tensor | None = None) -> Tensor:
+        """The tensor of the graph, differentiable in `raw`."""
+        x = self.raw if raw is None else raw
+        if self.kind in ("range", "diagonal"):
+            return x.exp()
+        if self.kind in ("clip", "weight_clip"):
+            return x.sigmoid()
+        if self.kind == "rounding" and self.unit is not None:
+            return _in_groups(x, self.unit)
+        return x
+
+
+def _in_groups(x: Tensor, unit: Tensor, inverse: bool = False) -> Tensor:
+    groups = x.unflatten(-1, (unit.shape[-1], -1))
+    factor = unit.unsqueeze(-1)
+    return (groups / factor if inverse else groups * factor).flatten(-2)
+
+
+class Optimizer:
+    """Adam on everything but rotations, Cayley steps with momentum on those.
+
+    Args:
+        learnables: what to change.
+        rate: factor on `RATES`.
+        steps: length of the schedule: a short rise, then half a cosine down to a twentieth.
+    """
+
+    def __init__(self, learnables: list[Learnable], rate: float, steps: int) -> None:
+        self._rotations = [item for item in learnables if item.kind == "orthogonal"]
+        self._momentum = {item.name: torch.zeros_like(item.raw) for item in self._rotations}
+        self._rates = {item.name: RATES[item.kind] * rate for item in learnables}
+        self._steps, self._done = steps, 0
+        by_rate: dict[float, list[Tensor]] = {}
+        self._named = {item.name: item.raw for item in learnables if item.kind != "orthogonal"}
+        for name, raw in self._named.items():
+            by_rate.setdefault(self._rates[name], []).append(raw)
+        groups = [{"params": raws, "lr": lr, "base": lr} for lr, raws in by_rate.items()]
+        self._adam = torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-10) if groups else None
+
+    @property
+    def factor(self) -> float:
+        """Where the schedule stands, 0 to 1."""
+        warmup = max(1, min(20, self._steps // 20))
+        if self._done < warmup:
+            return (self._done + 1) / warmup
+        part = (self._done - warmup) / max(1, self._steps - warmup)
+        return 0.05 + 0.95 * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * min(part, 1.0)))))
+
+    def step(self) -> None:
+        """Moves along the gradients, and clears them."""
+        factor = self.factor
+        if self._adam is not None:
+            for group in self._adam.param_groups:
+                group["lr"] = group["base"] * factor
+            self._adam.step()
+            self._adam.zero_grad(set_to_none=True)
+        for item in self._rotations:
+            if item.raw.grad is not None:
+                self._rotate(item, factor)
+                item.raw.grad = None
+        self._done += 1
+
+    @torch.no_grad()
+    def _rotate(self, item: Learnable, factor: float) -> None:
+        """`R <- (I - lr/2 A)^-1 (I + lr/2 A) R` with the skew `A` of the momentum, scaled to length one."""
+        assert item.raw.grad is not None
+        momentum = self._momentum[item.name].mul_(0.9).sub_(item.raw.grad)
+        r = item.raw
+        product = momentum @ r.transpose(-1, -2)
+        skew = product - product.transpose(-1, -2)
+        norm = torch.linalg.matrix_norm(skew, ord="fro", keepdim=True) / 2**0.5
+        skew = skew / norm.clamp_min(1e-12) * (self._rates[item.name] * factor * r.shape[-1] ** 0.5 / 2)
+        eye = torch.eye(r.shape[-1], dtype=r.dtype)
+        r.copy_(torch.linalg.solve(eye - skew, (eye + skew) @ r))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a later `restore` needs to go on with the same numbers."""
+        tensors = {"done": torch.tensor(self._done)}
+        tensors.update({f"momentum.{name}": tensor for name, tensor in self._momentum.items()})
+        if self._adam is not None:
+            for name, raw in self._named.items():
+                for key, value in self._adam.state.get(raw, {}).items():
+                    tensors[f"adam.{key}.{name}"] = value
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` returned."""
+        self._done = int(tensors["done"])
+        for name, momentum in self._momentum.items():
+            momentum.copy_(tensors[f"momentum.{name}"])
+        if self._adam is not None:
+            for name, raw in self._named.items():
+                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors]
+                if keys:
+                    self._adam.state[raw] = {key: tensors[f"adam.{key}.{name}"].clone() for key in keys}

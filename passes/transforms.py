@@ -1,0 +1,181 @@
+"""Transforms in front of quantized linears: helpers to insert and to read them.
+
+A group of linears that read `x` may read `(x * d) P` instead, `P = left (x) right`, if their weights become
+`(W / d) P^-T` (LoopQ eq. 2, with weights stored `[outputs, inputs]`). Diagonal and factors are rows of tables
+`transform.<group>.{diagonal,left,right}`, one row for all loops or one for each; their nodes carry the group's name.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from loopq_compile.errors import LoopQError
+from loopq_compile.loops import LoopTag, get_tag
+from loopq_compile.operators import ops
+from loopq_compile.passes.insert import add_constant, attribute_name, call, inserting
+from loopq_compile.passes.weights import site_calls, weight_chain
+from loopq_compile.state import get_state, get_tensor
+
+_aten = torch.ops.aten
+TRANSFORM = "loopq_transform"
+"""Key in the meta of a transform's tables for the name of the group."""
+LEARN = "loopq_learn"
+"""Key in the meta of tables that calibration may learn, and as what."""
+LARGEST_CONDITION = 1e6
+"""Transforms beyond this condition number count as singular: in single precision the inverse is noise by then."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a group: the tensor it reads, its loop, and the linears in graph order."""
+
+    x: fx.Node
+    tag: LoopTag | None
+    linears: list[fx.Node]
+
+
+def group_uses(graph_module: fx.GraphModule) -> dict[str, list[Use]]:
+    """The uses of every transform-weight group, in graph order."""
+    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    found: dict[str, dict[tuple[fx.Node, LoopTag | None], list[fx.Node]]] = defaultdict(dict)
+    for site, linears in site_calls(graph_module):
+        for linear in linears:
+            found[site.group].setdefault((linear.args[0], get_tag(linear)), []).append(linear)  # type: ignore[arg-type]
+    return {
+        group: [Use(x, tag, sorted(linears, key=order.__getitem__)) for (x, tag), linears in uses.items()]
+        for group, uses in found.items()
+    }
+
+
+def group_tables(graph_module: fx.GraphModule) -> dict[str, dict[str, fx.Node]]:
+    """The tables of every transform by part: `{group: {"diagonal" | "left" | "right": node}}`."""
+    tables: dict[str, dict[str, fx.Node]] = defaultdict(dict)
+    for node in graph_module.graph.nodes:
+        if TRANSFORM in node.meta:
+            tables[node.meta[TRANSFORM]][str(node.target).rpartition(".")[2]] = node
+    return dict(tables)
+
+
+def add_table(graph_module: fx.GraphModule, group: str, part: str, values: Tensor, learn: str | None) -> fx.Node:
+    """Registers a table `[rows, ...]` of the transform of `group`; `learn` says what calibration may do with it."""
+    table = add_constant(graph_module, f"transform.{attribute_name(group)}.{part}", values.contiguous())
+    table.meta[TRANSFORM] = group
+    if learn:
+        table.meta[LEARN] = learn
+    return table
+
+
+def insert_diagonal(graph_module: fx.GraphModule, group: str, table: fx.Node) -> None:
+    """Multiplies what `group` reads by rows of `table [rows, d]`, and divides the weights by them."""
+    graph = graph_module.graph
+    dtype = _weight(graph_module, group_uses(graph_module)[group]).dtype
+
+    def row(number: int) -> fx.Node:
+        chosen = call(graph, _aten.select.int, table, 0, number)
+        half = torch.finfo(dtype).bits < 32  # products with a wider table would leave half precision
+        return call(graph, _aten.to.dtype, chosen, dtype) if half else chosen
+
+    def apply(x: fx.Node, number: int) -> fx.Node:
+        return call(graph, _aten.mul.Tensor, x, row(number))
+
+    def inverse(number: int) -> tuple[fx.Node, ...]:
+        return (call(graph, _aten.reciprocal.default, row(number)),)
+
+    _insert(graph_module, group, [table], apply, inverse, _aten.mul.Tensor)
+
+
+def insert_kronecker(graph_module: fx.GraphModule, group: str, left: fx.Node, right: fx.Node) -> None:
+    """Transforms what `group` reads by rows of the tables of Kronecker factors, and the weights by the inverse."""
+    graph = graph_module.graph
+
+    def rows(number: int) -> list[fx.Node]:
+        return [call(graph, _aten.select.int, table, 0, number) for table in (left, right)]
+
+    def apply(x: fx.Node, number: int) -> fx.Node:
+        return call(graph, ops.kronecker.default, x, *rows(number))
+
+    def inverse(number: int) -> tuple[fx.Node, ...]:
+        inverses = [call(graph, _aten.linalg_inv.default, row) for row in rows(number)]
+        return tuple(call(graph, _aten.t.default, matrix) for matrix in inverses)
+
+    _insert(graph_module, group, [left, right], apply, inverse, ops.kronecker.default)
+
+
+def _insert(
+    graph_module: fx.GraphModule,
+    group: str,
+    tables: list[fx.Node],
+    apply: Callable[[fx.Node, int], fx.Node],
+    inverse: Callable[[int], tuple[fx.Node, ...]],
+    operator: object,
+) -> None:
+    """`apply` in front of each use; `operator(weight, *inverse)` behind each weight, once per row of the tables."""
+    graph, loops = graph_module.graph, get_state(graph_module).loops
+    rows = get_tensor(graph_module, str(tables[0].target)).shape[0]
+    last = max(tables, key=list(graph.nodes).index)
+    inverses: dict[int, tuple[fx.Node, ...]] = {}
+    behind: dict[tuple[fx.Node, int], fx.Node] = {}
+    for use in group_uses(graph_module)[group]:
+        number = loops.row(use.tag) if rows > 1 else 0
+        with inserting(graph, before=use.linears[0], tag=use.tag, site=group):
+            transformed = apply(use.x, number)
+        if number not in inverses:
+            with inserting(graph, before=last.next, tag=None, site=group):
+                inverses[number] = inverse(number)
+        for linear in use.linears:
+            end = weight_chain(linear)[-1]
+            if (end, number) not in behind:
+                with inserting(graph, before=end.next, tag=None, site=linear.meta["loopq_site"]):
+                    behind[end, number] = call(graph, operator, end, *inverses[number])
+            linear.update_arg(0, transformed)
+            linear.update_arg(1, behind[end, number])
+
+
+def group_width(graph_module: fx.GraphModule, uses: list[Use]) -> int:
+    """Number of features that a group reads."""
+    return _weight(graph_module, uses).shape[1]
+
+
+def table_type(graph_module: fx.GraphModule, uses: list[Use]) -> torch.dtype:
+    """The type of a group's tables: single precision at least."""
+    return torch.promote_types(_weight(graph_module, uses).dtype, torch.float32)
+
+
+def _weight(graph_module: fx.GraphModule, uses: list[Use]) -> Tensor:
+    return get_tensor(graph_module, str(weight_chain(uses[0].linears[0])[0].target))
+
+
+def condition_numbers(graph_module: fx.GraphModule) -> dict[str, float]:
+    """By group, the largest ratio over all loops by which its transform stretches one direction more than another.
+
+    Raises:
+        LoopQError: a transform cannot be inverted, or holds NaN or infinite values; names the group and the loop.
+    """
+    return {group: _condition(graph_module, group, parts) for group, parts in group_tables(graph_module).items()}
+
+
+def _condition(graph_module: fx.GraphModule, group: str, parts: dict[str, fx.Node]) -> float:
+    worst = 1.0
+    tables = {part: get_tensor(graph_module, str(node.target)).detach() for part, node in parts.items()}
+    for row in range(max(len(table) for table in tables.values())):
+        product = 1.0
+        for part, table in tables.items():
+            value = table[min(row, len(table) - 1)].double()
+            finite = bool(value.isfinite().all())
+            stretch = value.abs() if part == "diagonal" else torch.linalg.svdvals(value) if finite else value
+            ratio = float(stretch.max() / stretch.min()) if finite else float("nan")
+            if not ratio < (float("inf") if part == "diagonal" else LARGEST_CONDITION):
+                where = f", row {row} of {len(table)} (loop {row})" if len(table) > 1 else ""
+                what = f"cannot be inverted (condition number {ratio:.3g})" if finite else "holds NaN or infinite values"
+                raise LoopQError(
+                    f"The transform ({part}) of {group!r}{where} {what}. Calibrate with a lower learning rate or other "
+                    "data, or leave the group out of the transforms."
+                )
+            product *= ratio
+        worst = max(worst, product)
+    return worst
