@@ -29,7 +29,7 @@ _FUNCTIONS = {
     for name in names.split()
     if hasattr(module, name)
 }
-_KEPT = ("loopq_site", "loopq_group", "loopq_bits", MADE_BY, TYPE)
+_KEPT = ("loopq_site", "loopq_group", "loopq_bits", "loopq_transform", "loopq_learn", MADE_BY, TYPE)
 
 
 def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:

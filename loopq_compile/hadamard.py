@@ -62,7 +62,7 @@ def _is_prime(number: int) -> bool:
 def random_orthogonal(order: int, generator: torch.Generator) -> Tensor:
     """A rotation or reflection `[order, order]`, uniform over all of them."""
     q, r = torch.linalg.qr(torch.randn(order, order, dtype=_DTYPE, generator=generator))
-    return q * r.diagonal().sign()  # without the signs, QR favours some of them
+    return (q * r.diagonal().sign()).contiguous()  # without the signs, QR favours some of them
 
 
 def balanced_factors(width: int) -> tuple[int, int]:

@@ -10,7 +10,13 @@ from typing import Any
 from loopq_compile.errors import LoopQError, did_you_mean
 
 SOLVERS = ("rtn", "gptq", "loaq")
-_CHOICES = {"weight_solver": (*SOLVERS, None), "precision": ("float32", "bfloat16"), "recompute": ("auto", "on", "off")}
+_SWITCH = ("auto", "on", "off")
+_CHOICES = {
+    "weight_solver": (*SOLVERS, None),
+    "precision": ("float32", "bfloat16"),
+    "recompute": _SWITCH,
+    "fused": _SWITCH,
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class CalibrationOptions:
         gradient_clip: largest norm of the gradient.
         precision: "bfloat16" runs matrix products of calibration in bfloat16.
         recompute: "on" keeps only the ends of layers for the backward pass, "off" everything; "auto" decides by size.
+        fused: "on" compiles elementwise functions with torch.compile, which needs a C++ compiler and some seconds; "auto"
+            does so for calibrations of some length.
         checkpoint: folder for checkpoints; a killed calibration that is started again goes on from there.
         checkpoint_every: steps between checkpoints.
 
@@ -67,6 +75,7 @@ class CalibrationOptions:
     gradient_clip: float = 1.0
     precision: str = "float32"
     recompute: str = "auto"
+    fused: str = "auto"
     checkpoint: str | None = None
     checkpoint_every: int = 25
 

@@ -1,44 +1,70 @@
 """The methods, each a pipeline of passes.
 
-`symmetric` rounds to nearest with ranges shared by all loops. `las` gives every loop its own ranges. `loopq` is
-everything of the LoopQ method that this version has.
+`symmetric` rounds to nearest. `smoothquant`, `quarot`, `spinquant` and `flatquant` are the rivals, none of which knows
+about loops; `flatquant-e2e` is the control. `las` gives every loop its own ranges, `loopq-paper` is LoopQ as published,
+and `loopq` what was measured to be best.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch.fx.passes.infra.pass_base import PassBase
+
 from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.passes.annotate_linears import AnnotateLinears
+from loopq_compile.passes.calibrate import Calibrate
+from loopq_compile.passes.calibrate_blocks import CalibrateBlocks
 from loopq_compile.passes.canonicalize_linears import CanonicalizeLinears
 from loopq_compile.passes.collect_ranges import CollectRanges
+from loopq_compile.passes.fold_diagonals import FoldDiagonals
+from loopq_compile.passes.insert_adapters import InsertAdapters
 from loopq_compile.passes.insert_activation_qdq import InsertActivationQdq
 from loopq_compile.passes.insert_las import InsertLas
+from loopq_compile.passes.insert_transforms import InsertTransforms
 from loopq_compile.passes.pack_weights import PackWeights
 from loopq_compile.passes.quantize_weights import QuantizeWeights
+from loopq_compile.passes.select_transforms import SelectTransforms
 from loopq_compile.passes.set_ranges import SetRanges
+from loopq_compile.passes.smooth_activations import SmoothActivations
+from loopq_compile.passes.solve_weights import SolveWeights
 from loopq_compile.passes.tag_loops import TagLoops
 from loopq_compile.pipeline import Pipeline
 
-PLANNED = ("smoothquant", "quarot", "spinquant", "flatquant", "flatquant-e2e", "loopq-paper")
-"""Methods of the public contract that this version does not have."""
+LEARNED_STEPS = 400
+"""Steps of the methods that learn end to end, where the options leave them open."""
+SELECTION_ROUNDS = 2
+_SELECTION_SHARE = 0.4
+"""Part of the steps that is spent before and between the rounds of selection."""
+_FRONT: tuple[PassBase, ...] = (TagLoops(), CanonicalizeLinears(), AnnotateLinears())
 
 
 def symmetric() -> Pipeline:
     """Round to nearest; activation ranges are shared by all loops. Data-free with dynamic scales."""
-    return Pipeline(
-        [
-            TagLoops(),
-            CanonicalizeLinears(),
-            AnnotateLinears(),
-            CollectRanges(),
-            QuantizeWeights(),
-            InsertActivationQdq(),
-            SetRanges(),
-            PackWeights(),
-        ],
-        "symmetric",
-    )
+    return Pipeline([*_FRONT, *_quantization(), *_back()], "symmetric")
+
+
+def smoothquant() -> Pipeline:
+    """`symmetric` behind a factor per channel that moves outliers from activations into weights (Xiao et al. 2023).
+
+    The factors come from maxima over all loops and tokens (alpha 0.5); those behind norms become part of the gain, the
+    others (in front of output and down projections) run in the program.
+    """
+    smoothed = symmetric().insert_after("annotate-linears", SmoothActivations())
+    return Pipeline(smoothed.insert_after("smooth-activations", FoldDiagonals()), "smoothquant")
+
+
+def quarot() -> Pipeline:
+    """`symmetric` behind fixed Hadamard rotations with random signs from the seed (QuaRot, Ashkboos et al. 2024).
+
+    The paper rotates the residual stream once, folding gains and the rotation into neighbouring weights, and runs
+    Hadamards in front of output and down projections. Here every group has its rotation in the program, and gains move
+    into the weights first. Norms without gain commute with rotations, so quantizers see what they see in the paper:
+    rotated normed states, rotated heads and MLP activations, and weights rotated on their input side. What is
+    left out is the rotation of the output side of weights that write to the residual stream: groups lie along inputs.
+    """
+    rotated = symmetric().insert_after("annotate-linears", InsertTransforms("hadamard", diagonal="gain"))
+    return Pipeline(rotated.insert_after("insert-transforms", FoldDiagonals()), "quarot")
 
 
 def las() -> Pipeline:
@@ -46,13 +72,112 @@ def las() -> Pipeline:
     return Pipeline(symmetric().insert_after("insert-activation-qdq", InsertLas()), "las")
 
 
-def loopq() -> Pipeline:
-    """LoopQ as far as this version goes: loop-aware activation scaling, without loop-aware transformations (SLT), the
-    transition adapter (CTA) and trajectory-aware calibration."""
-    return Pipeline(las(), "loopq")
+def spinquant() -> Pipeline:
+    """Learned rotations (SpinQuant, Liu et al. 2024), with GPTQ for the weights.
+
+    One rotation for everything that reads the residual stream, one (a Kronecker product) for every other group; they
+    start as Hadamards with random signs and move along the Stiefel manifold to bring the predictions near those of the
+    model in full precision. Gains move into the weights first, as in `quarot`.
+    """
+    rotations = [
+        InsertTransforms("full", diagonal="gain", init="hadamard", learn="orthogonal", stream=True, shared=True),
+        InsertTransforms("kronecker", init="hadamard", learn="orthogonal", stream=False),
+        FoldDiagonals(),
+    ]
+    learned = Calibrate(default_steps=100, kinds=("orthogonal",), trajectory=False)
+    return Pipeline([*_FRONT, *rotations, *_quantization(), learned, SolveWeights("gptq"), PackWeights()], "spinquant")
 
 
-METHODS: dict[str, Callable[[], Pipeline]] = {"symmetric": symmetric, "las": las, "loopq": loopq}
+def flatquant() -> Pipeline:
+    """Learned Kronecker transforms, diagonals and clip ratios, trained layer by layer (FlatQuant, Sun et al. 2024)."""
+    quantization = _quantization(learnable=True, rounding=False)
+    return Pipeline([*_FRONT, _transforms(), *quantization, CalibrateBlocks(), *_back()], "flatquant")
+
+
+def flatquant_e2e() -> Pipeline:
+    """The control: everything that `loopq` learns, from the same teacher on the same number of tokens, blind to loops.
+
+    The same transforms, clip ratios and rounding, one set for all loops; the loss looks at predictions alone. What is
+    between this and `loopq` is what knowing the loops buys.
+    """
+    quantization = _quantization(learnable=True, rounding=True)
+    learned = Calibrate(default_steps=LEARNED_STEPS, trajectory=False)
+    return Pipeline([*_FRONT, _transforms(), *quantization, *_start(), learned, *_back()], "flatquant-e2e")
+
+
+def loopq_paper() -> Pipeline:
+    """LoopQ as published: LAS, SLT, CTA and trajectory-aware calibration; weights are rounded to nearest."""
+    return _loopq("loopq-paper", rounding=False, final_share=1.0)
+
+
+def loopq(
+    *, las: bool = True, slt: bool = True, cta: bool = True, trajectory: bool = True, rounding: bool = True
+) -> Pipeline:
+    """LoopQ and what was measured to help beyond the paper (see CONTRIBUTING): learned rounding of weights that starts
+    from second-order solutions.
+
+    Args:
+        las: ranges or clip ratios per loop.
+        slt: selected groups get transforms and weights per loop.
+        cta: adapters between loops.
+        trajectory: states at the ends of loops count in the loss, not predictions alone.
+        rounding: weights may move by a learned offset before they are rounded.
+    """
+    return _loopq("loopq", las=las, slt=slt, cta=cta, trajectory=trajectory, rounding=rounding)
+
+
+def _loopq(
+    name: str,
+    *,
+    las: bool = True,
+    slt: bool = True,
+    cta: bool = True,
+    trajectory: bool = True,
+    rounding: bool,
+    final_share: float | None = None,
+) -> Pipeline:
+    def calibrate(share: float) -> Calibrate:
+        return Calibrate(share, LEARNED_STEPS, trajectory=trajectory, final_share=final_share)
+
+    passes: list[PassBase] = [*_FRONT, _transforms(), CollectRanges(), QuantizeWeights(True, rounding)]
+    passes += [InsertActivationQdq(), *([InsertLas()] if las else []), SetRanges()]
+    passes += [InsertAdapters()] if cta else []
+    passes += _start() if rounding else []
+    if slt:
+        for number in range(SELECTION_ROUNDS):
+            passes += [calibrate(_SELECTION_SHARE / SELECTION_ROUNDS), SelectTransforms(number, SELECTION_ROUNDS)]
+    passes.append(calibrate(1 - _SELECTION_SHARE if slt else 1.0))
+    return Pipeline([*passes, *_back()], name)
+
+
+def _transforms() -> InsertTransforms:
+    return InsertTransforms("kronecker", diagonal=True, init=None, learn="transform")
+
+
+def _quantization(learnable: bool = False, rounding: bool = False) -> list[PassBase]:
+    return [CollectRanges(), QuantizeWeights(learnable, rounding), InsertActivationQdq(), SetRanges()]
+
+
+def _start() -> list[PassBase]:
+    """Where learned rounding starts."""
+    return [SolveWeights("gptq")]
+
+
+def _back() -> list[PassBase]:
+    return [SolveWeights("rtn"), PackWeights()]
+
+
+METHODS: dict[str, Callable[[], Pipeline]] = {
+    "symmetric": symmetric,
+    "smoothquant": smoothquant,
+    "quarot": quarot,
+    "spinquant": spinquant,
+    "flatquant": flatquant,
+    "flatquant-e2e": flatquant_e2e,
+    "las": las,
+    "loopq-paper": loopq_paper,
+    "loopq": loopq,
+}
 """Pipelines by method name."""
 
 
@@ -60,14 +185,12 @@ def get_pipeline(method: str | Pipeline) -> Pipeline:
     """The pipeline called `method`; a `Pipeline` is returned as it is.
 
     Raises:
-        LoopQError: the method is unknown or not in this version.
+        LoopQError: the method is unknown.
     """
     if isinstance(method, Pipeline):
         return method
     if not isinstance(method, str):
         raise LoopQError(f"method must be a name or a loopq_compile.Pipeline; got {type(method).__name__}.")
-    if method in PLANNED:
-        raise LoopQError(f"Method {method!r} is planned and not in this version. Known: {', '.join(sorted(METHODS))}.")
     if method not in METHODS:
         raise LoopQError(f"Unknown method {method!r}.{did_you_mean(method, METHODS)}")
     return METHODS[method]()

@@ -65,6 +65,4 @@ class StepProgress:
 
     def advance(self, loss: float, rate: float, validation: float) -> None:
         """One step is done."""
-        self._bar.update(
-            self._task, advance=1, state=f"loss {loss:.4f}  best {validation:.4f}  rate {rate:.2f}"
-        )
+        self._bar.update(self._task, advance=1, state=f"loss {loss:.4f}  best {validation:.4f}  rate {rate:.2f}")

@@ -75,7 +75,7 @@ def first_token(model: Any) -> int | None:
 def fingerprint(model: nn.Module) -> str:
     """16 hex digits that change with any weight, its name, its sharing, or the model's configuration."""
     digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=8)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     digest.update(repr(sorted((k, v) for k, v in values.items() if k not in ("_name_or_path", "dtype"))).encode())
     seen: dict[int, str] = {}
@@ -84,7 +84,7 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {seen.get(id(tensor), '')}".encode())
         if id(tensor) not in seen:
             seen[id(tensor)] = name
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

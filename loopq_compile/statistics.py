@@ -21,6 +21,8 @@ BINS = BINS_PER_OCTAVE * (_OCTAVES[1] - _OCTAVES[0])
 CLIP_RATIOS = tuple(1.0 - 0.025 * i for i in range(21))
 """Candidates for dynamic clip ratios, 1 down to 0.5."""
 _CHUNK = 1 << 22
+_CLIP_TOKENS = 256
+"""Clip ratios are tried on about so many tokens of an update: trying them costs far more than counting."""
 
 
 def _upper_edges() -> Tensor:
@@ -57,7 +59,7 @@ class Statistics:
         self.tokens += rows.shape[0]
         for part in rows.split(max(1, _CHUNK // x.shape[-1])):
             self._count(part.abs())
-            self._add_clip_errors(part, quantized_range(bits))
+        self._add_clip_errors(rows[:: max(1, rows.shape[0] // _CLIP_TOKENS)], quantized_range(bits))
 
     def _count(self, magnitudes: Tensor) -> None:
         self.largest = torch.maximum(self.largest, magnitudes.amax(dim=(0, 2)))
@@ -71,7 +73,7 @@ class Statistics:
         for i, ratio in enumerate(CLIP_RATIOS):
             scale = (largest * (ratio / limits[1])).clamp_min(1e-12)
             error = (x / scale).round_().clamp_(*limits).mul_(scale).sub_(x)
-            self.clip_errors[i] += error.square_().sum(dim=(0, 2), dtype=torch.float64)
+            self.clip_errors[i] += error.square_().sum(dim=2).sum(dim=0, dtype=torch.float64)
 
     def merged(self, other: Statistics) -> Statistics:
         """Statistics of both together."""

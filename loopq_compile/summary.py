@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import io
+import re
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
+from loopq_compile.operators import ops
+from loopq_compile.passes.transforms import TRANSFORM, condition_numbers
 from loopq_compile.scheme import quantized_range
 from loopq_compile.state import CompilerState, Site, get_state, get_tensor
+
+_PARTS = (
+    "integer weights",
+    "per-loop weights",
+    "their scales",
+    "per-loop tables",
+    "transforms",
+    "adapters",
+    "floating point",
+)
 
 
 def summarize(graph_module: fx.GraphModule) -> str:
@@ -27,6 +40,10 @@ def summarize(graph_module: fx.GraphModule) -> str:
     if state.sites:
         lines += ["", _site_table(graph_module, state)]
     lines.append(_totals(graph_module, state))
+    conditions = condition_numbers(graph_module)
+    if conditions:
+        worst = max(conditions, key=conditions.__getitem__)
+        lines.append(f"transforms: condition numbers up to {conditions[worst]:.3g} ({worst})")
     return "\n".join(lines)
 
 
@@ -73,26 +90,29 @@ def _site_row(state: CompilerState, site: Site, values: Tensor | None, count: in
 
 def _totals(graph_module: fx.GraphModule, state: CompilerState) -> str:
     """Parameters and memory by part."""
-    parts = {
-        "integer weights": [0, 0.0],
-        "their scales": [0, 0.0],
-        "per-loop tables": [0, 0.0],
-        "floating point": [0, 0.0],
-    }
+    parts: dict[str, list[float]] = {part: [0, 0.0] for part in _PARTS}
     for node in graph_module.graph.nodes:
         if node.op != "get_attr":
             continue
-        name, tensor = str(node.target), get_tensor(graph_module, str(node.target))
-        bits = 8.0 * tensor.element_size()
-        if tensor.dtype == torch.int8 and name.endswith("_codes"):
-            part, bits = "integer weights", float(state.scheme.weight_bits if state.scheme else 8)
-        elif name.endswith("_scale"):
-            part = "their scales"
-        elif "loopq_group" in node.meta:
-            part = "per-loop tables"
-        else:
-            part = "floating point"
+        tensor = get_tensor(graph_module, str(node.target))
+        part, bits = _part(node, tensor), 8.0 * tensor.element_size()
+        if part in ("integer weights", "per-loop weights") and state.scheme:
+            bits = float(state.scheme.weight_bits)
         parts[part][0] += tensor.numel()
         parts[part][1] += tensor.numel() * bits / 8
     shown = [f"{part} {count:,} ({size / 2**20:.2f} MiB)" for part, (count, size) in parts.items() if count]
     return "parameters: " + ", ".join(shown)
+
+
+def _part(node: fx.Node, tensor: Tensor) -> str:
+    """Which of `_PARTS` a stored tensor belongs to."""
+    name = str(node.target)
+    if tensor.dtype == torch.int8 and name.endswith("_codes"):
+        return "per-loop weights" if re.search(r"_loop[\d_]+_codes$", name) else "integer weights"
+    if TRANSFORM in node.meta:
+        return "transforms"
+    if any(user.target is ops.transition_adapter.default for row in (node, *node.users) for user in row.users):
+        return "adapters"
+    if "loopq_group" in node.meta:
+        return "per-loop tables"
+    return "their scales" if name.endswith("_scale") else "floating point"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,13 +46,20 @@ class Calibrate(Pass):
         default_steps: the method's steps where the options leave them open.
         kinds: what is learned, out of `trajectory.learnable.RATES`; None for everything.
         trajectory: whether states at the ends of loops count, or predictions alone.
+        final_share: in place of the option of that name.
     """
 
     def __init__(
-        self, share: float = 1.0, default_steps: int = 300, kinds: Iterable[str] | None = None, trajectory: bool = True
+        self,
+        share: float = 1.0,
+        default_steps: int = 300,
+        kinds: Iterable[str] | None = None,
+        trajectory: bool = True,
+        final_share: float | None = None,
     ) -> None:
         super().__init__()
         self.share, self.default_steps, self.trajectory = share, default_steps, trajectory
+        self.final_share = final_share
         self.kinds = frozenset(RATES if kinds is None else kinds)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -64,6 +72,8 @@ class Calibrate(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
         options = state.options
+        if self.final_share is not None:
+            options = dataclasses.replace(options, final_share=self.final_share)
         learnables = find_learnables(graph_module, self.kinds)
         steps = max(1, round((options.steps or self.default_steps) * self.share))
         if not learnables:
@@ -88,20 +98,24 @@ class Calibrate(Pass):
             adapters=adapters,
             options=options,
             steps=steps,
-            guard=_guard,
+            guard=guard,
             store=Path(options.checkpoint) / f"phase-{phase}.safetensors" if options.checkpoint else None,
-            fingerprint=_fingerprint(student, state, batches, steps) if options.checkpoint else "",
+            fingerprint=fingerprint(student.tensors, state, batches, [item.name for item in learnables], steps)
+            if options.checkpoint
+            else "",
         )
-        for name, value in training.run(f"Calibrating {state.method}").items():
+        learned = training.run(f"Calibrating {state.method}")
+        for name, value in learned.items():
             set_tensor(graph_module, name, value.to(get_tensor(graph_module, name).dtype).contiguous())
         report = training.report
-        state.results["calibration"].append({**asdict(report), "phase": phase, "learned": _count(learnables)})
+        state.results["calibration"].append({**asdict(report), "phase": phase, "learned": count_by_kind(learnables)})
         state.note(
             f"{report.steps} steps, {report.tokens:,} tokens: divergence from the teacher on {len(training.held)} "
             f"batches {report.start:.4f} -> {report.best:.4f} (step {report.best_step})"
             + (f", {report.skipped} steps skipped" if report.skipped else "")
+            + (f", {report.refused} states refused" if report.refused else "")
         )
-        return PassResult(graph_module, True)
+        return PassResult(graph_module, bool(learned))
 
     def _recompute(self, graph_module: fx.GraphModule, batch: Batch) -> bool:
         wanted = get_state(graph_module).options.recompute
@@ -146,7 +160,8 @@ def _teacher(state: CompilerState) -> fx.GraphModule:
     return state.teacher
 
 
-def _guard(values: dict[str, Tensor]) -> str | None:
+def guard(values: dict[str, Tensor]) -> str | None:
+    """A reason not to keep `values` (by constant name), None if there is none."""
     for name, value in values.items():
         if not torch.isfinite(value).all():
             return f"{name} is not finite"
@@ -166,21 +181,28 @@ def _activation_bytes(graph_module: fx.GraphModule, batch: Batch) -> float:
     return 4.0 * total * tokens
 
 
-def _count(learnables: Sequence[Learnable]) -> dict[str, int]:
+def count_by_kind(learnables: Sequence[Learnable]) -> dict[str, int]:
+    """Numbers that are learned, by kind."""
     counts: dict[str, int] = {}
     for item in learnables:
         counts[item.kind] = counts.get(item.kind, 0) + item.raw.numel()
     return counts
 
 
-def _fingerprint(student: Student, state: CompilerState, batches: Sequence[Batch], steps: int) -> str:
-    """Hash of all that decides the result."""
+def fingerprint(
+    tensors: Mapping[str, Tensor], state: CompilerState, batches: Sequence[Batch], learned: Sequence[str], steps: int
+) -> str:
+    """Hash of all that decides the result: the graph's `tensors`, options, data, and what is `learned` for how long."""
     options = {k: v for k, v in state.options.to_dict().items() if k not in ("checkpoint", "checkpoint_every")}
-    digest = hashlib.sha256(repr((options, state.scheme, state.method, steps, student.placeholders)).encode())
-    for name, tensor in sorted(student.tensors.items()):
+    digest = hashlib.sha256(repr((options, state.scheme, state.method, steps, list(learned))).encode())
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(tensor))
     for batch in batches:
         for tensor in batch:
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -31,7 +31,8 @@ class FoldDiagonals(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
-        folded, kept = [], dict[str, str]()
+        folded: list[str] = []
+        kept: dict[str, list[str]] = {}
         for group, parts in group_tables(graph_module).items():
             if "diagonal" not in parts:
                 continue
@@ -42,12 +43,12 @@ class FoldDiagonals(Pass):
             if reason is None:
                 folded.append(group)
             else:
-                kept[group] = reason
+                kept.setdefault(reason, []).append(group)
         if folded:
             graph_module.graph.eliminate_dead_code()
             state.note(f"{len(folded)} diagonals became part of the gain in front of them")
-        for group, reason in kept.items():
-            state.note(f"the diagonal of {group} stays in the program: {reason}")
+        for reason, groups in kept.items():
+            state.note(f"the diagonals of {', '.join(groups)} stay in the program: {reason}")
         return PassResult(graph_module, bool(folded))
 
 
@@ -102,7 +103,7 @@ def find_gain(graph_module: fx.GraphModule, readers: Mapping[fx.Node, Set[fx.Nod
     for node, allowed in readers.items():
         gain = _gain(node)
         if gain is None:
-            return f"{node.name} ({node.target}) in front of it is no norm with a gain"
+            return f"{node.target} in front is no norm with a gain"
         others = [user.name for user in node.users if user not in allowed]
         if others:
             return f"{others[0]} also reads {node.name}"
@@ -122,18 +123,21 @@ def find_gain(graph_module: fx.GraphModule, readers: Mapping[fx.Node, Set[fx.Nod
 
 def _gain(node: fx.Node) -> Gain | None:
     """Gain and bias of `node` if it is a norm over the last dimension, or a product with a stored tensor."""
-    inputs = [argument.target if _is_stored(argument) else "" for argument in node.args]
+    inputs = [_stored(argument) for argument in node.args]
     if node.target is _aten.mul.Tensor and sum(map(bool, inputs)) == 1:
-        return Gain(str(max(inputs, key=bool)))
+        return Gain(max(inputs))
     norm = node.target in (_aten.rms_norm.default, _aten.layer_norm.default)
     if not norm or len(inputs) < 3 or not inputs[2] or len(node.args[1]) != 1:  # type: ignore[arg-type]
         return None
     has_bias = node.target is _aten.layer_norm.default and len(inputs) > 3 and node.args[3] is not None
-    return Gain(str(inputs[2]), str(inputs[3]) if has_bias else "")
+    if has_bias and not inputs[3]:
+        return None  # a computed bias, which cannot be scaled along
+    return Gain(inputs[2], inputs[3] if has_bias else "")
 
 
-def _is_stored(argument: object) -> bool:
-    return isinstance(argument, fx.Node) and argument.op == "get_attr"
+def _stored(argument: object) -> str:
+    """Name of a stored tensor, "" for anything else."""
+    return str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else ""
 
 
 def _replace_tensor(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> None:

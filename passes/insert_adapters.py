@@ -22,15 +22,16 @@ class InsertAdapters(Pass):
     heads, gates and collected states still read `u_t`. Gain, shift and mix start at zero and the rest does not, so
     that the node changes nothing at first and can still learn.
 
-    Does nothing without loops, and where the state goes through layers of its own between two loops.
+    Loops nested in another hand their state on as they are. Does nothing without loops, to a graph that has adapters
+    already, and where the state goes through layers of its own between two loops.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
-        inserted = 0
-        for number, loop in enumerate(state.loops.loops):
-            if not any(node.target is ops.transition_adapter.default for node in graph_module.graph.nodes):
-                inserted += self._adapt(graph_module, number, loop.boundaries)
+        if any(node.target is ops.transition_adapter.default for node in graph_module.graph.nodes):
+            return PassResult(graph_module, False)
+        loops = enumerate(state.loops.loops)
+        inserted = sum(self._adapt(graph_module, number, loop.boundaries) for number, loop in loops)
         if inserted:
             state.note(f"{inserted} transitions have an adapter of rank {state.options.transition_rank}")
         return PassResult(graph_module, bool(inserted))

@@ -14,6 +14,7 @@ from loopq_compile.operators import ops
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.fold_diagonals import find_gain
 from loopq_compile.passes.transforms import (
+    Inverses,
     Use,
     add_table,
     condition_numbers,
@@ -22,6 +23,7 @@ from loopq_compile.passes.transforms import (
     group_width,
     insert_diagonal,
     insert_kronecker,
+    reads_stream,
     table_type,
 )
 from loopq_compile.passes.weights import weight_chain
@@ -34,7 +36,7 @@ SMALLEST_GAIN = 1e-6
 _CHOICES = {
     "matrix": ("kronecker", "hadamard", "full", None),
     "diagonal": (False, True, "gain"),
-    "init": ("identity", "hadamard", "orthogonal"),
+    "init": ("identity", "hadamard", "orthogonal", None),
     "learn": ("transform", "orthogonal", None),
 }
 
@@ -47,8 +49,8 @@ class InsertTransforms(Pass):
     `kronecker(W * (1 / diagonal[t]), left[t]^-T, right[t]^-T)`. The function stays the same; what quantizers, which
     later passes put behind both, get to see does not.
 
-    Does nothing to linears left in floating point, and to groups that have their transform already; a diagonal that
-    is there, from `smooth-activations` for instance, stays in front.
+    Does nothing to linears left in floating point, and to groups that have their matrix already; a diagonal that is
+    there, from `smooth-activations` for instance, stays in front.
 
     Args:
         matrix: "kronecker", two factors of nearly the same size; "hadamard", a fixed Hadamard rotation with random
@@ -56,10 +58,12 @@ class InsertTransforms(Pass):
         diagonal: also a factor per channel in front, at first 1. "gain": the inverse of the gain of the norm that the
             group reads, where there is one for the group alone, so that the gain moves into the weights and
             `fold-diagonals` can take it out of the norm, as rotations of the residual stream ask for.
-        init: what the matrix starts as.
+        init: what the matrix starts as. None takes the identity with dynamic scales, where mixing the channels of
+            groups that have scales of their own loses more than it gains (measured), and "hadamard" with static ones.
         learn: "transform" lets calibration change matrix and diagonal, "orthogonal" the matrix among rotations.
         groups: names or patterns of the groups; None for all.
         per_loop: names or patterns of the groups that get a row, and a weight, for every loop.
+        stream: True for groups that read the residual stream alone, False for the others alone, None for all.
         shared: groups of the same width read one table.
         seed: of signs and rotations; None takes that of the options.
 
@@ -71,10 +75,11 @@ class InsertTransforms(Pass):
         self,
         matrix: str | None = "kronecker",
         diagonal: bool | str = False,
-        init: str = "identity",
+        init: str | None = "identity",
         learn: str | None = None,
         groups: str | Sequence[str] | None = None,
         per_loop: str | Sequence[str] | None = (),
+        stream: bool | None = None,
         shared: bool = False,
         seed: int | None = None,
     ) -> None:
@@ -85,7 +90,7 @@ class InsertTransforms(Pass):
                 raise LoopQError(f"InsertTransforms({option}={value!r}) is unknown; use one of {_CHOICES[option]}.")
         self.matrix, self.diagonal, self.learn = matrix, diagonal, learn
         self.init = "hadamard" if matrix == "hadamard" else init
-        self.groups, self.per_loop, self.shared, self.seed = groups, per_loop, shared, seed
+        self.groups, self.per_loop, self.stream, self.shared, self.seed = groups, per_loop, stream, shared, seed
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
@@ -93,18 +98,22 @@ class InsertTransforms(Pass):
         tables = group_tables(graph_module)
         wide = set(_matching(self.per_loop, uses))
         self._random = torch.Generator().manual_seed(state.options.seed if self.seed is None else self.seed)
+        scheme = state.scheme
+        static = scheme is not None and scheme.quantizes_activations and scheme.activation == "static"
+        self._init = self.init or ("hadamard" if static else "identity")
         self._common: dict[int, tuple[fx.Node, fx.Node]] = {}
+        self._inverses: dict[fx.Node, Inverses] = {}
         changed = 0
         for group in _matching(self.groups, uses):
             rows = max(state.loops.iterations(use.tag) for use in uses[group]) if group in wide else 1
-            wanted = self.matrix is not None and not _is_transformed(uses[group][0])
-            scaled = self.diagonal and "diagonal" not in tables.get(group, {})
-            if wanted or scaled:
-                _check_order(group, uses[group])
-            inserted = bool(scaled) and self._add_diagonal(graph_module, group, uses[group], rows)
-            if wanted:
+            if _is_transformed(uses[group][0]) or self.stream not in (None, reads_stream(uses[group][0])):
+                continue
+            inserted = False
+            if self.diagonal and "diagonal" not in tables.get(group, {}):
+                inserted = self._add_diagonal(graph_module, group, uses[group], rows)
+            if self.matrix:
                 self._add_matrix(graph_module, group, rows)
-            changed += wanted or inserted
+            changed += inserted or self.matrix is not None
         if changed:
             worst = max(condition_numbers(graph_module).values(), default=1.0)
             state.note(f"{changed} groups, {self.matrix or 'diagonal'}; condition numbers up to {worst:.3g}")
@@ -120,12 +129,14 @@ class InsertTransforms(Pass):
             # A channel whose gain is zero says nothing to anybody; any factor will do.
             stored = get_tensor(graph_module, gain.weight).detach().to(values.dtype)
             values = torch.where(stored.abs() > SMALLEST_GAIN, 1 / stored, values)
+        _check_order(group, uses)
         learn = "diagonal" if self.learn == "transform" else None
         insert_diagonal(graph_module, group, add_table(graph_module, group, "diagonal", values.repeat(rows, 1), learn))
         return True
 
     def _add_matrix(self, graph_module: fx.GraphModule, group: str, rows: int) -> None:
         uses = group_uses(graph_module)[group]
+        _check_order(group, uses)
         width = group_width(graph_module, uses)
         if not self.shared:
             factors = self._tables(graph_module, group, width, rows, table_type(graph_module, uses))
@@ -134,7 +145,7 @@ class InsertTransforms(Pass):
         else:
             name, dtype = f"width_{width}", table_type(graph_module, uses)
             factors = self._common[width] = self._tables(graph_module, name, width, rows, dtype)
-        insert_kronecker(graph_module, group, *factors)
+        insert_kronecker(graph_module, group, *factors, self._inverses.setdefault(factors[0], {}))
 
     def _tables(
         self, graph_module: fx.GraphModule, name: str, width: int, rows: int, dtype: torch.dtype
@@ -150,9 +161,9 @@ class InsertTransforms(Pass):
     def _start(self, width: int) -> tuple[Tensor, Tensor]:
         """Left and right factor at first."""
         sizes = (width, 1) if self.matrix == "full" else balanced_factors(width)
-        if self.init == "identity":
+        if self._init == "identity":
             return torch.eye(sizes[0]), torch.eye(sizes[1])
-        if self.init == "orthogonal":
+        if self._init == "orthogonal":
             left = random_orthogonal(sizes[0], self._random)
             return left, torch.eye(1) if sizes[1] == 1 else random_orthogonal(sizes[1], self._random)
         left, right = hadamard_factors(width, self._random)
@@ -160,13 +171,14 @@ class InsertTransforms(Pass):
 
 
 def _is_transformed(use: Use) -> bool:
-    chain = weight_chain(use.linears[0])
-    return any(node.target is ops.kronecker.default for node in chain)
+    x = use.x
+    while x.target in (ops.dequantize.default, ops.quantize.default):
+        x = x.args[0]  # type: ignore[assignment]
+    return x.target is ops.kronecker.default
 
 
 def _check_order(group: str, uses: list[Use]) -> None:
-    chain = weight_chain(uses[0].linears[0])
-    if any(node.target in (ops.quantize.default, ops.dequantize.default) for node in chain):
+    if any(node.target is ops.dequantize.default for node in weight_chain(uses[0].linears[0])):
         raise InternalError(f"insert-transforms must come before quantize-weights; {group!r} is quantized already.")
 
 

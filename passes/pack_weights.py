@@ -39,7 +39,7 @@ class PackWeights(Pass):
 
 
 def _names(graph_module: fx.GraphModule, quantized: list[fx.Node]) -> dict[fx.Node, str]:
-    """By quantize node and scale; a weight that a custom pass quantizes in several ways gets numbers behind its name."""
+    """By quantize node and scale; a weight quantized in several ways gets numbers behind its name."""
     seen: Counter[str] = Counter()
     names: dict[fx.Node, str] = {}
     for node in quantized:

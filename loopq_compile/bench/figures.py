@@ -39,10 +39,17 @@ def fig1(study: Study, selection: Selection) -> Report:
     errors, notes = _trajectories(study, selection)
 
     def draw(figure: Figure) -> None:
-        left, right = figure.subplots(1, 2)
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         even = {group: values for group, values in normal.items() if len(values) == count}
         loops = [str(i) for i in range(count)]
-        plots.heat(figure, left, list(even.values()), list(even), loops, "99th percentile / mean over loops")
+        plots.heat(
+            figure,
+            left,
+            list(even.values()),
+            _short(list(even)),
+            loops,
+            "99th percentile / mean over loops",
+        )
         left.set_xlabel("loop")
         _draw_errors(right, errors)
 
@@ -114,7 +121,9 @@ def fig3(study: Study, selection: Selection) -> Report:
         marked = [(groups.index(g), len(rounds) - 1) for g in selected if g in groups]
         axes = figure.subplots()
         names = [f"round {i + 1}" for i in range(len(rounds))]
-        plots.heat(figure, axes, values_by_group, groups, names, "score / largest of the round (x: selected)", marked)
+        plots.heat(
+            figure, axes, values_by_group, _short(groups), names, "score / largest of the round (x: selected)", marked
+        )
 
     return Report(
         "fig3",
@@ -125,6 +134,15 @@ def fig3(study: Study, selection: Selection) -> Report:
         draw,
         text_columns=2,
     )
+
+
+def _short(groups: Sequence[str]) -> list[str]:
+    """Names without the modules that all of them are in."""
+    parts = [group.split(".") for group in groups]
+    same = 0
+    while all(len(names) > same + 1 and names[same] == parts[0][same] for names in parts):
+        same += 1
+    return [".".join(names[same:]) for names in parts]
 
 
 def _range_settings(study: Study, scheme: Scheme) -> Values:
@@ -156,10 +174,10 @@ def _trajectories(study: Study, selection: Selection) -> tuple[dict[str, list[Va
     for run in [runs[0] for runs in selection.runs()]:
         values = study.measure(run)
         if "error" in values:
-            notes.append(f"{run}: {values['error']}")
+            notes.append(f"{run.setting}: {values['error']}")
             continue
         points = values["trajectory"]
-        errors[str(run)] = [point for point in points if point["kind"] == "state"] or points
+        errors[run.setting] = [point for point in points if point["kind"] == "state"] or points
     return errors, notes
 
 
@@ -180,4 +198,4 @@ def _draw_errors(axes: Any, errors: Mapping[str, Sequence[Values]]) -> None:
         series[name] = (list(range(len(found))), [point["error"] or None for point in found])
         loops = [point["loop"] for point in found]
         marks = [i - 0.5 for i in range(1, len(loops)) if loops[i] != loops[i - 1]]
-    plots.lines(axes, series, "point of the residual stream (dotted: loop transitions)", "relative error", marks=marks)
+    plots.lines(axes, series, "residual stream, point by point (dotted: new loop)", "relative error", marks=marks)

@@ -65,7 +65,7 @@ def _constants(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 
 def _part(program: fx.GraphModule, node: fx.Node, name: str, original: set[str]) -> str:
-    """What the model did not have is loop-dependent if loops read rows of it, or if some loops read it and others not."""
+    """What the model did not have is loop-dependent if loops read rows of it, or if not all of them read it."""
     if name in original:
         return FLOAT
     loops = get_state(program).loops

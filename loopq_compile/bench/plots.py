@@ -14,7 +14,7 @@ Line = tuple[Sequence[float], Sequence[float | None]]
 
 
 def bars(figure: Figure, values: Mapping[str, Mapping[str, float | None]], y: str, base: float | None = None) -> None:
-    """Groups of bars with a logarithmic axis.
+    """Groups of bars; the axis is logarithmic where they differ by more than a factor of ten.
 
     Args:
         figure: to draw on.
@@ -26,11 +26,13 @@ def bars(figure: Figure, values: Mapping[str, Mapping[str, float | None]], y: st
     groups = list(dict.fromkeys(group for series in values.values() for group in series))
     width = 0.8 / max(1, len(values))
     for number, (name, series) in enumerate(values.items()):
-        known = [(i, series[group]) for i, group in enumerate(groups) if series.get(group)]
-        axes.bar([i + (number + 0.5) * width - 0.4 for i, _ in known], [v for _, v in known], width, label=name)  # type: ignore[misc]
+        known = {i: value for i, group in enumerate(groups) if (value := series.get(group))}
+        axes.bar([i + (number + 0.5) * width - 0.4 for i in known], list(known.values()), width, label=name)
     if base is not None:
         axes.axhline(base, color="black", linestyle=":", linewidth=1, label="full precision")
-    axes.set_yscale("log")
+    heights = [value for series in values.values() for value in series.values() if value]
+    if heights and max(heights) > 10 * min(heights):
+        axes.set_yscale("log")
     axes.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
     axes.set_ylabel(y)
     axes.legend(fontsize=8)
@@ -54,6 +56,8 @@ def lines(
     axes: Axes, series: Mapping[str, Line], x: str, y: str, log: bool = True, marks: Sequence[float] = ()
 ) -> None:
     """Lines, and dotted verticals at `marks`."""
+    from matplotlib.ticker import MaxNLocator
+
     for name, (positions, values) in series.items():
         known = [(p, v) for p, v in zip(positions, values, strict=True) if v is not None]
         axes.plot(
@@ -67,6 +71,7 @@ def lines(
         axes.axvline(mark, color="grey", linestyle=":", linewidth=1)
     if log:
         axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if series:

@@ -32,7 +32,7 @@ class Report:
     name: str
     title: str
     columns: Sequence[str]
-    rows: list[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     data: Any
     draw: Callable[[Figure], None] | None = None
     text_columns: int = 1

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from loopq_compile.bench import parameters, trajectory
 from loopq_compile.bench.cells import Cells, Values, plain
 from loopq_compile.capture import capture
-from loopq_compile.driver import DATA_FREE, quantize
+from loopq_compile.driver import quantize
 from loopq_compile.errors import LoopQError
 from loopq_compile.evaluate import LENGTH, STRIDE, Remembered, evaluate
 from loopq_compile.options import CalibrationOptions
@@ -58,9 +58,16 @@ class Run:
         """What to call it in tables."""
         return self.label or self.method
 
-    def __str__(self) -> str:
+    @property
+    def setting(self) -> str:
+        """Method and scheme, such as `loopq w4a4 static`."""
         activation = self.scheme.activation if self.scheme.quantizes_activations else ""
-        return " ".join(filter(None, (self.name, self.scheme.name, activation, f"seed {self.seed}")))
+        return " ".join(filter(None, (self.name, self.scheme.name, activation)))
+
+    def __str__(self) -> str:
+        samples = f"{self.samples} samples" if self.samples else ""
+        others = " ".join(f"{name}={value:.3g}" for name, value in self.options.items())
+        return " ".join(filter(None, (self.setting, samples, others, f"seed {self.seed}")))
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,11 @@ class Study:
         """The model, which remembers what it said of the held-out text."""
         return Remembered(self.model)
 
+    @property
+    def window(self) -> dict[str, Any]:
+        """Length and stride of the perplexity's window."""
+        return {"length": self.settings.length, "stride": self.settings.stride}
+
     @cached_property
     def _about(self) -> Values:
         from loopq_compile import __version__
@@ -133,7 +145,7 @@ class Study:
 
     def full_precision(self) -> Values:
         """Perplexity of the model: `{"perplexity", "tokens", "seconds"}`."""
-        window = {"length": self.settings.length, "stride": self.settings.stride}
+        window = self.window
 
         def measure() -> Values:
             score = evaluate(self.teacher, self.tokens, title="full precision", **window)
@@ -214,16 +226,13 @@ class Study:
         return [row.view(1, -1) for row in self.tokens.split(length)[:PROBE_ROWS] if len(row) == length]
 
     def _measure(self, run: Run) -> Values:
-        settings = self.settings
         pipeline_of(run)
         batches = self.batches(run.samples, run.seed)
         with peak_memory() as peak:
             start = time.perf_counter()
             program = self.program(run)
             seconds = time.perf_counter() - start
-        score = evaluate(
-            program, self.tokens, teacher=self.teacher, length=settings.length, stride=settings.stride, title=str(run)
-        )
+        score = evaluate(program, self.tokens, teacher=self.teacher, title=str(run), **self.window)
         state = get_state(program.graph_module)
         return {
             **score.to_dict(),
@@ -264,12 +273,6 @@ def pipeline_of(run: Run) -> Pipeline:
     except TypeError as error:
         flags = ", ".join(f"{name}={value}" for name, value in run.flags.items())
         raise LoopQError(f"Method {run.method!r} of this version cannot be built with {flags}: {error}.") from error
-
-
-def seeds_of(method: str, scheme: Scheme, seeds: list[int]) -> list[int]:
-    """The seeds worth running: a method that looks at no data gives the same every time."""
-    free = method in DATA_FREE and method != "quarot" and (scheme.activation == "dynamic")
-    return seeds[:1] if free or (method == "symmetric" and not scheme.quantizes_activations) else seeds
 
 
 @contextlib.contextmanager

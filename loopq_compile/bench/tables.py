@@ -10,7 +10,7 @@ from typing import Any
 from loopq_compile.bench import plots
 from loopq_compile.bench.cells import Values
 from loopq_compile.bench.report import Report, spread
-from loopq_compile.bench.study import Run, Study, seeds_of
+from loopq_compile.bench.study import Run, Study
 from loopq_compile.scheme import Scheme
 
 METHODS = ("symmetric", "smoothquant", "quarot", "spinquant", "flatquant", "flatquant-e2e", "loopq-paper", "loopq")
@@ -22,6 +22,7 @@ ABLATIONS: dict[str, dict[str, bool]] = {
     "without SLT": {"slt": False},
     "without CTA": {"cta": False},
     "without trajectory loss": {"trajectory": False},
+    "without learned rounding": {"rounding": False},
     "LAS alone": {"slt": False, "cta": False, "trajectory": False},
     "without all four": dict.fromkeys(PARTS_OF_LOOPQ, False),
 }
@@ -47,12 +48,11 @@ class Selection:
 
     def runs(self, **options: Any) -> list[list[Run]]:
         """Methods by schemes, schemes outermost; each entry has one run per seed."""
-        return [repeated(method, scheme, self.seeds, **options) for scheme in self.schemes for method in self.methods]
-
-
-def repeated(method: str, scheme: Scheme, seeds: Sequence[int], **options: Any) -> list[Run]:
-    """A run for every seed that makes a difference."""
-    return [Run(method, scheme, seed, **options) for seed in seeds_of(method, scheme, list(seeds))]
+        return [
+            [Run(method, scheme, seed, **options) for seed in self.seeds]
+            for scheme in self.schemes
+            for method in self.methods
+        ]
 
 
 def table1(study: Study, selection: Selection) -> Report:
@@ -104,7 +104,7 @@ def table5(study: Study, selection: Selection) -> Report:
     for run in [runs[0] for runs in selection.runs()]:
         values = study.measure(run)
         if "error" in values:
-            notes.append(f"{run}: {values['error']}")
+            notes.append(f"{run.setting}: {values['error']}")
             continue
         parts = values["parameters"]
         found.append((run, parts))
@@ -113,16 +113,16 @@ def table5(study: Study, selection: Selection) -> Report:
         every = {**parts["parts"], "total": _total(parts["parts"])}
         rows += [_part_row(run.name, run.scheme.name, name, part) for name, part in every.items() if part["count"]]
         notes.append(
-            f"{run}: loop-dependent parameters are {parts['share']:.3f} % of the model's, "
+            f"{run.setting}: loop-dependent parameters are {parts['share']:.3f} % of the model's, "
             f"{parts['share with copies']:.3f} % with the weights that single loops have for themselves."
         )
-    memory = {str(run): {name: x["deployed"] / 2**20 for name, x in v["parts"].items()} for run, v in found}
+    memory = {run.setting: {name: x["deployed"] / 2**20 for name, x in v["parts"].items()} for run, v in found}
     return Report(
         "table5",
         f"Parameters and memory: {study.settings.model}",
         columns,
         rows,
-        [{"run": str(run), **parts} for run, parts in found],
+        [{"run": run.setting, **parts} for run, parts in found],
         (lambda figure: plots.stacked(figure, memory, "MiB, floating point in 16 bits")) if memory else None,
         text_columns=3,
         notes=notes,
@@ -201,6 +201,7 @@ def _notes(study: Study) -> list[str]:
     tokens = study.full_precision()["tokens"]
     settings = study.settings
     return [
-        f"{tokens:,} tokens scored of {settings.text or 'the text'}, windows of {settings.length} with stride "
-        f"{settings.stride}; calibrated on {settings.samples} x {settings.sample_length} tokens ({settings.calibration})."
+        f"{tokens:,} tokens scored of {settings.text or 'the text'}, windows of {settings.length}, stride "
+        f"{settings.stride}; calibrated on {settings.samples} x {settings.sample_length} tokens "
+        f"({settings.calibration})."
     ]

@@ -20,7 +20,6 @@ from loopq_compile.printer import site_of
 from loopq_compile.scheme import Scheme
 from loopq_compile.state import copy_graph, get_state
 
-
 _COPIES = [["to"], ["_to_copy"], ["slice"], ["alias"], ["clone"], ["contiguous"]]
 """Operators that only hand on what another node has."""
 

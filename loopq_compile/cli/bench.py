@@ -1,4 +1,4 @@
-"""`loopq-compile bench quality`."""
+"""`loopq-compile bench`: a quick table of quality, and the tables and figures of the LoopQ paper."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from loopq_compile.cli.common import (
+    CalibrationText,
     Json,
     Length,
     MaxTokens,
+    RepeatLayers,
     Stride,
     TextFile,
     TokenizerFile,
@@ -27,6 +29,36 @@ from loopq_compile.errors import LoopQError
 
 app = typer.Typer(no_args_is_help=True, help="Measure methods and schemes against each other.")
 
+Model = Annotated[
+    str, typer.Argument(metavar="[MODEL]", help='"bundled", "smollm2", or a Hugging Face folder or hub id.')
+]
+Schemes = Annotated[str, typer.Option("--schemes", help="Comma-separated, such as w4a4,w4a8.")]
+Methods = Annotated[str, typer.Option("--methods", help="Comma-separated, such as symmetric,las.")]
+Activations = Annotated[str, typer.Option("--activations", help="Comma-separated: static, dynamic.")]
+GroupSize = Annotated[
+    int, typer.Option("--group-size", help="Neighbouring features that share a scale; -1 for whole rows.")
+]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Number of calibration samples.")]
+SampleLength = Annotated[int, typer.Option("--sample-length", min=1, help="Tokens in a calibration sample.")]
+Seeds = Annotated[str, typer.Option("--seeds", help="Comma-separated; with several, means and standard deviations.")]
+Budget = Annotated[
+    int | None, typer.Option("--budget", min=1, help="Optimizer steps of learned methods; by default their own number.")
+]
+Numbers = Annotated[
+    str,
+    typer.Option(
+        "--values", metavar="LIST", help="Points of fig4 (groups), fig5 (loops) or fig6 (samples), comma-separated."
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="DIR", help="Folder for JSON, Markdown, PNG, and for finished cells."),
+]
+Fresh = Annotated[
+    bool,
+    typer.Option("--fresh", help="Measure again what DIR/cells has; needed when the code of a method has changed."),
+]
+
 
 @app.callback()
 def _group() -> None:
@@ -35,26 +67,23 @@ def _group() -> None:
 
 @app.command("quality")
 def quality_command(
-    model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help='"bundled", or a Hugging Face folder or hub id.')
-    ] = "bundled",
-    schemes: Annotated[str, typer.Option(help="Comma-separated, such as w4a4,w4a8.")] = "w4a4,w4a8",
-    methods: Annotated[str, typer.Option(help="Comma-separated, such as symmetric,las.")] = "symmetric,las",
-    activations: Annotated[str, typer.Option(help="Comma-separated: static, dynamic.")] = "static,dynamic",
-    group_size: Annotated[int, typer.Option(help="Neighbouring features that share a scale; -1 for whole rows.")] = 32,
+    model: Model = "bundled",
+    schemes: Schemes = "w4a4,w4a8",
+    methods: Methods = "symmetric,las",
+    activations: Activations = "static,dynamic",
+    group_size: GroupSize = 32,
     text: TextFile = None,
     length: Length = 256,
     stride: Stride = 128,
     max_tokens: MaxTokens = 4096,
-    calibration: Annotated[
-        str, typer.Option(metavar="FILE", help='UTF-8 text to calibrate on, or "bundled".')
-    ] = "bundled",
-    samples: Annotated[int, typer.Option(min=1, help="Number of calibration samples.")] = 32,
-    sample_length: Annotated[int, typer.Option(min=1, help="Tokens in a calibration sample.")] = 128,
+    calibration: CalibrationText = "docs",
+    samples: Samples = 32,
+    sample_length: SampleLength = 128,
     seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder for quality.json and quality.md.")
     ] = None,
+    repeat: RepeatLayers = None,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -68,12 +97,10 @@ def quality_command(
 
     say = note(json)
     runs = bench.variants(names(methods), names(schemes), names(activations), group_size=group_size)
-    loaded = load(model, tokenizer, trust_remote_code)
-    if loaded.kind != "model":
-        raise LoopQError(f"{model} is quantized already; bench quality takes a model in floating point.")
+    loaded = _load_model(model, tokenizer, trust_remote_code, repeat)
     content, source = text_source(text)
     tokens = tokenize(loaded.tokenizer, content, max_tokens)
-    batches = calibration_batches(calibration, loaded.tokenizer, samples, sample_length, seed)
+    batches = calibration_batches(calibration, loaded.tokenizer, samples, sample_length, seed, loaded.model)
     about: dict[str, Any] = {"model": model, "text": source, "tokens": len(tokens), "length": length, "stride": stride}
     about |= {"calibration": calibration, "samples": samples, "sample_length": sample_length, "seed": seed}
     rows = []
@@ -90,3 +117,121 @@ def quality_command(
     if out is not None:
         for path in bench.write_results(rows, out, f"Quality of {model}", **about):
             say(f"wrote {path}")
+
+
+def _load_model(model: str, tokenizer: str | None, trust_remote_code: bool, repeat: str | None) -> Any:
+    loaded = load(model, tokenizer, trust_remote_code, repeat)
+    if loaded.kind != "model":
+        raise LoopQError(f"{model} is quantized already; bench takes a model in floating point.")
+    return loaded
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        found = [int(part) for part in names(text)]
+    except ValueError as error:
+        raise LoopQError(f"{option} takes whole numbers, comma-separated; got {text!r}.") from error
+    if any(number < 0 for number in found):
+        raise LoopQError(f"{option} takes numbers from 0 on; got {text!r}.")
+    return found
+
+
+def _add(name: str, help: str, *own: str) -> None:
+    """Registers `bench NAME`. All take the same options and differ in the defaults of methods, schemes, activations."""
+
+    def command(
+        model: Model = "bundled",
+        methods: Methods = own[0],
+        schemes: Schemes = own[1],
+        activations: Activations = own[2],
+        group_size: GroupSize = 32,
+        seeds: Seeds = "0",
+        values: Numbers = "",
+        budget: Budget = None,
+        text: TextFile = None,
+        length: Length = 256,
+        stride: Stride = 128,
+        max_tokens: MaxTokens = 16384,
+        calibration: CalibrationText = "docs",
+        samples: Samples = 128,
+        sample_length: SampleLength = 128,
+        repeat: RepeatLayers = None,
+        out: Out = None,
+        fresh: Fresh = False,
+        tokenizer: TokenizerFile = None,
+        trust_remote_code: TrustRemoteCode = False,
+        json: Json = False,
+    ) -> None:
+        from loopq_compile import bench
+        from loopq_compile.bench.cells import Cells
+        from loopq_compile.bench.report import has_matplotlib
+        from loopq_compile.bench.reports import REPORTS
+        from loopq_compile.bench.study import Settings, Study
+        from loopq_compile.bench.tables import Selection
+        from loopq_compile.evaluate import tokenize
+
+        say = note(json)
+        kinds = bench.variants(["symmetric"], names(schemes), names(activations), group_size=group_size)
+        selection = Selection(
+            names(methods),
+            [kind.scheme for kind in kinds],
+            _whole_numbers("--seeds", seeds) or [0],
+            _whole_numbers("--values", values),
+        )
+        loaded = _load_model(model, tokenizer, trust_remote_code, repeat)
+        content, source = text_source(text)
+        tokens = tokenize(loaded.tokenizer, content, max_tokens)
+        settings = Settings(
+            model=f"{model}@{repeat}" if repeat else model,
+            text=source,
+            calibration="docs" if calibration == "bundled" else calibration,
+            samples=samples,
+            sample_length=sample_length,
+            length=length,
+            stride=stride,
+            options={"steps": budget} if budget else {},
+            cache=out / "calibration" if out else None,
+        )
+        cells = Cells(out / "cells" if out else None, fresh)
+        report = REPORTS[name](Study(loaded.model, loaded.tokenizer, tokens, settings, cells, say), selection)
+        about = {"model": settings.model, "text": source, "tokens": len(tokens), "calibration": calibration}
+        if json:
+            typer.echo(report.to_json(**about), nl=False)
+        else:
+            console().print(table(report.columns, report.rows, text_columns=report.text_columns, title=report.title))
+            say("\n".join(["", *report.notes]))
+        if out is not None:
+            for path in report.write(out, **about):
+                say(f"wrote {path}")
+            if not has_matplotlib():
+                say("no picture: it needs matplotlib, pip install 'loopq-compile[plot]'")
+
+    command.__doc__ = (
+        f"{help}\n\n    With --out, finished cells are kept: a run that was cut off goes on where it stood."
+    )
+    app.command(name)(command)
+
+
+_ALL = "symmetric,smoothquant,quarot,spinquant,flatquant,flatquant-e2e,loopq-paper,loopq"
+_E2E = "symmetric,flatquant-e2e,loopq"
+_BOTH, _DYNAMIC = "static,dynamic", "dynamic"
+for _name, _help, *_own in (
+    (
+        "table1",
+        "Methods by schemes: perplexity, distance to full precision, cost of calibration.",
+        *(_ALL, "w4a4,w4a8", _BOTH),
+    ),
+    (
+        "table2",
+        "Ablation of LoopQ: without scales (LAS), transforms (SLT), adapter (CTA), trajectory loss.",
+        *("loopq", "w4a4", _BOTH),
+    ),
+    ("table5", "Parameters and memory by part; what differs from loop to loop.", _E2E, "w4a4", _DYNAMIC),
+    ("fig1", "Activation ranges by loop; how errors grow along the trajectory.", "symmetric", "w4a4", _BOTH),
+    ("fig2", "Relative error along the whole unrolled trajectory, by method.", _ALL, "w4a4", _DYNAMIC),
+    ("fig3", "Scores of groups, and which get transforms for every loop.", "loopq", "w4a4", _DYNAMIC),
+    ("fig4", "Perplexity by number of groups with transforms for every loop.", "loopq", "w4a4", _DYNAMIC),
+    ("fig5", "Perplexity by number of loops that run, beyond those calibrated.", _E2E, "w4a4", _DYNAMIC),
+    ("fig6", "Perplexity by number of calibration samples.", "flatquant-e2e,loopq", "w4a4", _DYNAMIC),
+):
+    _add(_name, _help, *_own)

@@ -25,8 +25,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help='"bundled", "smollm2", a Hugging Face folder or hub id, a folder written by `compile`, or an exported .onnx '
-        "file.",
+        help='"bundled", "smollm2", a Hugging Face folder or hub id, a folder written by `compile`, or an .onnx file.',
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text for people.")]
@@ -51,8 +50,8 @@ CalibrationText = Annotated[
     typer.Option(
         "--calibration",
         metavar="self|docs|mixed|FILE",
-        help="Text to calibrate on: sampled by the model itself, docstrings of the installed libraries, half of each, or "
-        "a UTF-8 file.",
+        help="Text to calibrate on: sampled by the model itself, docstrings of the installed libraries, half of each, "
+        "or a UTF-8 file.",
     ),
 ]
 RepeatLayers = Annotated[

@@ -10,6 +10,7 @@ import typer
 from loopq_compile.cli.common import (
     Json,
     Model,
+    RepeatLayers,
     TokenizerFile,
     TrustRemoteCode,
     calibration_batches,
@@ -26,7 +27,12 @@ def compile_command(
     scheme: Annotated[
         str, typer.Option(help="Bits of weights and activations: w4a4, w4a8, w8a8, w4a16, any w{2..8}a{2..8,16}.")
     ] = "w4a4",
-    method: Annotated[str, typer.Option(help="symmetric, las, or loopq (everything this version has).")] = "loopq",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="loopq, loopq-paper, las, flatquant-e2e, flatquant, spinquant, quarot, smoothquant, or symmetric."
+        ),
+    ] = "loopq",
     activation: Annotated[
         str,
         typer.Option(
@@ -42,14 +48,27 @@ def compile_command(
     calibration: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE",
-            help='UTF-8 text to calibrate on, or "bundled" for documentation text of the installed libraries (the '
-            "default for the bundled model).",
+            metavar="self|docs|mixed|FILE",
+            help="Text to calibrate on: sampled by the model itself, docstrings of the installed libraries, half of "
+            "each, or a UTF-8 file. The bundled model takes docs if nothing is said.",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Number of calibration samples.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Number of calibration samples.")] = 128,
     length: Annotated[int, typer.Option(min=1, help="Tokens in a calibration sample.")] = 128,
-    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random: samples, signs, order.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps of methods that learn; by default the method's own.")
+    ] = None,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Calibration samples in a step.")] = 4,
+    weight_solver: Annotated[
+        str | None, typer.Option(help="rtn, gptq or loaq: how integers are found; by default the method's own.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16 where the processor has it.")] = "float32",
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for checkpoints; a killed calibration goes on from there."),
+    ] = None,
+    repeat: RepeatLayers = None,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -65,21 +84,32 @@ def compile_command(
     from loopq_compile.driver import compile as compile_model
     from loopq_compile.folders import check_folder
     from loopq_compile.loading import BUNDLED, TOKENIZER_FILE
+    from loopq_compile.options import CalibrationOptions
     from loopq_compile.pipelines import get_pipeline
     from loopq_compile.scheme import Scheme
 
     say = note(json)
     wanted = Scheme.parse(scheme, activation=activation, group_size=group_size, skip=tuple(skip or ()))
     get_pipeline(method)
+    options = CalibrationOptions(
+        steps=steps,
+        seed=seed,
+        batch_rows=batch_rows,
+        weight_solver=weight_solver,
+        precision=precision,
+        checkpoint=str(checkpoint) if checkpoint else None,
+    )
     check_folder(out, GRAPH_FILE)
-    loaded = load(model, tokenizer, trust_remote_code)
+    loaded = load(model, tokenizer, trust_remote_code, repeat)
     if loaded.kind != "model":
         raise LoopQError(f"{model} is quantized already; compile takes a model in floating point.")
-    source = calibration or (BUNDLED if model == BUNDLED else None)
-    batches = calibration_batches(source, loaded.tokenizer, samples, length, seed) if source else None
+    source = calibration or ("docs" if model == BUNDLED else None)
+    batches = None
+    if source:
+        batches = calibration_batches(source, loaded.tokenizer, samples, length, seed, model=loaded.model)
     if batches is not None:
         say(f"calibrating on {sum(map(len, batches))} samples of {length} tokens from {source}")
-    program = compile_model(loaded.model, scheme=wanted, method=method, calibration=batches)
+    program = compile_model(loaded.model, scheme=wanted, method=method, calibration=batches, **options.to_dict())
     save(program.graph_module, out, {TOKENIZER_FILE: loaded.tokenizer.to_str()} if loaded.tokenizer else {})
     _show(program, out, json)
 

@@ -10,12 +10,14 @@ from loopq_compile.cli.common import (
     Json,
     Length,
     MaxTokens,
+    RepeatLayers,
     Stride,
     TextFile,
     TokenizerFile,
     TrustRemoteCode,
     console,
     load,
+    names,
     print_json,
     table,
     text_source,
@@ -29,13 +31,27 @@ def eval_command(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help='One or more: "bundled", Hugging Face folders or ids, program folders, .onnx files.',
+            help='One or more: "bundled", "smollm2", Hugging Face folders or ids, program folders, .onnx files.',
         ),
     ],
     text: TextFile = None,
     length: Length = 256,
     stride: Stride = 128,
     max_tokens: MaxTokens = 16384,
+    repeat: RepeatLayers = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Run tasks of lm-eval in place of a text: hellaswag,winogrande,arc_challenge,lambada_openai,mmlu,"
+            "wikitext, or YAML files of your own, comma-separated. Needs the extra `eval`.",
+        ),
+    ] = None,
+    task_folder: Annotated[
+        str | None, typer.Option("--task-folder", metavar="DIR", help="Folder with YAML files of further tasks.")
+    ] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in front of a task's questions.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of every task; all by default.")] = None,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -47,7 +63,15 @@ def eval_command(
     divergence of their predictions per token, and how often they rank the same token first.
 
     Example: loopq-compile eval bundled my-program my-onnx/model.onnx
+
+    With --tasks, models answer the questions of lm-eval's tasks instead.
+
+    Example: loopq-compile eval my-program --tasks hellaswag,winogrande --limit 200
     """
+    if tasks is not None:
+        loading = (tokenizer, trust_remote_code, repeat)
+        _run_tasks(models, loading, json, tasks=names(tasks), folder=task_folder, fewshot=fewshot, limit=limit)
+        return
     from loopq_compile.evaluate import Remembered, evaluate, tokenize
 
     content, source = text_source(text) if text else (None, "")
@@ -55,7 +79,7 @@ def eval_command(
     teacher: Any = None
     teacher_tokens: Any = None
     for name in models:
-        loaded = load(name, tokenizer, trust_remote_code)
+        loaded = load(name, tokenizer, trust_remote_code, _repeat_for(name, repeat))
         if content is None:  # takes seconds; not before the model is there
             content, source = text_source(text)
         tokens = tokenize(loaded.tokenizer, content, max_tokens)
@@ -71,6 +95,45 @@ def eval_command(
     out = console()
     out.print(table(COLUMNS, [_cells(row) for row in rows], text_columns=2))
     out.print(f"\ntext: {source}; windows of {length} tokens, stride {stride}", markup=False)
+
+
+def _repeat_for(name: str, repeat: str | None) -> str | None:
+    """Layers are repeated in Hugging Face models; programs and ONNX files beside them are what they are."""
+    from pathlib import Path
+
+    from loopq_compile.loading import PROGRAM_FILE
+
+    compiled = name.endswith((".onnx", PROGRAM_FILE)) or (
+        Path(name).is_dir() and not (Path(name) / "config.json").exists()
+    )
+    return None if compiled else repeat
+
+
+def _run_tasks(models: list[str], loading: tuple[str | None, bool, str | None], json: bool, **options: Any) -> None:
+    from loopq_compile.harness import LanguageModel, run_tasks
+
+    tokenizer, trust_remote_code, repeat = loading
+    results = {}
+    for name in models:
+        loaded = load(name, tokenizer, trust_remote_code, _repeat_for(name, repeat))
+        results[name] = run_tasks(LanguageModel(loaded.model, loaded.tokenizer), **options)
+    if json:
+        print_json({"tasks": options["tasks"], "results": results})
+        return
+    rows = []
+    for task, metrics in results[models[0]].items():
+        for metric in metrics:
+            if "_stderr" not in metric and isinstance(metrics[metric], float):
+                found = [_with_error(results[name].get(task, {}), metric) for name in models]
+                rows.append((task, metric.removesuffix(",none"), *found))
+    console().print(table(("task", "metric", *models), rows, text_columns=2))
+
+
+def _with_error(metrics: dict[str, Any], metric: str) -> str:
+    name, _, filtered = metric.partition(",")
+    error = metrics.get(f"{name}_stderr,{filtered}")
+    value = f"{metrics[metric]:.4f}" if metric in metrics else ""
+    return f"{value} ± {error:.4f}" if isinstance(error, float) else value
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

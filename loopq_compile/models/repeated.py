@@ -68,7 +68,7 @@ def repeat_layers(model: Any, first: int, last: int, times: int) -> Any:
         raise LoopQError(f"Layers can be repeated once or more often; got times={times}.")
     order = [*range(first), *[*range(first, last + 1)] * times, *range(last + 1, len(layers))]
     decoder.layers = nn.ModuleList(_view(layers[old], new) for new, old in enumerate(order))
-    config = decoder.config
+    config: Any = getattr(decoder, "config", None)
     if getattr(config, "layer_types", None):  # before the number of layers, which is checked against it
         kinds = list(config.layer_types)
         config.layer_types = [kinds[old] for old in order]
@@ -87,7 +87,7 @@ def _decoder(model: Any) -> Any:
             f"{name} has no list of layers where Llama-like Hugging Face models keep it (model.model.layers), so none "
             "can be repeated."
         )
-    config = decoder.config
+    config: Any = getattr(decoder, "config", None)
     if getattr(config, "num_hidden_layers", None) != len(layers):
         raise LoopQError(f"{name} keeps {len(layers)} layers, its configuration says otherwise; none can be repeated.")
     for layer in layers:

@@ -11,9 +11,7 @@ EPSILON = 1e-6
 """Added to the mean square before the root."""
 
 
-def _definition(
-    u: Tensor, gate: Tensor, gain: Tensor, shift: Tensor, mix: Tensor, down: Tensor, up: Tensor
-) -> Tensor:
+def _definition(u: Tensor, gate: Tensor, gain: Tensor, shift: Tensor, mix: Tensor, down: Tensor, up: Tensor) -> Tensor:
     normed = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + EPSILON)
     return u + gate * (gain * normed + shift + (normed @ down * mix) @ up.t())
 

@@ -14,7 +14,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loopq_compile.operators.fusion import fused
 from loopq_compile.operators.quantize import _wide, dynamic_scale
+
+
+@fused
+def _round(x: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: int) -> Tensor:
+    groups, wide = x.unflatten(-1, (-1, group_size)), scale.unsqueeze(-1)
+    return ((groups / wide).round().clamp(q_min, q_max) * wide).flatten(-2)
+
+
+@fused
+def _round_gradients(
+    grad: Tensor, x: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: int
+) -> tuple[Tensor, Tensor]:
+    grads, wide = grad.unflatten(-1, (-1, group_size)), scale.unsqueeze(-1)
+    ratio = x.unflatten(-1, (-1, group_size)) / wide
+    inside = ((ratio >= q_min) & (ratio <= q_max)).to(ratio.dtype)
+    slope = ratio.round().clamp(q_min, q_max) - ratio * inside
+    return (grads * inside).flatten(-2), (grads * slope).sum(-1)
+
+
+@fused
+def _scale_gradients(grad: Tensor, x: Tensor, clip: Tensor, group_size: int, q_max: int) -> tuple[Tensor, Tensor]:
+    groups = x.unflatten(-1, (-1, group_size))
+    magnitudes = groups.abs()
+    largest = magnitudes.amax(-1, keepdim=True)
+    # Where several are largest the gradient is shared, as that of amax is.
+    at = (magnitudes == largest).to(x.dtype)
+    at = at * groups.sign() / at.sum(-1, keepdim=True)
+    return (at * (grad * clip / q_max).unsqueeze(-1)).flatten(-2), grad * largest.squeeze(-1) / q_max
 
 
 @torch.library.custom_op("loopq::fake_quantize", mutates_args=())
@@ -24,8 +53,7 @@ def fake_quantize(x: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: 
     Returns:
         `[..., K]` in the type of `x`.
     """
-    groups, wide = _wide(x).unflatten(-1, (-1, group_size)), _wide(scale).unsqueeze(-1)
-    return (groups / wide).round_().clamp_(q_min, q_max).mul_(wide).flatten(-2).to(x.dtype)
+    return _round(_wide(x), _wide(scale), group_size, q_min, q_max).to(x.dtype)
 
 
 @fake_quantize.register_fake
@@ -42,17 +70,8 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
     group_size, q_min, q_max = ctx.limits  # type: ignore[attr-defined]
-    groups, wide = _wide(x).unflatten(-1, (-1, group_size)), _wide(scale).unsqueeze(-1)
-    grads = _wide(grad).unflatten(-1, (-1, group_size))
-    ratio = groups / wide
-    inside = (ratio >= q_min) & (ratio <= q_max)
-    grad_x = grad_scale = None
-    if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-        grad_x = (grads * inside).flatten(-2).to(x.dtype)
-    if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-        slope = ratio.round().clamp_(q_min, q_max).sub_(ratio * inside)
-        grad_scale = (grads * slope).sum(-1).sum_to_size(scale.shape).to(scale.dtype)
-    return grad_x, grad_scale, None, None, None
+    grad_x, grad_scale = _round_gradients(_wide(grad), _wide(x), _wide(scale), group_size, q_min, q_max)
+    return grad_x.to(x.dtype), grad_scale.sum_to_size(scale.shape).to(scale.dtype), None, None, None
 
 
 fake_quantize.register_autograd(_backward, setup_context=_save)
@@ -67,16 +86,8 @@ def _save_dynamic(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object
 def _backward_dynamic(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, clip = ctx.saved_tensors  # type: ignore[attr-defined]
     group_size, q_max = ctx.limits  # type: ignore[attr-defined]
-    groups = _wide(x).unflatten(-1, (-1, group_size))
-    largest, position = groups.abs().max(-1, keepdim=True)
-    wide = _wide(grad) / q_max
-    grad_x = grad_clip = None
-    if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-        at_largest = (wide * _wide(clip)).unsqueeze(-1) * groups.gather(-1, position).sign()
-        grad_x = torch.zeros_like(groups).scatter_(-1, position, at_largest).flatten(-2).to(x.dtype)
-    if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-        grad_clip = (wide * largest.squeeze(-1)).sum_to_size(clip.shape).to(clip.dtype)
-    return grad_x, grad_clip, None, None
+    grad_x, grad_clip = _scale_gradients(_wide(grad), _wide(x), _wide(clip), group_size, q_max)
+    return grad_x.to(x.dtype), grad_clip.sum_to_size(clip.shape).to(clip.dtype), None, None
 
 
 dynamic_scale.register_autograd(_backward_dynamic, setup_context=_save_dynamic)

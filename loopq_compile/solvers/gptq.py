@@ -1,7 +1,7 @@
 """Rounding that makes up for its own errors: GPTQ, and coordinate descent from its result.
 
-Minimized is `tr((Q - W) H̃ (Q - W)ᵀ)` over the points `Q` of a grid, `W` `[out, K]` the target and `H̃` the damped Hessian
-of the inputs; rows do not depend on each other.
+Minimized is `tr((Q - W) H̃ (Q - W)ᵀ)` over the points `Q` of a grid, `W` `[out, K]` the target and `H̃` the damped
+Hessian of the inputs; rows do not depend on each other.
 
 GPTQ (Frantar et al. 2022, arXiv 2210.17323) rounds column by column and moves what is not yet rounded to where it
 best makes up for the error. Afterwards coordinate descent re-decides codes and scales, one at a time, each with all

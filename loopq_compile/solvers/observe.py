@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.loops import get_tag
 from loopq_compile.solvers.residual import Write, find_write, has_norm, inverse_rms, norm_gain
-from loopq_compile.solvers.statistics import Moments, Split
+from loopq_compile.solvers.statistics import Moments, Sample, Split
 from loopq_compile.solvers.walk import Walk
 
 _aten = torch.ops.aten
@@ -70,7 +70,8 @@ class Observer:
         Raises:
             LoopQError: the inputs are not finite.
         """
-        linear, split, write = layer.linear, Split(), self.write(layer.linear)
+        linear, write = layer.linear, self.write(layer.linear)
+        split: Split | None = None
         gain: Tensor | None = None
         for batch in range(self._count):
             self.walk.run(batch, linear)
@@ -80,11 +81,12 @@ class Observer:
                 gain = self._gain(batch, layer, write)
                 write = None if gain is None else write
             sample = self._sample(batch, layer, write, gain)
-            held = 0 if self._teacher is None else len(sample[0]) // HELD
-            split.add(sample, held)
+            measured = Split.of(sample, 0 if self._teacher is None else len(sample[0]) // HELD)
+            split = measured if split is None else split.add(measured)
         self.walk.finish(linear)
         if self._teacher is not None:
             self._teacher.finish(self._counterpart(linear))
+        assert split is not None
         for moments in filter(None, (split.fit, split.held)):
             _check(linear, moments)
         return split
@@ -94,9 +96,10 @@ class Observer:
             raise InternalError(f"The full-precision graph has no node {linear.name!r}.")
         return self._teacher_nodes[linear.name]
 
-    def _sample(self, batch: int, layer: Layer, write: Write | None, gain: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _sample(self, batch: int, layer: Layer, write: Write | None, gain: Tensor | None) -> Sample:
         """Inputs of both graphs and error of the residual stream, as `Moments.of` takes them."""
-        x = _rows(self.walk.value(batch, layer.linear.args[0]))
+        inputs: Any = layer.linear.args[0]
+        x = _rows(self.walk.value(batch, inputs))
         if self._teacher is None:
             return x, None, None
         teacher_x = self._teacher_input(batch, layer.linear)
@@ -122,8 +125,8 @@ class Observer:
 
     def _teacher_input(self, batch: int, linear: fx.Node) -> Tensor:
         assert self._teacher is not None
-        node = self._counterpart(linear)
-        return _rows(self._teacher.value(batch, node.args[node.target is _aten.addmm.default]))  # type: ignore[arg-type]
+        node: Any = self._counterpart(linear)
+        return _rows(self._teacher.value(batch, node.args[node.target is _aten.addmm.default]))
 
     def _bias(self, linear: fx.Node) -> Tensor | None:
         node = linear.args[2] if len(linear.args) > 2 else None
@@ -147,6 +150,6 @@ def _check(linear: fx.Node, moments: Moments) -> None:
         if tensor is not None and not torch.isfinite(tensor).all():
             tag = get_tag(linear)
             raise LoopQError(
-                f"The input of {linear.meta.get('loopq_site', linear.name)!r} ({tag or 'outside loops'}) becomes NaN or "
-                "infinite on the calibration data, so its weight cannot be solved."
+                f"The input of {linear.meta.get('loopq_site', linear.name)!r} ({tag or 'outside loops'}) becomes "
+                "NaN or infinite on the calibration data, so its weight cannot be solved."
             )

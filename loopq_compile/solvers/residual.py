@@ -9,10 +9,10 @@ from torch import Tensor, fx
 
 _aten = torch.ops.aten
 _MOVES = {
-    _aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.clone.default, _aten.contiguous.default,
-    _aten.alias.default, _aten.detach.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.flatten.using_ints,
-    _aten.dropout.default, _aten._to_copy.default, _aten.to.dtype,
-}  # fmt: skip
+    *(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.flatten.using_ints),
+    *(_aten.unsqueeze.default, _aten.squeeze.dim, _aten.clone.default, _aten.contiguous.default),
+    *(_aten.alias.default, _aten.detach.default, _aten.dropout.default, _aten._to_copy.default, _aten.to.dtype),
+}
 """Operators that leave the numbers of a token as they are."""
 _PRODUCTS = {
     _aten.linear.default, _aten.mm.default, _aten.matmul.default, _aten.addmm.default, _aten.bmm.default,
@@ -41,7 +41,8 @@ class Write:
 
 def find_write(linear: fx.Node) -> Write | None:
     """The addition into which `linear`'s output goes, alone and without another product, if the other operand is the
-    residual stream: it is read elsewhere too (by the norm in front of the sub-layer), and it is known before the linear runs.
+    residual stream: it is read elsewhere too (by the norm in front of the sub-layer), and it is known before the linear
+    runs.
 
     Node order is that of the graph. Meant for a graph before quantization, where a stream has no other readers than the
     model's own.
@@ -76,10 +77,10 @@ def has_norm(write: Write) -> bool:
 
 
 def norm_gain(output: Tensor, normed: Tensor, tolerance: float = 0.02) -> Tensor | None:
-    """The gain `γ` `[out]` of a root-mean-square norm that makes `normed` `[n, out]` of `output`; None if no such norm does.
+    """The gain `γ` `[out]` of the root-mean-square norm that makes `normed` `[n, out]` of `output`; None if none does.
 
-    Recognized by its numbers, so in whatever operators it is written: with `u = output / rms(output)` the gain is the least
-    squares solution of `normed = γ u`, and it must explain `normed` up to the relative `tolerance`.
+    Recognized by its numbers, so in whatever operators it is written: with `u = output / rms(output)` the gain is the
+    least squares solution of `normed = γ u`, and it must explain `normed` up to the relative `tolerance`.
     """
     unit = output * inverse_rms(output)
     gain = (normed * unit).sum(0) / unit.square().sum(0).clamp_min(1e-30)

@@ -12,7 +12,7 @@ from loopq_compile.solvers.curvature import Curvature
 from loopq_compile.solvers.gptq import gptq, refine_codes, refine_scales
 from loopq_compile.solvers.loaq import choose, corrections
 from loopq_compile.solvers.rtn import Grid, searched
-from loopq_compile.solvers.statistics import Moments
+from loopq_compile.solvers.statistics import Split
 
 SOLVERS = ("rtn", "gptq", "loaq")
 
@@ -24,11 +24,16 @@ class Options:
     solver: str = "gptq"
     damping: float = 0.01
     act_order: bool = False
-    alpha: float | None = None
-    beta: float | None = None
+    alpha: float | None = 0.5
+    beta: float | None = 0.2
     form: int = 2
-    refine: int = 0
-    refit_scales: bool = False
+    refine: int = 2
+    refit_scales: bool = True
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the target of rounding is another than the weight."""
+        return self.solver == "loaq" and (self.alpha != 0 or self.beta != 0)
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
@@ -63,26 +68,24 @@ class Solution:
     beta: float = 0.0
 
 
-def solve(
-    weight: Tensor, original: Tensor, grid: Grid, fit: Moments, held: Moments | None, options: Options, where: str
-) -> Solution:
+def solve(weight: Tensor, original: Tensor, grid: Grid, moments: Split, options: Options, where: str) -> Solution:
     """Rounds `weight` `[out, K]` to `grid`.
 
     Args:
         weight: what the quantized graph would round to nearest, float32.
         original: the full-precision graph's weight, `[out, K₀]`.
         grid: the integers and the scales in use.
-        fit, held: moments of the inputs; α and β are computed on `fit` and chosen on `held`, all else uses both.
+        moments: of the inputs; α and β are chosen on those held back, for corrections computed on the others.
         options: the solver's.
         where: the site, for errors.
     """
     target, alpha, beta = weight, 0.0, 0.0
     if options.solver == "loaq":
-        alpha, beta = _shares(weight, original, fit, held, options, where)
-    moments = fit if held is None else fit.plus(held)
-    curvature = Curvature(moments.hessian, options.damping, options.act_order, where)
+        alpha, beta = _shares(weight, original, moments, options, where)
+    whole = moments.whole()
+    curvature = Curvature(whole.hessian, options.damping, options.act_order, where)
     if alpha or beta:
-        target = corrections(moments, curvature, weight, original).applied(weight, alpha, beta)
+        target = corrections(whole, curvature, weight, original).applied(weight, alpha, beta)
     codes, found = _rounded(weight, target, curvature, grid, options)
     if not torch.isfinite(found.scale).all() or not torch.isfinite(codes).all():
         raise LoopQError(f"Solving {where} gave NaN or infinite values; raise damping ({options.damping:g}).")
@@ -98,22 +101,18 @@ def solve(
     )
 
 
-def _shares(
-    weight: Tensor, original: Tensor, fit: Moments, held: Moments | None, options: Options, where: str
-) -> tuple[float, float]:
+def _shares(weight: Tensor, original: Tensor, moments: Split, options: Options, where: str) -> tuple[float, float]:
     alphas = torch.linspace(0, 1, 11) if options.alpha is None else torch.tensor([options.alpha])
     betas = torch.linspace(0, 1, 21) if options.beta is None else torch.tensor([options.beta])
-    if held is None or (len(alphas) == 1 and len(betas) == 1):
+    if moments.held is None or (len(alphas) == 1 and len(betas) == 1):
         return float(alphas[-1]), float(betas[-1])
-    curvature = Curvature(fit.hessian, options.damping, where=where)
-    found = corrections(fit, curvature, weight, original)
-    return choose(found, held, weight, original, alphas, betas)
+    curvature = Curvature(moments.fit.hessian, options.damping, where=where)
+    found = corrections(moments.fit, curvature, weight, original)
+    return choose(found, moments.held, weight, original, alphas, betas)
 
 
-def _rounded(
-    weight: Tensor, target: Tensor, curvature: Curvature, grid: Grid, options: Options
-) -> tuple[Tensor, Grid]:
-    """Codes for `target`. No row is worse than rounding `weight` to nearest, and refinement lowers every row's error."""
+def _rounded(weight: Tensor, target: Tensor, curvature: Curvature, grid: Grid, options: Options) -> tuple[Tensor, Grid]:
+    """Codes for `target`; no row is worse than rounding `weight` to nearest, and refinement only improves rows."""
     start = searched(target, curvature.matrix.diagonal(), grid) if options.refit_scales else grid
     codes = gptq(target, curvature, start)
     nearest = grid.nearest(weight)

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+Sample = tuple[Tensor, Tensor | None, Tensor | None]
+"""Tokens of one batch: inputs `x̂` `[n, K]`, those of the full-precision graph `[n, K₀]`, and `ρ` `[n, out]`; see
+`loopq_compile.solvers.loaq` for the symbols."""
+
 
 @dataclass
 class Moments:
@@ -24,45 +28,67 @@ class Moments:
     tokens: int = 0
 
     @staticmethod
-    def of(x: Tensor, teacher: Tensor | None = None, residual: Tensor | None = None) -> Moments:
-        """Moments of inputs `x` `[n, K]`, with those of the full-precision graph `[n, K₀]`, and `ρ` `[n, out]`."""
+    def of(sample: Sample, tokens: slice = slice(None)) -> Moments:
+        """Moments of some `tokens` of a sample."""
+        x, teacher, residual = (None if part is None else part[tokens] for part in sample)
+        assert x is not None
+        left = x.t()
         return Moments(
-            x.t() @ x,
-            None if teacher is None else x.t() @ teacher,
-            None if residual is None else x.t() @ residual,
+            left @ x,
+            None if teacher is None else left @ teacher,
+            None if residual is None else left @ residual,
             x.shape[0],
         )
 
     def add(self, other: Moments, weight: float = 1.0) -> Moments:
         """Adds `weight` times the sums of `other`, in place."""
-        self.hessian.add_(other.hessian, alpha=weight)
-        for mine, theirs in ((self.cross, other.cross), (self.residual, other.residual)):
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
             if mine is not None and theirs is not None:
                 mine.add_(theirs, alpha=weight)
         self.tokens += other.tokens
         return self
 
-    def plus(self, other: Moments | None) -> Moments:
-        """Moments of both together, as new tensors."""
-        mine = Moments(*(None if t is None else t.clone() for t in (self.hessian, self.cross, self.residual)), self.tokens)  # type: ignore[arg-type]
-        return mine if other is None else mine.add(other)
+    def times(self, weight: float) -> Moments:
+        """The sums times `weight`, as new tensors."""
+        hessian, cross, residual = (None if tensor is None else tensor * weight for tensor in self._tensors())
+        assert hessian is not None
+        return Moments(hessian, cross, residual, self.tokens)
+
+    def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.hessian, self.cross, self.residual
 
 
 @dataclass
 class Split:
-    """Moments of tokens to fit on, and of tokens held back to choose by. None: no such tokens."""
+    """Moments of tokens to `fit` on, and of tokens `held` back to choose by (None: none were).
 
-    fit: Moments | None = None
+    Loops are summed with `add`: one weight serves them all, so its error is the sum of theirs.
+    """
+
+    fit: Moments
     held: Moments | None = None
 
-    def add(self, sample: Sequence[Tensor | None], held: int) -> None:
-        """Adds a sample (arguments of `Moments.of`), its last `held` tokens to those held back."""
-        count = len(sample[0]) - held  # type: ignore[arg-type]
-        self._include(Split(Moments.of(*(_part(tensor, slice(count)) for tensor in sample))))  # type: ignore[arg-type]
-        if held:
-            rest = (_part(tensor, slice(count, None)) for tensor in sample)
-            self._include(Split(None, Moments.of(*rest)))  # type: ignore[arg-type]
+    @staticmethod
+    def of(sample: Sample, held: int) -> Split:
+        """Moments of a sample whose last `held` tokens are held back."""
+        count = len(sample[0]) - held
+        rest = Moments.of(sample, slice(count, None)) if held else None
+        return Split(Moments.of(sample, slice(count)), rest)
 
-    def include(self, other: Split, weight: float = 1.0) -> Split:
-        """Adds `weight` times the moments of another call of the same weight, in place."""
-        ...
+    def add(self, other: Split, weight: float = 1.0) -> Split:
+        """Adds `weight` times the sums of `other`, in place."""
+        self.fit.add(other.fit, weight)
+        if self.held is not None and other.held is not None:
+            self.held.add(other.held, weight)
+        elif other.held is not None:
+            self.held = other.held.times(weight)
+        return self
+
+    def times(self, weight: float) -> Split:
+        """The sums times `weight`, as new tensors."""
+        return Split(self.fit.times(weight), self.held.times(weight) if self.held else None)
+
+    def whole(self) -> Moments:
+        """Moments of all tokens, as new tensors."""
+        whole = self.fit.times(1.0)
+        return whole.add(self.held) if self.held else whole

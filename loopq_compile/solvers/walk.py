@@ -17,8 +17,8 @@ class Walk:
 
     Values that are still to be read are kept for every batch, all others are dropped: in a Transformer little more
     than the residual stream. What depends on stored tensors alone (weights behind inverse transforms and quantization)
-    is computed when it is read and forgotten at the end of a stretch, so that what a pass changes in a chain is seen from the
-    next stretch on.
+    is computed when it is read and forgotten at the end of a stretch, so that what a pass changes in a chain is seen
+    from the next stretch on.
 
     Args:
         graph_module: the graph; nodes may be inserted into constant chains while it runs.
@@ -35,9 +35,7 @@ class Walk:
                 self._dynamic.add(node)
         self._plan = [node for node in nodes if node in self._dynamic and node.op != "placeholder"]
         self._position = {node: index for index, node in enumerate(self._plan)}
-        self._last_use = {
-            argument: self._position[node] for node in self._plan for argument in node.all_input_nodes
-        }
+        self._last_use = {argument: self._position[node] for node in self._plan for argument in node.all_input_nodes}
         self._values: list[dict[fx.Node, Any]] = [dict(zip(inputs, batch, strict=True)) for batch in batches]
         self._constants: dict[fx.Node, Any] = {}
         self._start = 0

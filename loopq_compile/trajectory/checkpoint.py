@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +27,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(whole, beside, {"facts": json.dumps(facts)})
+        save_file(whole, beside, {"facts": json.dumps({**facts, "digest": _digest(whole)})})
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -46,6 +48,8 @@ def read(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {})["facts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if facts.pop("digest") != _digest(tensors):
+            raise ValueError("its checksum is wrong")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise LoopQError(f"The checkpoint {path} is damaged ({error}); delete it to start again.") from error
     if facts.get("fingerprint") != fingerprint:
@@ -54,3 +58,12 @@ def read(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any
             "Choose another checkpoint folder, or delete it to start again."
         )
     return tensors, facts
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Checksum of all that is stored: a file that was damaged on the disk may still be read."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -16,9 +16,7 @@ def regroup(batches: Sequence[Batch], rows: int) -> list[Batch]:
     first = batches[0]
     joinable = all(
         len({tensor.shape[0] for tensor in batch}) == 1
-        and all(
-            tensor.ndim and tensor.shape[1:] == other.shape[1:] for tensor, other in zip(batch, first, strict=True)
-        )
+        and all(tensor.ndim and tensor.shape[1:] == other.shape[1:] for tensor, other in zip(batch, first, strict=True))
         for batch in batches
     )
     if not joinable:

@@ -34,8 +34,8 @@ def shard(inputs: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
     rows = inputs[0].shape[0]
     if rows % size or any(tensor.shape[:1] != (rows,) for tensor in inputs):
         raise LoopQError(
-            f"A calibration batch of {rows} rows cannot be shared by {size} processes; choose batch_rows and the number "
-            f"of samples as multiples of {size}."
+            f"A calibration batch of {rows} rows cannot be shared by {size} processes; choose batch_rows and the "
+            f"number of samples as multiples of {size}."
         )
     return [tensor.chunk(size)[rank] for tensor in inputs]
 
@@ -47,6 +47,13 @@ def average(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
+
+
+def mean_of(tensor: Tensor) -> Tensor:
+    """The mean of `tensor` over all processes, as a new tensor without gradient."""
+    tensor = tensor.detach().clone()
+    average([tensor])
+    return tensor
 
 
 def barrier() -> None:

@@ -93,7 +93,7 @@ class Optimizer:
         for name, raw in self._named.items():
             by_rate.setdefault(self._rates[name], []).append(raw)
         groups = [{"params": raws, "lr": lr, "base": lr} for lr, raws in by_rate.items()]
-        self._adam = torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-10) if groups else None
+        self._adam = torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-10, fused=True) if groups else None
 
     @property
     def factor(self) -> float:

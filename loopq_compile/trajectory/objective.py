@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loopq_compile.options import CalibrationOptions
+from loopq_compile.trajectory.distributed import mean_of
 
 FULL_VOCABULARY = 8192
 """Up to this many tokens the teacher's whole distribution is kept."""
@@ -74,16 +75,20 @@ def divergence(logits: Tensor, targets: Targets, temperature: float) -> Tensor:
 
 
 def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of `values` `[batch, sequence]` (or any shape) over the tokens that count."""
+    """Mean of `values` `[batch, sequence]` (or any shape) over the tokens that count.
+
+    Under `torchrun` the number of tokens is the mean over processes: averaged, their results are those of one process.
+    """
     if mask is None or mask.shape != values.shape:
         return values.mean()
-    return (values * mask).sum() / mask.sum().clamp_min(1)
+    return (values * mask).sum() / mean_of(mask.sum()).clamp_min(1e-6)
 
 
 def distance(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-    """`|x - y|²` relative to the mean square of `y`."""
+    """`|x - y|²` relative to the mean square of `y`, both over the tokens that count."""
     error = (x.float() - y.float()).square().mean(-1)
-    return token_mean(error, mask) / y.float().square().mean().clamp_min(1e-12)
+    size = mean_of(token_mean(y.float().square().mean(-1), mask))
+    return token_mean(error, mask) / size.clamp_min(1e-12)
 
 
 @dataclass
@@ -112,10 +117,9 @@ class Objective:
         """Sets a_t from the student's `states` `u_1 .. u_T`."""
         with torch.no_grad():
             last = targets.states[-1]
-            ahead = torch.stack([distance(h, last, targets.mask).sqrt() for h in targets.states])
-            error = torch.stack(
-                [distance(u, h, targets.mask).sqrt() for u, h in zip(states, targets.states, strict=True)]
-            )
+            pairs = zip(states, targets.states, strict=True)
+            ahead = mean_of(torch.stack([distance(h, last, targets.mask) for h in targets.states])).sqrt()
+            error = mean_of(torch.stack([distance(u, h, targets.mask) for u, h in pairs])).sqrt()
             later = error.flip(0).cumsum(0).flip(0)
             self.final_shares = (ahead / (ahead + later + 1e-6)).clamp_max(self.options.final_share).cpu()
 

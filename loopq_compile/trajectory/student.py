@@ -52,10 +52,12 @@ class Student:
     ) -> None:
         graph = fx.Graph()
         graph.output(graph.graph_copy(graph_module.graph, {}))
-        _fuse_pairs(graph)
+        fuse_pairs(graph)
         self.recompute = recompute
         self.tensors: dict[str, Tensor] = {
-            str(node.target): get_tensor(graph_module, str(node.target)) for node in graph.nodes if node.op == "get_attr"
+            str(node.target): get_tensor(graph_module, str(node.target))
+            for node in graph.nodes
+            if node.op == "get_attr"
         }
         """Every constant of the graph by name."""
         nodes = [node for node in graph.nodes if node.op != "output"]
@@ -64,11 +66,11 @@ class Student:
         kept = {node.name for node in _flat(self._results)} | set(watched)
         constant = weight_roots(graph)
         body = [node for node in nodes if node not in constant and node.op != "placeholder"]
-        self._prepare = _segment([node for node in nodes if node in constant and node.op != "get_attr"], body, kept)
+        self._prepare = make_segment([node for node in nodes if node in constant and node.op != "get_attr"], body, kept)
         self._attributes = {node.name: str(node.target) for node in nodes if node.op == "get_attr"}
         cuts = _cuts(body, segments or _default_segments(body))
         self._segments = [
-            _segment(body[start:end], body[end:], kept)
+            make_segment(body[start:end], body[end:], kept)
             for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)
             if end > start
         ]
@@ -84,7 +86,7 @@ class Student:
         known: dict[str, Any] = dict(zip(self.placeholders, inputs, strict=True))
         for name, target in self._attributes.items():
             known[name] = values.get(target, self.tensors[target])
-        _store(known, self._prepare, self._prepare.module(*[known[name] for name in self._prepare.inputs]))
+        store_results(known, self._prepare, self._prepare.module(*[known[name] for name in self._prepare.inputs]))
         return self.run_prepared(known)
 
     def run_prepared(self, known: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -95,14 +97,15 @@ class Student:
                 result = checkpoint(segment.module, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 result = segment.module(*arguments)
-            _store(known, segment, result)
+            store_results(known, segment, result)
             for name in self._last_use.get(number, ()):
                 known.pop(name, None)
         results = [known[item.name] if isinstance(item, fx.Node) else item for item in self._results]
         return results, known
 
 
-def _store(known: dict[str, Any], segment: Segment, result: Any) -> None:
+def store_results(known: dict[str, Any], segment: Segment, result: Any) -> None:
+    """Adds the results of `segment` to the `known` values by node name."""
     known.update(zip(segment.outputs, result, strict=True))
 
 
@@ -110,20 +113,22 @@ def _flat(items: Any) -> list[fx.Node]:
     return [item for item in items if isinstance(item, fx.Node)]
 
 
-def _fuse_pairs(graph: fx.Graph) -> None:
+def fuse_pairs(graph: fx.Graph) -> None:
     """Quantize-dequantize pairs become their straight-through form."""
     for node in list(graph.nodes):
         if node.target is ops.dequantize.default and node.args[0].target is ops.quantize.default:
             x, scale, *limits = node.args[0].args
             with graph.inserting_before(node):
-                fused = graph.create_node("call_function", ops.fake_quantize.default, (x, scale, *limits), name=node.name)
+                fused = graph.create_node(
+                    "call_function", ops.fake_quantize.default, (x, scale, *limits), name=node.name
+                )
             fused.meta = dict(node.meta)
             node.replace_all_uses_with(fused)
             graph.erase_node(node)
     graph.eliminate_dead_code()
 
 
-def _segment(nodes: Sequence[fx.Node], later: Sequence[fx.Node], kept: set[str]) -> Segment:
+def make_segment(nodes: Sequence[fx.Node], later: Sequence[fx.Node], kept: set[str]) -> Segment:
     """`nodes` as a module of their own; its results are what `later` nodes read and what is `kept`."""
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     own = set(nodes)

@@ -1,0 +1,52 @@
+"""Elementwise functions as single loops, compiled by `torch.compile` while a calibration runs.
+
+Straight-through quantization is a dozen elementwise steps, each of which reads and writes the whole tensor; calibration
+spends most of its time there unless they become one. Compiling takes seconds, so only calibrations of some length ask
+for it (`fusing`), and where there is no compiler for C++ the plain functions do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+_wanted = False
+_broken = False
+
+
+@contextlib.contextmanager
+def fusing(wanted: bool = True) -> Iterator[None]:
+    """Inside, functions marked as `fused` run compiled."""
+    global _wanted
+    before, _wanted = _wanted, wanted
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+def fused(function: Function) -> Function:
+    """`function`, which runs compiled inside `fusing` if it can."""
+    compiled = torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        global _broken
+        if not _wanted or _broken:
+            return function(*args)
+        try:
+            return compiled(*args)
+        except Exception as error:  # whatever the compiler or its toolchain may raise
+            _broken = True
+            logging.getLogger(__name__).debug("torch.compile failed", exc_info=error)
+            warnings.warn(f"Calibration runs without fused kernels, which is slower: {error}", stacklevel=2)
+            return function(*args)
+
+    return call  # type: ignore[return-value]

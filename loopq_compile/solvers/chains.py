@@ -1,0 +1,173 @@
+"""Where solvers find weights in a graph, and how they write integers into it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from loopq_compile.errors import InternalError
+from loopq_compile.loops import get_tag
+from loopq_compile.operators import ops
+from loopq_compile.passes.constants import chain_name, evaluate, root_weight
+from loopq_compile.passes.insert import add_constant, call, inserting
+from loopq_compile.passes.weights import site_calls, weight_chain
+from loopq_compile.solvers.rtn import Grid
+from loopq_compile.state import Site, get_tensor, set_tensor
+
+_aten = torch.ops.aten
+SOLVED = "loopq_solver"
+"""Key in `node.meta` of an addition of rounding offsets that a solver wrote."""
+
+
+@dataclass
+class Chain:
+    """What stands between a stored weight and linears that read it: all calls of a weight, or those of one loop.
+
+    Args:
+        site: the weight's.
+        end: the dequantize node.
+        calls: the linears that read `end`, in program order.
+    """
+
+    site: Site
+    end: fx.Node
+    calls: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def quantize(self) -> Any:
+        """The node that rounds."""
+        return self.end.args[0]
+
+    @property
+    def rounding(self) -> Any:
+        """The addition of rounding offsets, None if the chain has none."""
+        before = self.quantize.args[0]
+        return before if before.target is _aten.add.Tensor else None
+
+    @property
+    def plain(self) -> fx.Node:
+        """The weight W' before rounding offsets."""
+        return self.quantize.args[0] if self.rounding is None else self.rounding.args[0]
+
+    @property
+    def solved(self) -> bool:
+        """Whether a solver wrote the offsets."""
+        return self.rounding is not None and SOLVED in self.rounding.meta
+
+    @property
+    def where(self) -> str:
+        """Site and loops, for errors."""
+        return f"{self.site.name!r} ({', '.join(str(get_tag(node) or 'outside loops') for node in self.calls)})"
+
+    def original(self, graph_module: fx.GraphModule) -> Tensor:
+        """The stored weight, `[out, K₀]`, float32."""
+        return get_tensor(graph_module, str(root_weight(self.end).target)).detach().float()
+
+    def grid(self, scale: Tensor, width: int) -> Grid:
+        """The grid for scales that broadcast to `[out, width / size]`."""
+        size, q_min, q_max = self.quantize.args[2:5]
+        return Grid(scale.float().expand(self.site.shape[0], width // size), size, q_min, q_max)
+
+
+@dataclass
+class Family:
+    """Chains whose linears read the same tensors in all their calls, and so share statistics."""
+
+    chains: list[Chain]
+
+    @property
+    def calls(self) -> int:
+        """How often the inputs are read."""
+        return len(self.chains[0].calls)
+
+    def first(self, number: int, position: Callable[[fx.Node], int]) -> tuple[fx.Node, Chain]:
+        """The linear of call `number` that runs first, and its chain."""
+        chain = min(self.chains, key=lambda chain: position(chain.calls[number]))
+        return chain.calls[number], chain
+
+
+def find_chains(graph_module: fx.GraphModule) -> list[Chain]:
+    """Quantized chains in order of first use; none in a packed graph."""
+    found: dict[fx.Node, Chain] = {}
+    for site, linears in site_calls(graph_module):
+        for linear in linears:
+            end: Any = weight_chain(linear)[-1]
+            if end.target is ops.dequantize.default and end.args[0].target is ops.quantize.default:
+                found.setdefault(end, Chain(site, end)).calls.append(linear)
+    return list(found.values())
+
+
+def find_families(chains: list[Chain], alone: Callable[[fx.Node], bool]) -> list[Family]:
+    """Chains by what they read; those with a linear that has statistics of its own stay `alone`."""
+    families: dict[Any, list[Chain]] = defaultdict(list)
+    for chain in chains:
+        own = any(alone(linear) for linear in chain.calls)
+        families[chain.end if own else tuple(linear.args[0] for linear in chain.calls)].append(chain)
+    return [Family(members) for members in families.values()]
+
+
+def write_codes(graph_module: fx.GraphModule, chain: Chain, plain: Tensor, codes: Tensor, grid: Grid) -> None:
+    """Puts scales (where they changed) and rounding offsets into the chain, so that it quantizes to `codes`.
+
+    Args:
+        graph_module: changed in place; tensors are replaced, never written to.
+        chain: the weight's.
+        plain: W' as the chain computes it, `[out, K]`.
+        codes: integers as floats, `[out, K]`.
+        grid: the scales that belong to them.
+    """
+    scale = _write_scale(graph_module, chain, plain, grid)
+    # In single precision whatever the weight's type: the sum then falls into the middle of the integer's interval.
+    offset = chain.grid(scale, plain.shape[1]).values(codes) - plain.float()
+    added, node = chain.rounding, chain.quantize
+    if added is None:
+        table = add_constant(graph_module, f"{chain_name(graph_module, chain.end)}_rounding", offset)
+        with inserting(graph_module.graph, before=node, tag=None, site=chain.site.name):
+            added = call(graph_module.graph, _aten.add.Tensor, node.args[0], table)
+        node.replace_input_with(node.args[0], added)
+    else:
+        set_tensor(graph_module, str(added.args[1].target), offset)
+    added.meta[SOLVED] = True
+    found = ops.quantize(plain + offset, scale, *node.args[2:5])
+    if not torch.equal(found.float(), codes):
+        raise InternalError(f"The rounding offsets of {chain.site.name!r} do not give the solver's integers.")
+
+
+def _write_scale(graph_module: fx.GraphModule, chain: Chain, plain: Tensor, grid: Grid) -> Tensor:
+    """Makes the chain's scales those of `grid`; returns what the chain computes them to be.
+
+    Where they follow the weight (`dynamic_scale`), the clip ratios are changed, so that calibration can go on from
+    there.
+    """
+    node: Any = chain.quantize.args[1]
+    ((_, scale),) = evaluate(graph_module, [node])
+    if torch.equal(scale.float().expand_as(grid.scale), grid.scale):
+        return scale
+    fitted = grid.scale.to(scale.dtype)
+    if node.target is not ops.dynamic_scale.default:
+        return _replace_table(graph_module, chain, node, (chain.quantize, chain.end), "scale", fitted)
+    size, q_max = node.args[2:4]
+    largest = plain.float().unflatten(1, (-1, size)).abs().amax(-1)
+    clip = torch.where(largest > 0, grid.scale * q_max / largest, 1.0)
+    dtype = get_tensor(graph_module, str(node.args[1].target)).dtype
+    clip = _replace_table(graph_module, chain, node.args[1], (node,), "clip", clip.to(dtype))
+    return ops.dynamic_scale(plain, clip, size, q_max)
+
+
+def _replace_table(
+    graph_module: fx.GraphModule, chain: Chain, table: fx.Node, readers: tuple[fx.Node, ...], kind: str, values: Tensor
+) -> Tensor:
+    """Gives `readers` the table `values`; in place of the old one if nothing else reads that."""
+    if table.op == "get_attr" and set(table.users) == set(readers):
+        set_tensor(graph_module, str(table.target), values)
+        return values
+    fresh = add_constant(graph_module, f"{chain_name(graph_module, chain.end)}_fitted_{kind}", values)
+    fresh.meta.update({key: value for key, value in table.meta.items() if key.startswith("loopq_")})
+    for reader in readers:
+        reader.replace_input_with(table, fresh)
+    return values
