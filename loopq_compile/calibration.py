@@ -40,6 +40,22 @@ def calibration_batches(calibration: Any, signature: Signature, vocabulary: int 
         raise LoopQError("calibration is empty: at least one batch is needed (an iterator can be used only once).")
 
 
+def first_batches(batches: Iterable[list[Tensor]], max_tokens: int) -> Iterator[list[Tensor]]:
+    """The first of `batches` until they hold `max_tokens` tokens together."""
+    tokens = 0
+    for batch in batches:
+        if tokens >= max_tokens:
+            break
+        yield batch
+        tokens += count_tokens(batch)
+
+
+def count_tokens(batch: list[Tensor]) -> int:
+    """Tokens in the first input of a batch: ids, or vectors."""
+    first = batch[0]
+    return first[..., 0].numel() if first.is_floating_point() and first.ndim > 1 else first.numel()
+
+
 def guarded(calibration: Iterable[Any]) -> Iterator[Any]:
     """The batches; what the user's own iterator raises is reported as such."""
     iterator, number = iter(calibration), 0

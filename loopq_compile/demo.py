@@ -18,10 +18,19 @@ from loopq_compile.errors import LoopQError
 from loopq_compile.evaluate import Remembered, evaluate, tokenize
 from loopq_compile.generation import generate
 from loopq_compile.loading import TOKENIZER_FILE, save_tokenizer
+from loopq_compile.options import CalibrationOptions
 from loopq_compile.program import Program
+from loopq_compile.scheme import Scheme
 
-SCHEMES, METHODS, ACTIVATIONS = ("w4a4", "w4a8"), ("symmetric", "las"), ("static", "dynamic")
-EXPORTED = ("las", "w4a4", "dynamic")
+RUNS = (
+    ("symmetric", "w4a4", "static"),
+    ("las", "w4a4", "static"),
+    ("symmetric", "w4a4", "dynamic"),
+    ("symmetric", "w4a8", "dynamic"),
+    ("loopq", "w4a4", "dynamic"),
+)
+"""Method, scheme and activation scales of what is measured, cheapest first."""
+EXPORTED = ("loopq", "w4a4", "dynamic")
 """The variant that is exported: the package's defaults, and the hardest of the four-bit ones."""
 LENGTH, STRIDE = 256, 128
 PROMPT = "Return a new array with the same shape and type as"
@@ -35,14 +44,16 @@ class Demo:
         out: folder for what is written.
         max_tokens: held-out tokens to measure on.
         samples, sample_length: size of the calibration data.
+        steps: optimizer steps of `loopq`.
         new_tokens: length of the generated texts.
         console: where the story is told.
     """
 
     out: Path
     max_tokens: int = 16384
-    samples: int = 32
+    samples: int = 512
     sample_length: int = 128
+    steps: int = 150
     new_tokens: int = 40
     console: Console = field(default_factory=Console)
     written: list[tuple[Path, str]] = field(default_factory=list)
@@ -117,10 +128,13 @@ class Demo:
 
     def _quality(self, model: Any, tokens: Tensor, source: str) -> Program:
         calibration = bundled.calibration_tokens(self.samples, self.sample_length)
-        runs = bench.variants(METHODS, SCHEMES, ACTIVATIONS)
+        runs = [bench.Variant(method, Scheme.parse(scheme, activation=scales)) for method, scheme, scales in RUNS]
+        options = CalibrationOptions(steps=self.steps)
         rows: list[bench.QualityRow] = []
         kept: Program | None = None
-        for row, program in bench.quality(model, tokens, runs, calibration, length=LENGTH, stride=STRIDE):
+        for row, program in bench.quality(
+            model, tokens, runs, calibration, length=LENGTH, stride=STRIDE, options=options
+        ):
             rows.append(row)
             name = " ".join(filter(None, (row.method, row.scheme, row.activation)))
             seconds = row.quantize_seconds + row.eval_seconds
@@ -128,7 +142,7 @@ class Demo:
             if (row.method, row.scheme, row.activation) == EXPORTED:
                 kept = program
         self._table(bench.COLUMNS, [row.cells() for row in rows], 3)
-        about = {"text": source, "length": LENGTH, "stride": STRIDE, "samples": self.samples}
+        about = {"text": source, "length": LENGTH, "stride": STRIDE, "samples": self.samples, "steps": self.steps}
         for path in bench.write_results(rows, self.out, "Quality of the bundled model", **about):
             self.written.append((path, "the table above"))
         self.results |= {"text": source, "quality": [row.__dict__ for row in rows]}

@@ -11,7 +11,8 @@ from rich.table import Table
 from torch import Tensor, fx
 
 from loopq_compile.operators import ops
-from loopq_compile.passes.transforms import TRANSFORM, condition_numbers
+from loopq_compile.passes.conditioning import condition_numbers
+from loopq_compile.passes.transforms import TRANSFORM
 from loopq_compile.scheme import quantized_range
 from loopq_compile.state import CompilerState, Site, get_state, get_tensor
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from loopq_compile.calibration import calibration_batches
+from loopq_compile.calibration import calibration_batches, count_tokens, first_batches
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.loops import get_tag
 from loopq_compile.passes.base import Pass, PassResult
@@ -25,7 +25,14 @@ class CollectRanges(Pass):
 
     Does nothing for weight-only schemes, and without calibration data where scales are dynamic (their clip ratios
     stay 1).
+
+    Args:
+        max_tokens: statistics come from the first batches of about so many tokens together.
     """
+
+    def __init__(self, max_tokens: int = 16384) -> None:
+        super().__init__()
+        self.max_tokens = max_tokens
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         state = self.state(graph_module)
@@ -43,12 +50,13 @@ class CollectRanges(Pass):
         if state.calibration is None or not state.scheme.quantizes_activations:
             return PassResult(graph_module, False)
         observer = _Observer(graph_module, state)
-        batches = calibration_batches(state.calibration, state.signature, vocabulary_size(graph_module))
+        every = calibration_batches(state.calibration, state.signature, vocabulary_size(graph_module))
+        batches = first_batches(every, self.max_tokens)
         tokens = 0
         for inputs in progress(batches, "Measuring activations", total=_length(state.calibration)):
             with torch.no_grad():
                 observer.run(*inputs)
-            tokens += inputs[0].numel() if not inputs[0].is_floating_point() else inputs[0].shape[0]
+            tokens += count_tokens(inputs)
         state.statistics = observer.statistics
         state.note(f"{tokens} tokens")
         return PassResult(graph_module, False)

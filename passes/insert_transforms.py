@@ -12,12 +12,12 @@ from loopq_compile.errors import InternalError, LoopQError, did_you_mean
 from loopq_compile.hadamard import balanced_factors, hadamard_factors, random_orthogonal
 from loopq_compile.operators import ops
 from loopq_compile.passes.base import Pass, PassResult
+from loopq_compile.passes.conditioning import condition_numbers
 from loopq_compile.passes.fold_diagonals import find_gain
 from loopq_compile.passes.transforms import (
     Inverses,
     Use,
     add_table,
-    condition_numbers,
     group_tables,
     group_uses,
     group_width,
@@ -36,7 +36,7 @@ SMALLEST_GAIN = 1e-6
 _CHOICES = {
     "matrix": ("kronecker", "hadamard", "full", None),
     "diagonal": (False, True, "gain"),
-    "init": ("identity", "hadamard", "orthogonal", None),
+    "init": ("identity", "hadamard", "orthogonal"),
     "learn": ("transform", "orthogonal", None),
 }
 
@@ -58,8 +58,7 @@ class InsertTransforms(Pass):
         diagonal: also a factor per channel in front, at first 1. "gain": the inverse of the gain of the norm that the
             group reads, where there is one for the group alone, so that the gain moves into the weights and
             `fold-diagonals` can take it out of the norm, as rotations of the residual stream ask for.
-        init: what the matrix starts as. None takes the identity with dynamic scales, where mixing the channels of
-            groups that have scales of their own loses more than it gains (measured), and "hadamard" with static ones.
+        init: what the matrix starts as.
         learn: "transform" lets calibration change matrix and diagonal, "orthogonal" the matrix among rotations.
         groups: names or patterns of the groups; None for all.
         per_loop: names or patterns of the groups that get a row, and a weight, for every loop.
@@ -75,7 +74,7 @@ class InsertTransforms(Pass):
         self,
         matrix: str | None = "kronecker",
         diagonal: bool | str = False,
-        init: str | None = "identity",
+        init: str = "identity",
         learn: str | None = None,
         groups: str | Sequence[str] | None = None,
         per_loop: str | Sequence[str] | None = (),
@@ -98,9 +97,6 @@ class InsertTransforms(Pass):
         tables = group_tables(graph_module)
         wide = set(_matching(self.per_loop, uses))
         self._random = torch.Generator().manual_seed(state.options.seed if self.seed is None else self.seed)
-        scheme = state.scheme
-        static = scheme is not None and scheme.quantizes_activations and scheme.activation == "static"
-        self._init = self.init or ("hadamard" if static else "identity")
         self._common: dict[int, tuple[fx.Node, fx.Node]] = {}
         self._inverses: dict[fx.Node, Inverses] = {}
         changed = 0
@@ -161,9 +157,9 @@ class InsertTransforms(Pass):
     def _start(self, width: int) -> tuple[Tensor, Tensor]:
         """Left and right factor at first."""
         sizes = (width, 1) if self.matrix == "full" else balanced_factors(width)
-        if self._init == "identity":
+        if self.init == "identity":
             return torch.eye(sizes[0]), torch.eye(sizes[1])
-        if self._init == "orthogonal":
+        if self.init == "orthogonal":
             left = random_orthogonal(sizes[0], self._random)
             return left, torch.eye(1) if sizes[1] == 1 else random_orthogonal(sizes[1], self._random)
         left, right = hadamard_factors(width, self._random)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from loopq_compile.calibration import calibration_batches
+from loopq_compile.calibration import calibration_batches, first_batches
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.loops import get_tag
 from loopq_compile.passes.base import Pass, PassResult
@@ -37,16 +37,17 @@ class SmoothActivations(Pass):
     Args:
         alpha: how much of the difficulty moves into the weights, from 0 (activations are left with it) to 1.
         learn: lets calibration change the diagonal.
+        max_tokens: maxima are taken over the first batches of about so many tokens together.
 
     Raises:
         LoopQError: alpha is out of range, or there is no calibration data.
     """
 
-    def __init__(self, alpha: float = 0.5, learn: bool = False) -> None:
+    def __init__(self, alpha: float = 0.5, learn: bool = False, max_tokens: int = 16384) -> None:
         super().__init__()
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
             raise LoopQError(f"SmoothActivations(alpha={alpha!r}) must lie between 0 and 1.")
-        self.alpha, self.learn = alpha, learn
+        self.alpha, self.learn, self.max_tokens = alpha, learn, max_tokens
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         state = self.state(graph_module)
@@ -66,8 +67,8 @@ class SmoothActivations(Pass):
         if not uses or not state.scheme.quantizes_activations:
             return PassResult(graph_module, False)
         observer = _Observer(graph_module, uses)
-        batches = calibration_batches(state.calibration, state.signature, vocabulary_size(graph_module))
-        for inputs in progress(batches, "Measuring channels"):
+        every = calibration_batches(state.calibration, state.signature, vocabulary_size(graph_module))
+        for inputs in progress(first_batches(every, self.max_tokens), "Measuring channels"):
             with torch.no_grad():
                 observer.run(*inputs)
         for group, found in uses.items():

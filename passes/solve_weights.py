@@ -25,7 +25,7 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from loopq_compile.calibration import calibration_batches
+from loopq_compile.calibration import calibration_batches, first_batches
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.loops import get_tag
 from loopq_compile.passes.base import Pass, PassResult
@@ -62,6 +62,9 @@ class SolveWeights(Pass):
         sweeps: how often the graph is walked to solve.
         loop_weights: "equal", "relative" (a loop counts by its error relative to the energy of its inputs), or one
             number for every row of a per-loop table.
+        centered: offsets put weights into the middle of their integers' intervals; False keeps them as near to where
+            they were as that allows, for calibration to go on from there.
+        max_tokens: statistics come from the first batches of about so many tokens together.
 
     Raises:
         LoopQError: no calibration data, unusable statistics, or unknown options.
@@ -80,13 +83,16 @@ class SolveWeights(Pass):
         refit_scales: bool = True,
         sweeps: int = 1,
         loop_weights: str | Sequence[float] = "equal",
+        centered: bool = True,
+        max_tokens: int = 16384,
     ) -> None:
         self.options = Options(solver, damping, act_order, alpha, beta, form, refine, refit_scales)
         if sweeps < 1:
             raise LoopQError(f"SolveWeights(sweeps={sweeps!r}) must be at least 1.")
         if isinstance(loop_weights, str) and loop_weights not in ("equal", "relative"):
             raise LoopQError(f"SolveWeights(loop_weights={loop_weights!r}): 'equal', 'relative' or a list of numbers.")
-        self.sweeps, self.loop_weights = sweeps, loop_weights
+        self.sweeps, self.loop_weights, self.max_tokens = sweeps, loop_weights, max_tokens
+        self.centered = centered
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
@@ -98,8 +104,9 @@ class SolveWeights(Pass):
             raise LoopQError(f"The weight solver {options.solver!r} needs calibration data: calibration=[tokens].")
         if options.solver == "loaq" and state.teacher is None:
             raise InternalError("solve-weights: loaq compares with state.teacher, the graph before quantization.")
-        batches = list(calibration_batches(state.calibration, state.signature, vocabulary_size(graph_module)))
-        solver = _Solver(graph_module, state, batches, options, self.loop_weights)
+        every = calibration_batches(state.calibration, state.signature, vocabulary_size(graph_module))
+        batches = list(first_batches(every, self.max_tokens))
+        solver = _Solver(graph_module, state, batches, options, self.loop_weights, self.centered)
         solver.run(chains, self.sweeps)
         for note in solver.notes():
             state.note(note)
@@ -116,9 +123,10 @@ class _Solver:
         batches: list[list[Tensor]],
         options: Options,
         loop_weights: str | Sequence[float],
+        centered: bool,
     ) -> None:
         self.graph_module, self.state, self.batches = graph_module, state, batches
-        self.options, self.loop_weights = options, loop_weights
+        self.options, self.loop_weights, self.centered = options, loop_weights, centered
         self.solutions: dict[str, list[Solution]] = {}
 
     def run(self, chains: list[Chain], sweeps: int) -> None:
@@ -201,5 +209,5 @@ class _Solver:
         plain = observer.walk.constant(chain.plain)
         grid = chain.grid(observer.walk.constant(chain.quantize.args[1]), plain.shape[1])
         solution = solve(plain.float(), chain.original(self.graph_module), grid, split, options, chain.where)
-        write_codes(self.graph_module, chain, plain, solution.codes, solution.grid)
+        write_codes(self.graph_module, chain, plain, solution.codes, solution.grid, self.centered)
         return solution

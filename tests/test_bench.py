@@ -15,8 +15,8 @@ from loopq_compile.bench import figures, parameters, study, sweeps, tables, traj
 from loopq_compile.bench.cells import Cells
 from loopq_compile.bench.extrapolation import with_loops
 from loopq_compile.bench.report import Report, spread
-from loopq_compile.bench.study import Run, Settings, Study
-from loopq_compile.bench.tables import Selection
+from loopq_compile.bench.settings import Run, Selection, Settings
+from loopq_compile.bench.study import Study
 from loopq_compile.capture import capture
 from loopq_compile.errors import LoopQError
 from loopq_compile.models import repeat_layers
@@ -282,5 +282,7 @@ def test_sweeps_vary_one_thing(shared: Study) -> None:
     report = sweeps.fig6(shared, Selection(["las"], [STATIC], values=(2, 4)))
     assert [row[1] for row in report.rows] == ["", "2", "4"]
     assert report.rows[1][2] != report.rows[2][2]
+    with pytest.raises(LoopQError, match="0 samples"):
+        sweeps.fig6(shared, Selection(["las"], [STATIC], values=(0, 4)))
     with pytest.raises(LoopQError, match="4 groups"):
         sweeps.fig4(shared, Selection(["loopq"], [DYNAMIC], values=(5,)))

@@ -170,14 +170,13 @@ def test_demo_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     from loopq_compile import demo
 
     monkeypatch.setattr(demo, "PROMPT", "w1 w2 w3")
-    monkeypatch.setattr(demo, "SCHEMES", ("w4a4",))
-    shown = run("demo", "--out", tmp_path / "d", "--max-tokens", 64).output
+    shown = run("demo", "--out", tmp_path / "d", "--max-tokens", 64, "--samples", 8, "--steps", 3).output
     for expected in ("2 x (model.layers", "0 -> 1", "loop=1", "full precision", "ONNX Runtime", "greedy", "1 of 2"):
         assert expected in shown
     assert "the first 40 are the same as the program" in shown
     written = {file.name for file in (tmp_path / "d").iterdir()}
     assert written == {"quality.json", "quality.md", "program.py", "program", "onnx"}
-    assert len(json.loads((tmp_path / "d" / "quality.json").read_text())["rows"]) == 5
+    assert len(json.loads((tmp_path / "d" / "quality.json").read_text())["rows"]) == 6
 
 
 QUICK = ["--samples", 2, "--sample-length", 16, "--max-tokens", 64, "--length", 32, "--stride", 16]

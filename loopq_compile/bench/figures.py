@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from loopq_compile.bench import plots
 from loopq_compile.bench.cells import Values
 from loopq_compile.bench.report import Report
-from loopq_compile.bench.study import Run, Study
-from loopq_compile.bench.tables import Selection
+from loopq_compile.bench.settings import Run, Selection
+from loopq_compile.bench.study import Study
 from loopq_compile.errors import LoopQError
 from loopq_compile.passes.annotate_linears import AnnotateLinears
 from loopq_compile.passes.canonicalize_linears import CanonicalizeLinears
@@ -198,4 +198,4 @@ def _draw_errors(axes: Any, errors: Mapping[str, Sequence[Values]]) -> None:
         series[name] = (list(range(len(found))), [point["error"] or None for point in found])
         loops = [point["loop"] for point in found]
         marks = [i - 0.5 for i in range(1, len(loops)) if loops[i] != loops[i - 1]]
-    plots.lines(axes, series, "residual stream, point by point (dotted: new loop)", "relative error", marks=marks)
+    plots.lines(axes, series, "point of the residual stream (dotted: new loop)", "relative error", marks=marks)

@@ -72,7 +72,7 @@ def lines(
     if log:
         axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(x)
+    axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y)
     if series:
         axes.legend(fontsize=8)

@@ -17,6 +17,7 @@ from loopq_compile.driver import compile as compile_model
 from loopq_compile.driver import quantize
 from loopq_compile.errors import LoopQError
 from loopq_compile.evaluate import LENGTH, STRIDE, Remembered, Score, evaluate
+from loopq_compile.options import CalibrationOptions
 from loopq_compile.pipelines import get_pipeline
 from loopq_compile.program import Program
 from loopq_compile.scheme import Scheme
@@ -117,6 +118,7 @@ def quality(
     example_inputs: Any = None,
     length: int = LENGTH,
     stride: int = STRIDE,
+    options: CalibrationOptions | None = None,
 ) -> Iterator[tuple[QualityRow, Program | None]]:
     """Quantizes and measures one variant after the other; the model is captured once.
 
@@ -127,6 +129,7 @@ def quality(
         calibration: batches for each of them, None for data-free methods.
         example_inputs: for `capture`; Hugging Face causal language models need none.
         length, stride: of the perplexity's sliding window.
+        options: of calibration, for methods that learn.
 
     Yields:
         A row and its program as soon as they are there; first `FULL_PRECISION`, without a program.
@@ -141,7 +144,7 @@ def quality(
         if batches is None:  # says what cannot do without
             program = compile_model(model, example_inputs, scheme=run.scheme, method=run.method)
         else:
-            program = quantize(copy_graph(captured), run.scheme, get_pipeline(run.method), batches)
+            program = quantize(copy_graph(captured), run.scheme, get_pipeline(run.method), batches, options)
         seconds = time.perf_counter() - start
         score = evaluate(program, tokens, teacher=teacher, length=length, stride=stride, title=str(run))
         activation = run.scheme.activation if run.scheme.quantizes_activations else "none"

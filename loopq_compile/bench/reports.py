@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from loopq_compile.bench import figures, sweeps, tables
 from loopq_compile.bench.report import Report
+from loopq_compile.bench.settings import Selection
 from loopq_compile.bench.study import Study
-from loopq_compile.bench.tables import Selection
 
 REPORTS: dict[str, Callable[[Study, Selection], Report]] = {
     "table1": tables.table1,

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,84 +15,20 @@ from torch import Tensor, fx, nn
 
 from loopq_compile.bench import parameters, trajectory
 from loopq_compile.bench.cells import Cells, Values, plain
+from loopq_compile.bench.settings import Run, Settings
 from loopq_compile.capture import capture
 from loopq_compile.driver import quantize
 from loopq_compile.errors import LoopQError
-from loopq_compile.evaluate import LENGTH, STRIDE, Remembered, evaluate
+from loopq_compile.evaluate import Remembered, evaluate
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.pipelines import METHODS, get_pipeline
 from loopq_compile.program import Program
-from loopq_compile.scheme import Scheme
 from loopq_compile.self_generated import calibration_data, fingerprint
 from loopq_compile.state import copy_graph, get_state
 
 PROBE_ROWS, PROBE_LENGTH = 4, 128
 """Held-out tokens on which program and model are compared point by point."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One setting.
-
-    Args:
-        method: name of a pipeline.
-        scheme: bits, groups, kind of activation scales.
-        seed: of the calibration samples, and of what is random in the method.
-        samples: calibration rows; None for the study's own number.
-        flags: arguments of the pipeline's function, such as `{"cta": False}`.
-        options: fields of `CalibrationOptions` on top of the study's own.
-        label: name in tables; by default the method.
-    """
-
-    method: str
-    scheme: Scheme
-    seed: int = 0
-    samples: int | None = None
-    flags: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    label: str = ""
-
-    @property
-    def name(self) -> str:
-        """What to call it in tables."""
-        return self.label or self.method
-
-    @property
-    def setting(self) -> str:
-        """Method and scheme, such as `loopq w4a4 static`."""
-        activation = self.scheme.activation if self.scheme.quantizes_activations else ""
-        return " ".join(filter(None, (self.name, self.scheme.name, activation)))
-
-    def __str__(self) -> str:
-        samples = f"{self.samples} samples" if self.samples else ""
-        others = " ".join(f"{name}={value:.3g}" for name, value in self.options.items())
-        return " ".join(filter(None, (self.setting, samples, others, f"seed {self.seed}")))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all cells of a study have in common.
-
-    Args:
-        model: its name, for people.
-        text: where the held-out text is from, for people.
-        calibration: `self`, `docs`, `mixed`, or a text file.
-        samples, sample_length: calibration rows, and tokens in each.
-        length, stride: of the perplexity's sliding window.
-        options: fields of `CalibrationOptions` for every run.
-        cache: folder for calibration text that the model samples.
-    """
-
-    model: str = ""
-    text: str = ""
-    calibration: str = "docs"
-    samples: int = 32
-    sample_length: int = 128
-    length: int = LENGTH
-    stride: int = STRIDE
-    options: Mapping[str, Any] = field(default_factory=dict)
-    cache: str | Path | None = None
 
 
 class Study:

@@ -12,8 +12,9 @@ from loopq_compile.bench import plots, trajectory
 from loopq_compile.bench.cells import Values
 from loopq_compile.bench.extrapolation import with_loops
 from loopq_compile.bench.report import Report, spread
-from loopq_compile.bench.study import Run, Study
-from loopq_compile.bench.tables import Selection, failures, good
+from loopq_compile.bench.settings import Run, Selection
+from loopq_compile.bench.study import Study
+from loopq_compile.bench.tables import failures, good
 from loopq_compile.errors import LoopQError
 from loopq_compile.evaluate import Remembered, evaluate
 from loopq_compile.loops import get_tag
@@ -44,6 +45,8 @@ def fig4(study: Study, selection: Selection) -> Report:
 
 def fig6(study: Study, selection: Selection) -> Report:
     """Perplexity against the number of calibration samples."""
+    if 0 in selection.values:
+        raise LoopQError("A method cannot be calibrated on 0 samples; --values takes numbers from 1 on.")
     report = _sweep("fig6", "samples", study, selection, selection.values or SAMPLES, lambda count: {"samples": count})
     report.title = f"Perplexity by number of calibration samples: {study.settings.model}"
     report.notes.append(f"Samples of {study.settings.sample_length} tokens ({study.settings.calibration}).")

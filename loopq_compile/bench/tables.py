@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import mean
-from typing import Any
 
 from loopq_compile.bench import plots
 from loopq_compile.bench.cells import Values
 from loopq_compile.bench.report import Report, spread
-from loopq_compile.bench.study import Run, Study
-from loopq_compile.scheme import Scheme
+from loopq_compile.bench.settings import Run, Selection
+from loopq_compile.bench.study import Study
 
 METHODS = ("symmetric", "smoothquant", "quarot", "spinquant", "flatquant", "flatquant-e2e", "loopq-paper", "loopq")
 """All methods of table 1, simplest first."""
@@ -28,31 +26,6 @@ ABLATIONS: dict[str, dict[str, bool]] = {
 }
 """Rows of table 2: arguments of `loopq_compile.pipelines.loopq`."""
 QUALITY = ("perplexity", "ratio", "KL to full precision", "top-1 agreement")
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which runs a report is made of.
-
-    Args:
-        methods: names of pipelines.
-        schemes: bits and kind of activation scales.
-        seeds: each run is repeated with each.
-        values: the points of a sweep (numbers of groups, loops, or samples); empty for the report's own.
-    """
-
-    methods: Sequence[str]
-    schemes: Sequence[Scheme]
-    seeds: Sequence[int] = (0,)
-    values: Sequence[int] = ()
-
-    def runs(self, **options: Any) -> list[list[Run]]:
-        """Methods by schemes, schemes outermost; each entry has one run per seed."""
-        return [
-            [Run(method, scheme, seed, **options) for seed in self.seeds]
-            for scheme in self.schemes
-            for method in self.methods
-        ]
 
 
 def table1(study: Study, selection: Selection) -> Report:

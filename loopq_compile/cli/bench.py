@@ -166,8 +166,8 @@ def _add(name: str, help: str, *own: str) -> None:
         from loopq_compile.bench.cells import Cells
         from loopq_compile.bench.report import has_matplotlib
         from loopq_compile.bench.reports import REPORTS
-        from loopq_compile.bench.study import Settings, Study
-        from loopq_compile.bench.tables import Selection
+        from loopq_compile.bench.settings import Selection, Settings
+        from loopq_compile.bench.study import Study
         from loopq_compile.evaluate import tokenize
 
         say = note(json)

@@ -15,15 +15,19 @@ def demo(
         "demo-output"
     ),
     max_tokens: Annotated[int, typer.Option(min=64, help="Held-out tokens to measure on; more takes longer.")] = 16384,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples of 128 tokens.")] = 512,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Optimizer steps of loopq; more take longer and serve quality.")
+    ] = 150,
     json: Json = False,
 ) -> None:
     """Take the bundled looped language model all the way: a few minutes on two cores.
 
-    Captures it, finds its loops, quantizes it in eight ways and measures each on held-out text, exports the one with
+    Captures it, finds its loops, quantizes it in several ways and measures each on held-out text, exports LoopQ's with
     four-bit weights and activations to ONNX, and lets ONNX Runtime write text with it.
     """
     from loopq_compile.demo import Demo
 
-    results = Demo(out=out, max_tokens=max_tokens, console=console(stderr=json)).run()
+    results = Demo(out=out, max_tokens=max_tokens, samples=samples, steps=steps, console=console(stderr=json)).run()
     if json:
         print_json(results)

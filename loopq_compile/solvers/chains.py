@@ -20,6 +20,8 @@ from loopq_compile.solvers.rtn import Grid
 from loopq_compile.state import Site, get_tensor, set_tensor
 
 _aten = torch.ops.aten
+_REACH = 0.45
+"""How far from an integer's middle an offset may put a weight, in units of the scale; half of one is the border."""
 SOLVED = "loopq_solver"
 """Key in `node.meta` of an addition of rounding offsets that a solver wrote."""
 
@@ -111,7 +113,9 @@ def find_families(chains: list[Chain], alone: Callable[[fx.Node], bool]) -> list
     return [Family(members) for members in families.values()]
 
 
-def write_codes(graph_module: fx.GraphModule, chain: Chain, plain: Tensor, codes: Tensor, grid: Grid) -> None:
+def write_codes(
+    graph_module: fx.GraphModule, chain: Chain, plain: Tensor, codes: Tensor, grid: Grid, centered: bool = True
+) -> None:
     """Puts scales (where they changed) and rounding offsets into the chain, so that it quantizes to `codes`.
 
     Args:
@@ -120,10 +124,14 @@ def write_codes(graph_module: fx.GraphModule, chain: Chain, plain: Tensor, codes
         plain: W' as the chain computes it, `[out, K]`.
         codes: integers as floats, `[out, K]`.
         grid: the scales that belong to them.
+        centered: the weight plus its offset is the middle of its integer's interval. Otherwise it is the point of the
+            interval nearest to the weight, from where learned rounding reaches the neighbouring integer sooner.
     """
     scale = _write_scale(graph_module, chain, plain, grid)
     # In single precision whatever the weight's type: the sum then falls into the middle of the integer's interval.
-    offset = chain.grid(scale, plain.shape[1]).values(codes) - plain.float()
+    written = chain.grid(scale, plain.shape[1])
+    latent = codes if centered else (plain.float() / written.steps).clamp(codes - _REACH, codes + _REACH)
+    offset = written.values(latent) - plain.float()
     added, node = chain.rounding, chain.quantize
     if added is None:
         table = add_constant(graph_module, f"{chain_name(graph_module, chain.end)}_rounding", offset)

@@ -20,11 +20,12 @@ RATES: dict[str, float] = {
     "orthogonal": 2e-2,
     "clip": 1e-2,
     "range": 5e-3,
-    "weight_clip": 1e-2,
-    "rounding": 2e-2,
+    "weight_clip": 1e-3,
+    "rounding": 1e-2,
     "adapter": 2e-3,
 }
 """Learning rates by kind, in the coordinates of the kind."""
+_LOGARITHMIC = ("range", "diagonal", "weight_clip")
 _LOWEST_CLIP, _HIGHEST_CLIP = 0.02, 0.995
 
 
@@ -48,9 +49,9 @@ class Learnable:
     def of(name: str, kind: str, tensor: Tensor, unit: Tensor | None = None) -> Learnable:
         """The coordinates of `tensor`; those of another type are kept in single precision."""
         x = tensor.detach().float()
-        if kind in ("range", "diagonal"):
+        if kind in _LOGARITHMIC:
             x = x.abs().clamp_min(1e-12).log()
-        elif kind in ("clip", "weight_clip"):
+        elif kind == "clip":
             x = x.clamp(_LOWEST_CLIP, _HIGHEST_CLIP).logit()
         elif kind == "rounding" and unit is not None:
             x = _in_groups(x, unit, inverse=True)
@@ -59,9 +60,9 @@ class Learnable:
     def value(self, raw: Tensor | None = None) -> Tensor:
         """The tensor of the graph, differentiable in `raw`."""
         x = self.raw if raw is None else raw
-        if self.kind in ("range", "diagonal"):
+        if self.kind in _LOGARITHMIC:
             return x.exp()
-        if self.kind in ("clip", "weight_clip"):
+        if self.kind == "clip":
             return x.sigmoid()
         if self.kind == "rounding" and self.unit is not None:
             return _in_groups(x, self.unit)

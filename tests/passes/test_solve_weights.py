@@ -10,6 +10,7 @@ from torch import nn
 import loopq_compile as lq
 from loopq_compile.capture import capture
 from loopq_compile.errors import LoopQError
+from loopq_compile.options import CalibrationOptions
 from loopq_compile.passes import solve_weights
 from loopq_compile.passes.annotate_linears import AnnotateLinears
 from loopq_compile.passes.canonicalize_linears import CanonicalizeLinears
@@ -304,3 +305,11 @@ def test_a_norm_between_a_linear_and_the_residual_stream_is_recognized_by_its_nu
     torch.testing.assert_close(gain, model.gain.detach(), rtol=1e-3, atol=1e-3)
     assert norm_gain(output, torch.nn.functional.silu(output)) is None
     prepared(SolveWeights("loaq"), model=model, scheme="w4a8")
+
+
+@pytest.mark.parametrize(("option", "own", "changes"), [("gptq", "rtn", True), ("rtn", "gptq", False)])
+def test_the_solver_of_the_options_goes_before_the_methods_own(option, own, changes):
+    graph_module = prepared(scheme="w4a16")
+    get_state(graph_module).options = CalibrationOptions(weight_solver=option)
+    Pipeline([SolveWeights(own)]).run(graph_module)
+    assert modified(graph_module) is changes

@@ -42,7 +42,7 @@ def main() -> None:
         graph_module, inputs = prepared(loops=loops), tokens(0, 8, 253)
         kept = [saved_bytes(graph_module, inputs, recompute) for _ in range(2)][-1]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(f"| {loops} | {recompute and 'on' or 'off'} | {kept / 2**20:.1f} | {peak / 2**10:.0f} |", flush=True)
+        print(f"| {loops} | {'on' if recompute else 'off'} | {kept / 2**20:.1f} | {peak / 2**10:.0f} |", flush=True)
         return
     print("| loops | recompute | kept for the backward pass, MiB | peak of the process, MiB |")
     print("| ---: | --- | ---: | ---: |", flush=True)

@@ -42,9 +42,7 @@ def whole():
     return learned_tensors(graph_module), get_state(graph_module).results["calibration"]
 
 
-@pytest.mark.parametrize(
-    ("method", "call"), [("backward", 2), ("backward", 6), ("validate", 3), ("_refresh", 2)]
-)
+@pytest.mark.parametrize(("method", "call"), [("backward", 2), ("backward", 6), ("validate", 3), ("_refresh", 2)])
 def test_a_killed_calibration_goes_on_with_the_same_numbers(tmp_path, monkeypatch, whole, method, call):
     with monkeypatch.context() as patch:
         killed_at(patch, Training, method, call)
@@ -119,7 +117,7 @@ def test_writing_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fails)
-        with pytest.raises(lq.LoopQError, match="Cannot write the checkpoint .*disk full"):
+        with pytest.raises(lq.LoopQError, match=r"Cannot write the checkpoint .*disk full"):
             checkpoint.write(path, {"x": torch.zeros(2)}, {"fingerprint": "f", "step": 2})
     tensors, facts = checkpoint.read(path, "f")
     assert tensors["x"].tolist() == [1.0, 1.0] and facts["step"] == 1

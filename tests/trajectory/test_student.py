@@ -44,7 +44,9 @@ def test_values_take_the_place_of_constants(program):
     name = next(name for name in student.tensors if name.endswith(".left"))
     with torch.no_grad():
         same, _ = student.run([tokens(7)], {name: student.tensors[name].clone()})
-        other, _ = student.run([tokens(7)], {name: student.tensors[name] + 0.1 * torch.rand(student.tensors[name].shape)})
+        other, _ = student.run(
+            [tokens(7)], {name: student.tensors[name] + 0.1 * torch.rand(student.tensors[name].shape)}
+        )
         before, _ = student.run([tokens(7)], {})
     assert same[0].equal(before[0]) and not other[0].equal(before[0])
     assert get_tensor(program, name).equal(student.tensors[name]), "the program keeps its own"
