@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,11 @@ def compile(
             "[token tensors of shape [batch, sequence]]. Without data use method='symmetric' with dynamic scales, or a "
             "weight-only scheme such as 'w4a16'."
         )
+    if calibration is None and isinstance(method, str) and pipeline.name not in DATA_FREE:
+        warnings.warn(
+            f"Without calibration data {scheme.name} rounds to nearest: {method!r} learns nothing.", stacklevel=2
+        )
+        pipeline = get_pipeline("symmetric")
     graph_module = capture(model, example_inputs)
     return quantize(graph_module, scheme, pipeline, calibration, calibration_options)
 

@@ -46,8 +46,8 @@ class CalibrationOptions:
         gradient_clip: largest norm of the gradient.
         precision: "bfloat16" runs matrix products of calibration in bfloat16.
         recompute: "on" keeps only the ends of layers for the backward pass, "off" everything; "auto" decides by size.
-        fused: "on" compiles elementwise functions with torch.compile, which needs a C++ compiler and some seconds; "auto"
-            does so for calibrations of some length.
+        fused: "on" compiles elementwise functions with torch.compile, which needs a C++ compiler and some seconds;
+            "auto" does so for calibrations of some length.
         checkpoint: folder for checkpoints; a killed calibration that is started again goes on from there.
         checkpoint_every: steps between checkpoints.
 

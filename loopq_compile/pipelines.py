@@ -7,7 +7,7 @@ and `loopq` what was measured to be best.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch.fx.passes.infra.pass_base import PassBase
 
@@ -18,8 +18,8 @@ from loopq_compile.passes.calibrate_blocks import CalibrateBlocks
 from loopq_compile.passes.canonicalize_linears import CanonicalizeLinears
 from loopq_compile.passes.collect_ranges import CollectRanges
 from loopq_compile.passes.fold_diagonals import FoldDiagonals
-from loopq_compile.passes.insert_adapters import InsertAdapters
 from loopq_compile.passes.insert_activation_qdq import InsertActivationQdq
+from loopq_compile.passes.insert_adapters import InsertAdapters
 from loopq_compile.passes.insert_las import InsertLas
 from loopq_compile.passes.insert_transforms import InsertTransforms
 from loopq_compile.passes.pack_weights import PackWeights
@@ -36,8 +36,12 @@ LEARNED_STEPS = 400
 SELECTION_ROUNDS = 2
 SMOOTHING = 0.5
 """Exponent of the smoothing that learned diagonals start from."""
-_SELECTION_SHARE = 0.4
-"""Part of the steps that is spent before and between the rounds of selection."""
+_FIRST_SHARE = 0.4
+"""Part of the steps for transforms, before the solver; the rest is for rounding, behind it."""
+_FIRST_KINDS = ("transform", "diagonal", "weight_clip", "clip", "range", "adapter")
+_SECOND_KINDS = ("rounding", "clip", "range", "adapter")
+"""Transforms stand still behind the solver: its corrections cancel errors along the few directions that large activations
+take, and a transform that turns takes those directions elsewhere (measured: one step undid the solver)."""
 _FRONT: tuple[PassBase, ...] = (TagLoops(), CanonicalizeLinears(), AnnotateLinears())
 
 
@@ -99,12 +103,13 @@ def flatquant() -> Pipeline:
 def flatquant_e2e() -> Pipeline:
     """The control: everything that `loopq` learns, from the same teacher on the same number of tokens, blind to loops.
 
-    The same transforms, clip ratios and rounding, one set for all loops; the loss looks at predictions alone. What is
-    between this and `loopq` is what knowing the loops buys.
+    The same transforms, clip ratios, solver and rounding, one set for all loops; the loss looks at predictions alone.
+    What is between this and `loopq` is what knowing the loops buys.
     """
+    first = Calibrate(_FIRST_SHARE, LEARNED_STEPS, kinds=_FIRST_KINDS, trajectory=False)
+    second = Calibrate(1 - _FIRST_SHARE, LEARNED_STEPS, kinds=_SECOND_KINDS, trajectory=False)
     quantization = _quantization(learnable=True, rounding=True)
-    learned = Calibrate(default_steps=LEARNED_STEPS, trajectory=False)
-    return Pipeline([*_FRONT, *_transforms(), *quantization, *_start(), learned, *_back()], "flatquant-e2e")
+    return Pipeline([*_FRONT, *_transforms(), *quantization, first, _solve(), second, *_back()], "flatquant-e2e")
 
 
 def loopq_paper() -> Pipeline:
@@ -138,17 +143,18 @@ def _loopq(
     rounding: bool,
     final_share: float | None = None,
 ) -> Pipeline:
-    def calibrate(share: float) -> Calibrate:
-        return Calibrate(share, LEARNED_STEPS, trajectory=trajectory, final_share=final_share)
+    def calibrate(share: float, kinds: Iterable[str]) -> Calibrate:
+        return Calibrate(share, LEARNED_STEPS, kinds, trajectory, final_share)
 
     passes: list[PassBase] = [*_FRONT, *_transforms(), CollectRanges(), QuantizeWeights(True, rounding)]
     passes += [InsertActivationQdq(), *([InsertLas()] if las else []), SetRanges()]
     passes += [InsertAdapters()] if cta else []
-    passes += _start() if rounding else []
-    if slt:
-        for number in range(SELECTION_ROUNDS):
-            passes += [calibrate(_SELECTION_SHARE / SELECTION_ROUNDS), SelectTransforms(number, SELECTION_ROUNDS)]
-    passes.append(calibrate(1 - _SELECTION_SHARE if slt else 1.0))
+    share = _FIRST_SHARE if rounding else 1.0
+    parts = SELECTION_ROUNDS + 1 if slt else 1
+    for number in range(parts):
+        passes.append(calibrate(share / parts, _FIRST_KINDS))
+        passes += [SelectTransforms(number, SELECTION_ROUNDS)] if number < parts - 1 else []
+    passes += [_solve(), calibrate(1 - share, _SECOND_KINDS)] if rounding else []
     return Pipeline([*passes, *_back()], name)
 
 
@@ -163,9 +169,9 @@ def _quantization(learnable: bool = False, rounding: bool = False) -> list[PassB
     return [CollectRanges(), QuantizeWeights(learnable, rounding), InsertActivationQdq(), SetRanges()]
 
 
-def _start() -> list[PassBase]:
+def _solve() -> SolveWeights:
     """Where learned rounding starts."""
-    return [SolveWeights("gptq", centered=False)]
+    return SolveWeights("gptq", centered=False)
 
 
 def _back() -> list[PassBase]:

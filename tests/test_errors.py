@@ -137,10 +137,10 @@ CASES = {
     "a pattern that matches nothing": (lambda: compiled(skip=("*.dwon",)), r"Did you mean 'down'"),
     "patterns that are no text": (lambda: compiled(skip=(3,)), "takes a sequence of patterns"),
     "no patterns at all": (lambda: compiled(skip=None), "takes a sequence of patterns; got None"),
-    "an option of learned methods": (lambda: compiled(steps=3), "option of learned methods"),
+    "no steps": (lambda: compiled(steps=0), "steps must be an integer of at least 1"),
+    "an unknown weight solver": (lambda: compiled(weight_solver="gpqt"), "Did you mean 'gptq'"),
     "everything skipped": (lambda: compiled(skip=("*",)), "nothing to quantize"),
     "an unknown method": (lambda: compiled(method="symetric"), "Did you mean 'symmetric'"),
-    "a method of this plan's future": (lambda: compiled(method="spinquant"), "planned and not in this version"),
     "a method of the wrong type": (lambda: compiled(method=3), "must be a name or a loopq_compile.Pipeline"),
     # calibration data
     "calibration data missing": (lambda: compiled(method="las"), "needs calibration data"),

@@ -95,8 +95,3 @@ def test_the_log_says_what_happened():
     log = get_state(graph_module).log
     assert [entry.pass_name for entry in log] == names(lq.pipelines.symmetric())
     assert log[0].modified and log[0].notes == ["3 x (layers, norm, exit_gate)"]
-
-
-def test_planned_methods_say_so():
-    with pytest.raises(lq.LoopQError, match="planned and not in this version"):
-        lq.compile(tiny_model(), tokens(), method="flatquant", calibration=[tokens()])

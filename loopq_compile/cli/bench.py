@@ -148,6 +148,8 @@ def _add(name: str, help: str, *own: str) -> None:
         seeds: Seeds = "0",
         values: Numbers = "",
         budget: Budget = None,
+        batch_rows: Annotated[int, typer.Option(min=1, help="Calibration samples in a step of learned methods.")] = 4,
+        precision: Annotated[str, typer.Option(help="Of learned methods: float32 or bfloat16.")] = "float32",
         text: TextFile = None,
         length: Length = 256,
         stride: Stride = 128,
@@ -189,7 +191,7 @@ def _add(name: str, help: str, *own: str) -> None:
             sample_length=sample_length,
             length=length,
             stride=stride,
-            options={"steps": budget} if budget else {},
+            options={"batch_rows": batch_rows, "precision": precision} | ({"steps": budget} if budget else {}),
             cache=out / "calibration" if out else None,
         )
         cells = Cells(out / "cells" if out else None, fresh)

@@ -7,6 +7,7 @@ for it (`fusing`), and where there is no compiler for C++ the plain functions do
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import logging
@@ -42,6 +43,7 @@ def fused(function: Function) -> Function:
         if not _wanted or _broken:
             return function(*args)
         try:
+            _tidy_at_exit()
             return compiled(*args)
         except Exception as error:  # whatever the compiler or its toolchain may raise
             _broken = True
@@ -50,3 +52,9 @@ def fused(function: Function) -> Function:
             return function(*args)
 
     return call  # type: ignore[return-value]
+
+
+@functools.cache
+def _tidy_at_exit() -> None:
+    """Has the compiler let go of its records before the interpreter shuts down, which otherwise prints errors."""
+    atexit.register(torch.compiler.reset)

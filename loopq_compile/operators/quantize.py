@@ -3,7 +3,7 @@
 The last dimension (K features) is cut into groups of `group_size` neighbours; a group shares one scale. Scales have
 as many entries in their last dimension as there are groups, or one entry for all of them; leading dimensions
 broadcast. Arithmetic is in single precision at least, also for half-precision tensors. Integers really flow between
-`quantize` and `dequantize`, so gradients do not; `loopq_compile.operators.straight_through` has the form for calibration.
+`quantize` and `dequantize`, so gradients do not; `operators.straight_through` has the form for calibration.
 """
 
 from __future__ import annotations

@@ -183,8 +183,7 @@ def _depending_on(body: Sequence[fx.Node], sources: Iterable[fx.Node]) -> set[fx
 def _end(body: Sequence[fx.Node], linears: Sequence[fx.Node], shared: set[fx.Node]) -> int:
     """Where the last block ends: the first place behind its `linears` that fewest of their results cross."""
     own = _depending_on(body, linears)
-    everything = set(body)
-    crossing, foreign = _live(body, own, everything), _live(body, own - shared, everything)
+    crossing, foreign = (_live(body, nodes, set(body)) for nodes in (own, own - shared))
     behind = range(body.index(linears[-1]) + 1, len(body) + 1)
     places = [i for i in behind if not foreign[i] and crossing[i]]
     return min(places, key=lambda i: (crossing[i], i), default=len(body))
@@ -217,8 +216,7 @@ def _call(
             continue
         nodes.add(node)
         stack.extend(node.all_input_nodes)
-    names = tuple(node.name for node in outputs)
-    segment = make_segment([node for node in body if node in nodes], [], set(names))
+    segment = make_segment([node for node in body if node in nodes], [], {node.name for node in outputs})
     return Call(segment, tuple(node.name for node in inputs), segment.outputs)
 
 
