@@ -40,8 +40,8 @@ _FIRST_SHARE = 0.4
 """Part of the steps for transforms, before the solver; the rest is for rounding, behind it."""
 _FIRST_KINDS = ("transform", "diagonal", "weight_clip", "clip", "range", "adapter")
 _SECOND_KINDS = ("rounding", "clip", "range", "adapter")
-"""Transforms stand still behind the solver: its corrections cancel errors along the few directions that large activations
-take, and a transform that turns takes those directions elsewhere (measured: one step undid the solver)."""
+"""Transforms stand still behind the solver, whose corrections fit the directions that activations take as they are:
+turning them at full rate undid the solver in one step (measured)."""
 _FRONT: tuple[PassBase, ...] = (TagLoops(), CanonicalizeLinears(), AnnotateLinears())
 
 

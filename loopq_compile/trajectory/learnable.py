@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 RATES: dict[str, float] = {
-    "transform": 2e-3,
-    "diagonal": 5e-3,
+    "transform": 6e-4,
+    "diagonal": 1.5e-3,
     "orthogonal": 2e-2,
-    "clip": 1e-2,
-    "range": 5e-3,
-    "weight_clip": 1e-3,
-    "rounding": 1e-2,
-    "adapter": 2e-3,
+    "clip": 3e-3,
+    "range": 3e-3,
+    "weight_clip": 3e-4,
+    "rounding": 3e-3,
+    "adapter": 6e-4,
 }
 """Learning rates by kind, in the coordinates of the kind."""
 _LOGARITHMIC = ("range", "diagonal", "weight_clip")
