@@ -22,6 +22,7 @@ from loopq_compile.state import CompilerState, get_state, get_tensor, set_tensor
 from loopq_compile.trajectory.data import Batch, regroup, split
 from loopq_compile.trajectory.learnable import RATES, Learnable
 from loopq_compile.trajectory.states import adapter_names, loop_ends
+from loopq_compile.trajectory.steps import FUSED_STEPS
 from loopq_compile.trajectory.student import Student
 from loopq_compile.trajectory.teacher import Teacher
 from loopq_compile.trajectory.training import Training
@@ -75,7 +76,10 @@ class Calibrate(Pass):
         if self.final_share is not None:
             options = dataclasses.replace(options, final_share=self.final_share)
         learnables = find_learnables(graph_module, self.kinds)
-        steps = max(1, round((options.steps or self.default_steps) * self.share))
+        total = options.steps or self.default_steps
+        steps = max(1, round(total * self.share))
+        if options.fused == "auto":  # the phases of a method share what compiling costs
+            options = dataclasses.replace(options, fused="on" if total >= FUSED_STEPS else "off")
         if not learnables:
             return PassResult(graph_module, False)
         vocabulary = vocabulary_size(graph_module)

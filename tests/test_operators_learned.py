@@ -6,6 +6,7 @@ from torch import Tensor
 
 from loopq_compile.operators import ops
 from loopq_compile.operators.adapter import EPSILON
+from loopq_compile.operators.fusion import fusing
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -148,3 +149,19 @@ def test_half_precision_stays_in_half_precision(name, dtype):
     assert all(x.grad is not None and x.grad.dtype == dtype for x in tensors)
     wide = getattr(ops, name)(*(x.detach().float() if isinstance(x, Tensor) else x for x in arguments))
     torch.testing.assert_close(result.float(), wide, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Calibration runs without fused kernels")  # a machine without a compiler
+def test_fused_kernels_compute_the_same():
+    def gradients():
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(6, 64, generator=generator).requires_grad_()
+        clip = torch.rand(2, generator=generator).requires_grad_()
+        y = ops.fake_quantize(x, ops.dynamic_scale(x, clip, 32, 7), 32, -8, 7)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, clip])]
+
+    plain = gradients()
+    with fusing():
+        fused = gradients()
+    for one, other in zip(plain, fused, strict=True):
+        torch.testing.assert_close(other, one)

@@ -56,5 +56,7 @@ def fused(function: Function) -> Function:
 
 @functools.cache
 def _tidy_at_exit() -> None:
-    """Has the compiler let go of its records before the interpreter shuts down, which otherwise prints errors."""
+    """Has the compiler let go of its records before the interpreter shuts down, which otherwise prints errors, and keep
+    to itself that a machine without a GPU has none."""
     atexit.register(torch.compiler.reset)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
