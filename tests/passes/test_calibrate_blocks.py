@@ -12,7 +12,7 @@ from loopq_compile.trajectory import blockwise
 from tests.tiny import tokens
 from tests.trajectory.tools import assert_same, largest_difference, learned_tensors, prepared
 
-OPTIONS = {"steps": 4, "evaluate_every": 2, "adapters": False}
+OPTIONS = {"steps": 4, "evaluate_every": 2, "adapters": False, "learning_rate": 3.3}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_nothing_to_learn_nothing_to_do():
 
 def test_an_absurd_rate_changes_nothing():
     before = learned_tensors(prepared(scheme="w8a8", **OPTIONS))
-    graph_module = prepared(CalibrateBlocks(), scheme="w8a8", learning_rate=500.0, **OPTIONS)
+    graph_module = prepared(CalibrateBlocks(), scheme="w8a8", **{**OPTIONS, "learning_rate": 2000.0})
     assert_same(learned_tensors(graph_module), before)
     assert not get_state(graph_module).log[-1].modified
 

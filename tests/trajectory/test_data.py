@@ -128,7 +128,7 @@ def test_models_without_a_vocabulary_learn_their_outputs():
     model, x = Regression().eval(), torch.randn(2, 5, 16)
     data = [(torch.randn(4, 5, 16),) for _ in range(6)]
     graph_module = prepared(
-        Calibrate(), model=model, example=(x,), data=data, scheme="w3a3", steps=30, evaluate_every=10, learning_rate=5.0
+        Calibrate(), model=model, example=(x,), data=data, scheme="w3a8", steps=40, evaluate_every=10, learning_rate=3.0
     )
     (report,) = get_state(graph_module).results["calibration"]
     assert report["best"] < report["start"]
