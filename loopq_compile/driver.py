@@ -42,9 +42,10 @@ def compile(
         example_inputs: a tensor, a tuple of positional or a dict of keyword inputs; batch and sequence become dynamic.
             Hugging Face causal language models need none.
         scheme: "w4a4", any "w{2..8}a{2..8,16}", or a `Scheme`.
-        method: "symmetric", "las", "loopq", or a `Pipeline`.
-        calibration: iterable of token tensors `[batch, sequence]` (or tuples, dicts of inputs), read once. May be left
-            out for `method="symmetric"` with dynamic scales and for weight-only schemes.
+        method: a name out of `loopq_compile.pipelines.METHODS`, or a `Pipeline`.
+        calibration: iterable of token tensors `[batch, sequence]` (or tuples, dicts of inputs). May be left out for
+            `method="symmetric"` and "quarot" with dynamic scales, and for weight-only schemes, which then round to
+            nearest.
         options: fields of `Scheme` to change, such as `group_size=64` or `skip=("*.o_proj",)`, and of
             `CalibrationOptions`, such as `steps=300`, `seed=1`, `weight_solver="gptq"` or `checkpoint="folder"`.
 
