@@ -32,7 +32,6 @@ class CalibrationOptions:
         transition_rank: rank r of the transition adapter's low-rank part (LoopQ eq. 7).
         selection_budget: share of the transform groups inside loops that get transforms and weights of their own per
             loop (LoopQ section 4.2).
-        selection_rounds: in how many rounds they are chosen.
         state_weight: lambda, weight of the trajectory loss.
         transition_weight: lambda', weight of the transition loss.
         final_share: upper bound of a_t, the pull of every loop towards the last state; 1 is the paper's.
@@ -62,7 +61,6 @@ class CalibrationOptions:
     weight_solver: str | None = None
     transition_rank: int = 8
     selection_budget: float = 0.05
-    selection_rounds: int = 2
     state_weight: float = 0.1
     transition_weight: float = 0.1
     final_share: float = 0.5
@@ -82,7 +80,7 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         if self.checkpoint is not None:
             object.__setattr__(self, "checkpoint", os.fspath(self.checkpoint))
-        for field in ("batch_rows", "transition_rank", "selection_rounds", "refresh", "evaluate_every", "patience"):
+        for field in ("batch_rows", "transition_rank", "refresh", "evaluate_every", "patience"):
             _check_count(field, getattr(self, field), 1)
         _check_count("checkpoint_every", self.checkpoint_every, 1)
         _check_count("seed", self.seed, 0)

@@ -48,10 +48,10 @@ class SelectTransforms(Pass):
 
     Args:
         number: which of the rounds of selection this is, from 0.
-        rounds: number of rounds; None takes the option `selection_rounds`.
+        rounds: number of rounds that the pipeline has.
     """
 
-    def __init__(self, number: int = 0, rounds: int | None = None) -> None:
+    def __init__(self, number: int = 0, rounds: int = 2) -> None:
         super().__init__()
         self.number, self.rounds = number, rounds
 
@@ -69,7 +69,7 @@ class SelectTransforms(Pass):
         budget = min(total, max(LEAST_GROUPS, round(state.options.selection_budget * total)))
         if not state.options.selection_budget:
             budget = 0
-        rounds = self.rounds or state.options.selection_rounds
+        rounds = self.rounds
         wanted = round(budget * min(1.0, (self.number + 1) / rounds)) - len(found["selected"])
         if wanted < 1 or not groups:
             return PassResult(graph_module, False)

@@ -19,7 +19,6 @@ from tests.tiny import tokens
         ("steps", True, "steps must be an integer"),
         ("batch_rows", 0, "batch_rows must be an integer of at least 1"),
         ("transition_rank", -1, "transition_rank must be"),
-        ("selection_rounds", 0, "selection_rounds must be"),
         ("refresh", 0, "refresh must be"),
         ("evaluate_every", 0, "evaluate_every must be"),
         ("checkpoint_every", 0, "checkpoint_every must be"),
