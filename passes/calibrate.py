@@ -87,7 +87,12 @@ class Calibrate(Pass):
         learn, held = split(batches, options.validation, options.seed)
         ends = loop_ends(graph_module) if self.trajectory else []
         adapters = adapter_names(graph_module, ends)
-        student = Student(graph_module, [*ends, *adapters], self._recompute(graph_module, batches[0]))
+        student = Student(
+            graph_module,
+            [*ends, *adapters],
+            self._recompute(graph_module, batches[0]),
+            learned={item.name for item in learnables},
+        )
         phase = len(state.results.setdefault("calibration", []))
         training = Training(
             student,

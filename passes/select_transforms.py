@@ -104,7 +104,8 @@ def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, f
     if not learnables:
         return dict.fromkeys(groups, 0.0)
     ends = loop_ends(relaxed)
-    student = Student(relaxed, [*ends, *adapter_names(relaxed, ends)])
+    watched = [*ends, *adapter_names(relaxed, ends)]
+    student = Student(relaxed, watched, learned={item.name for item in learnables})
     vocabulary = vocabulary_size(relaxed)
     assert state.teacher is not None
     teacher = Teacher(state.teacher, state.signature, ends, vocabulary, state.options)

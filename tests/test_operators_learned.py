@@ -119,6 +119,20 @@ def test_gradients_of_dynamic_scale(clip):
     torch.testing.assert_close(ops.dynamic_scale(x, ratio, 4, 7), expected)
 
 
+@pytest.mark.parametrize("clip", [(2,), (1,), (3, 5, 2)])
+def test_rounding_with_a_scale_that_follows_is_both_steps_in_one(clip):
+    x = random(3, 5, 8, grad=True)
+    ratio = (random(*clip, seed=1).abs() * 0.3 + 0.5).requires_grad_()
+    upstream = random(3, 5, 8, seed=2)
+    results = [
+        ops.fake_quantize(x, ops.dynamic_scale(x, ratio, 4, 7), 4, -8, 7),
+        ops.fake_quantize_dynamic(x, ratio, 4, -8, 7),
+    ]
+    assert results[0].equal(results[1])
+    expected, got = (torch.autograd.grad(y, (x, ratio), upstream) for y in results)
+    torch.testing.assert_close(got, expected)
+
+
 def sample(name: str, dtype: torch.dtype) -> tuple[object, ...]:
     x = random(2, 3, 8, dtype=dtype, grad=True)
     if name == "kronecker":
@@ -127,10 +141,12 @@ def sample(name: str, dtype: torch.dtype) -> tuple[object, ...]:
         return adapter_arguments(grad=True, dtype=dtype)
     if name == "fake_quantize":
         return x, (random(2, 3, 2, dtype=dtype).abs() + 0.1).requires_grad_(), 4, -8, 7
+    if name == "fake_quantize_dynamic":
+        return x, (random(2, dtype=dtype).abs() + 0.1).requires_grad_(), 4, -8, 7
     return x, (random(2, dtype=dtype).abs() + 0.1).requires_grad_(), 4, 7
 
 
-NAMES = ("kronecker", "transition_adapter", "fake_quantize", "dynamic_scale")
+NAMES = ("kronecker", "transition_adapter", "fake_quantize", "fake_quantize_dynamic", "dynamic_scale")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,10 +10,19 @@ import torch
 
 from loopq_compile.operators.adapter import transition_adapter
 from loopq_compile.operators.quantize import dequantize, dynamic_scale, quantize
-from loopq_compile.operators.straight_through import fake_quantize
+from loopq_compile.operators.straight_through import fake_quantize, fake_quantize_dynamic
 from loopq_compile.operators.transform import kronecker
 
 ops = torch.ops.loopq
 """The registered operators, as they stand in graphs: `ops.quantize.default` and so on."""
 
-__all__ = ["dequantize", "dynamic_scale", "fake_quantize", "kronecker", "ops", "quantize", "transition_adapter"]
+__all__ = [
+    "dequantize",
+    "dynamic_scale",
+    "fake_quantize",
+    "fake_quantize_dynamic",
+    "kronecker",
+    "ops",
+    "quantize",
+    "transition_adapter",
+]

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+_KERNELS = 64
+"""Variants of one function: types, broadcasting, sizes of groups; beyond them the plain function does."""
 _wanted = False
 _broken = False
 
@@ -34,8 +36,11 @@ def fusing(wanted: bool = True) -> Iterator[None]:
 
 
 def fused(function: Function) -> Function:
-    """`function`, which runs compiled inside `fusing` if it can."""
-    compiled = torch.compile(function, dynamic=True)
+    """`function`, which runs compiled inside `fusing` if it can.
+
+    Sizes that differ between calls are compiled as unknown, those that never change as constants.
+    """
+    compiled = torch.compile(function)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -44,7 +49,8 @@ def fused(function: Function) -> Function:
             return function(*args)
         try:
             _tidy_at_exit()
-            return compiled(*args)
+            with torch._dynamo.config.patch(recompile_limit=_KERNELS):
+                return compiled(*args)
         except Exception as error:  # whatever the compiler or its toolchain may raise
             _broken = True
             logging.getLogger(__name__).debug("torch.compile failed", exc_info=error)

@@ -56,7 +56,7 @@ class Recorder:
         return self._kept
 
     def _run(self, names: tuple[str, ...], small: bool) -> Iterator[Record]:
-        student = Student(self._teacher, names, recompute=False, segments=1)
+        student = Student(self._teacher, names, recompute=False, segments=1, learned=())
         for batch in self._batches:
             with torch.no_grad():
                 _, known = student.run(batch, {})

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.trajectory.distributed import mean_of
+from loopq_compile.trajectory.divergence import Divergence
 
 FULL_VOCABULARY = 8192
 """Up to this many tokens the teacher's whole distribution is kept."""
@@ -63,15 +64,8 @@ def divergence(logits: Tensor, targets: Targets, temperature: float) -> Tensor:
     if both agree on the k tokens and on the rest together.
     """
     assert targets.logits is not None and targets.total is not None
-    scaled = logits.float() / temperature
-    log_q = scaled - scaled.logsumexp(-1, keepdim=True)
-    log_p = targets.logits - targets.total
-    if targets.indices is None:
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
-    log_q = log_q.gather(-1, targets.indices.long())
-    p, q = log_p.exp(), log_q.exp()
-    rest_p, rest_q = (1 - p.sum(-1)).clamp_min(1e-6), (1 - q.sum(-1)).clamp_min(1e-6)
-    return (p * (log_p - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())
+    rows = [None if x is None else x.flatten(0, -2) for x in (logits, targets.logits, targets.total, targets.indices)]
+    return Divergence.apply(*rows, temperature).view(logits.shape[:-1])
 
 
 def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,13 +2,13 @@
 
 `dequantize(quantize(x, s), s)` becomes `fake_quantize(x, s)`. What depends on constants alone (inverse transforms,
 rounding, quantization of weights) is computed once a step and shared by all loops, so that a weight's gradient is the
-sum over its uses. The rest is cut into segments, about one for each call of a layer, of which only the inputs are kept
+sum over its uses; what depends on none of the learned constants, once for all steps. The rest is cut into segments, about one for each call of a layer, of which only the inputs are kept
 for the backward pass when `recompute` is on: what a loop holds between its ends is computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class Student:
         watched: names of nodes whose values `run` returns besides the results.
         recompute: keep only what crosses segments for the backward pass.
         segments: number of segments; None for one to every four groups of linears.
+        learned: names of the constants that `values` may replace; None for any.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Student:
         watched: Sequence[str] = (),
         recompute: bool = True,
         segments: int | None = None,
+        learned: Collection[str] | None = None,
     ) -> None:
         graph = fx.Graph()
         graph.output(graph.graph_copy(graph_module.graph, {}))
@@ -66,8 +68,18 @@ class Student:
         kept = {node.name for node in _flat(self._results)} | set(watched)
         constant = weight_roots(graph)
         body = [node for node in nodes if node not in constant and node.op != "placeholder"]
-        self._prepare = make_segment([node for node in nodes if node in constant and node.op != "get_attr"], body, kept)
+        moving = {node for node, roots in constant.items() if learned is None or not roots.isdisjoint(learned)}
+        computed = [node for node in nodes if node in constant and node.op != "get_attr"]
+        self._prepare = make_segment([node for node in computed if node in moving], body, kept)
         self._attributes = {node.name: str(node.target) for node in nodes if node.op == "get_attr"}
+        still = make_segment(
+            [node for node in computed if node not in moving],
+            [*(node for node in computed if node in moving), *body],
+            kept,
+        )
+        self._fixed: dict[str, Tensor] = {}
+        with torch.no_grad():
+            store_results(self._fixed, still, still.module(*[self._constant(name) for name in still.inputs]))
         cuts = _cuts(body, segments or _default_segments(body))
         self._segments = [
             make_segment(body[start:end], body[end:], kept)
@@ -83,14 +95,19 @@ class Student:
             inputs: in the order of the placeholders.
             values: tensors to use in place of constants, by constant name: the current state of what is learned.
         """
-        known: dict[str, Any] = dict(zip(self.placeholders, inputs, strict=True))
+        return self.run_prepared(inputs, self.prepare(values))
+
+    def prepare(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
+        """All constant nodes by name; what depends on `values` is computed."""
+        known: dict[str, Any] = dict(self._fixed)
         for name, target in self._attributes.items():
             known[name] = values.get(target, self.tensors[target])
         store_results(known, self._prepare, self._prepare.module(*[known[name] for name in self._prepare.inputs]))
-        return self.run_prepared(known)
+        return known
 
-    def run_prepared(self, known: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """`run` behind the constants: `known` maps placeholders and constant nodes to their values."""
+    def run_prepared(self, inputs: Sequence[Any], constants: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """`run` with the `constants` that `prepare` returned, which several batches may share."""
+        known = {**constants, **dict(zip(self.placeholders, inputs, strict=True))}
         for number, segment in enumerate(self._segments):
             arguments = [known[name] for name in segment.inputs]
             if self.recompute and torch.is_grad_enabled():
@@ -103,6 +120,9 @@ class Student:
         results = [known[item.name] if isinstance(item, fx.Node) else item for item in self._results]
         return results, known
 
+    def _constant(self, name: str) -> Tensor:
+        return self.tensors[self._attributes[name]]
+
 
 def store_results(known: dict[str, Any], segment: Segment, result: Any) -> None:
     """Adds the results of `segment` to the `known` values by node name."""
@@ -114,14 +134,15 @@ def _flat(items: Any) -> list[fx.Node]:
 
 
 def fuse_pairs(graph: fx.Graph) -> None:
-    """Quantize-dequantize pairs become their straight-through form."""
+    """Quantize-dequantize pairs become their straight-through form, together with a scale that follows what they round."""
     for node in list(graph.nodes):
         if node.target is ops.dequantize.default and node.args[0].target is ops.quantize.default:
             x, scale, *limits = node.args[0].args
+            target = ops.fake_quantize.default
+            if scale.target is ops.dynamic_scale.default and scale.args[0] is x:
+                target, scale = ops.fake_quantize_dynamic.default, scale.args[1]
             with graph.inserting_before(node):
-                fused = graph.create_node(
-                    "call_function", ops.fake_quantize.default, (x, scale, *limits), name=node.name
-                )
+                fused = graph.create_node("call_function", target, (x, scale, *limits), name=node.name)
             fused.meta = dict(node.meta)
             node.replace_all_uses_with(fused)
             graph.erase_node(node)

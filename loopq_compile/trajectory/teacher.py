@@ -38,7 +38,7 @@ class Teacher:
         vocabulary: int | None,
         options: CalibrationOptions,
     ) -> None:
-        self._student = Student(graph_module, ends, recompute=False, segments=1)
+        self._student = Student(graph_module, ends, recompute=False, segments=1, learned=())
         self._signature, self._ends, self._vocabulary, self._options = signature, ends, vocabulary, options
         self._kept: dict[int, Targets] = {}
         self._bytes = 0

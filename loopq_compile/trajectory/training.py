@@ -91,11 +91,13 @@ class Training(Steps):
     def validate(self, values: Mapping[str, Tensor]) -> float:
         """Mean divergence from the teacher on the held-out batches."""
         losses = []
+        with torch.no_grad(), self.precision():
+            constants = self.student.prepare(values)
         for number in self.held:
             inputs = distributed.shard(self.batches[number], self.rank, self.world)
             targets = self.teacher.targets(number, inputs)
             with torch.no_grad(), self.precision():
-                results, _ = self.student.run(inputs, values)
+                results, _ = self.student.run_prepared(inputs, constants)
                 logits, outputs = predictions(results, self.signature, self.vocabulary)
                 if logits is not None:
                     by_token = divergence(logits, targets, self.options.temperature)

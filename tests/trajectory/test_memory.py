@@ -38,9 +38,9 @@ def test_auto_decides_by_size(monkeypatch):
     seen = []
     original = students.Student.__init__
 
-    def spy(self, graph_module, watched=(), recompute=True, segments=None):
+    def spy(self, graph_module, watched=(), recompute=True, segments=None, learned=None):
         seen.append(recompute)
-        original(self, graph_module, watched, recompute, segments)
+        original(self, graph_module, watched, recompute, segments, learned)
 
     monkeypatch.setattr(students.Student, "__init__", spy)
     for limit, expected in ((1 << 40, False), (1, True)):

@@ -136,3 +136,22 @@ def test_without_a_vocabulary_outputs_are_compared():
     parts = Objective(CalibrationOptions(), 0)(None, outputs, [], [], Targets(None, None, None, wanted, []))
     expected = sum(float((x - y).square().mean() / y.square().mean()) for x, y in zip(outputs, wanted, strict=True)) / 2
     assert float(parts.total) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("k", [None, 1, 4])
+def test_the_gradient_of_the_divergence_is_that_of_its_formula(k, temperature):
+    options = CalibrationOptions(top_k=k, temperature=temperature)
+    targets = targets_of(logits(), options)
+    student = logits(1).requires_grad_()
+    upstream = torch.rand(2, 3, generator=torch.Generator().manual_seed(2))
+    got = torch.autograd.grad(divergence(student, targets, temperature), student, upstream)
+    log_q, log_p = (student / temperature).log_softmax(-1), (logits() / temperature).log_softmax(-1)
+    if k is not None:
+        log_p, log_q = log_p.gather(-1, targets.indices.long()), log_q.gather(-1, targets.indices.long())
+    p, q = log_p.exp(), log_q.exp()
+    loss = (p * (log_p - log_q)).sum(-1)
+    if k is not None:
+        loss = loss + (1 - p.sum(-1)) * ((1 - p.sum(-1)).log() - (1 - q.sum(-1)).log())
+    expected = torch.autograd.grad(loss, student, upstream)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
