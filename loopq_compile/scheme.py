@@ -35,6 +35,9 @@ class Scheme:
         weight_range: "minmax" takes the largest magnitude of a group, "mse" the clipped range with the least squared
             rounding error.
         activation_range: how calibration turns statistics into ranges: "minmax", "percentile" or "mse".
+        signed_scales: scales of weights, and dynamic ones of activations, have the sign that makes a group's entry of
+            largest magnitude the integer `q_min`, one further out than `q_max`: the step is finer. False for scales
+            that are all positive, as LoopQ eq. 4 has them. Static scales of activations are positive in both cases.
         percentile: share of magnitudes inside the range, in percent, for `activation_range="percentile"`.
         skip: names or `fnmatch` patterns of linears to leave in floating point, on top of the defaults (LM heads,
             gates of at most 8 outputs, linears that do not see the input tokens such as time embeddings).
@@ -51,6 +54,7 @@ class Scheme:
     activation_granularity: str = "group"
     weight_range: str = "mse"
     activation_range: str = "mse"
+    signed_scales: bool = True
     percentile: float = 99.99
     skip: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
@@ -66,6 +70,8 @@ class Scheme:
             value = getattr(self, field)
             if value not in choices:
                 raise LoopQError(f"Scheme({field}={value!r}) is unknown.{did_you_mean(str(value), choices)}")
+        if not isinstance(self.signed_scales, bool):
+            raise LoopQError(f"signed_scales must be True or False; got {self.signed_scales!r}.")
         if not isinstance(self.percentile, int | float) or not 50 < self.percentile <= 100:
             raise LoopQError(f"percentile must lie in (50, 100]; got {self.percentile!r}.")
         for field in ("skip", "quantize"):
@@ -85,6 +91,10 @@ class Scheme:
     def quantizes_activations(self) -> bool:
         """False for weight-only schemes (`a16`)."""
         return self.activation_bits < 16
+
+    def limit(self, bits: int) -> int:
+        """The integer that a group's entry of largest magnitude becomes: `q_min` with signed scales, else `q_max`."""
+        return quantized_range(bits)[0 if self.signed_scales else 1]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

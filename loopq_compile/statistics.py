@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loopq_compile.operators.quantize import smallest_scale
+from loopq_compile.operators.quantize import bounded, peak
 from loopq_compile.scheme import quantized_range
 
 BINS_PER_OCTAVE = 16
@@ -53,13 +53,13 @@ class Statistics:
             torch.zeros(groups), torch.zeros(groups, BINS), torch.zeros(len(CLIP_RATIOS), groups, dtype=torch.float64)
         )
 
-    def update(self, x: Tensor, group_size: int, bits: int) -> None:
-        """Adds the activations `x`, `[..., K]`, measured for integers of `bits` bits."""
+    def update(self, x: Tensor, group_size: int, bits: int, limit: int) -> None:
+        """Adds the activations `x`, `[..., K]`, measured for integers of `bits` bits; `limit` as in `dynamic_scale`."""
         rows = x.detach().reshape(-1, x.shape[-1] // group_size, group_size).float()
         self.tokens += rows.shape[0]
         for part in rows.split(max(1, _CHUNK // x.shape[-1])):
             self._count(part.abs())
-        self._add_clip_errors(rows[:: max(1, rows.shape[0] // _CLIP_TOKENS)], quantized_range(bits))
+        self._add_clip_errors(rows[:: max(1, rows.shape[0] // _CLIP_TOKENS)], quantized_range(bits), limit)
 
     def _count(self, magnitudes: Tensor) -> None:
         self.largest = torch.maximum(self.largest, magnitudes.amax(dim=(0, 2)))
@@ -68,10 +68,10 @@ class Statistics:
         counted = torch.bincount((bins + offsets).flatten(), minlength=self.counts.numel())
         self.counts += counted.view_as(self.counts)
 
-    def _add_clip_errors(self, x: Tensor, limits: tuple[int, int]) -> None:
-        largest = x.abs().amax(-1, keepdim=True)
+    def _add_clip_errors(self, x: Tensor, limits: tuple[int, int], limit: int) -> None:
+        largest = peak(x, limit).unsqueeze(-1)
         for i, ratio in enumerate(CLIP_RATIOS):
-            scale = (largest * (ratio / limits[1])).clamp_min(1e-12)
+            scale = bounded(largest * (ratio / limit))
             error = (x / scale).round_().clamp_(*limits).mul_(scale).sub_(x)
             self.clip_errors[i] += error.square_().sum(dim=2).sum(dim=0, dtype=torch.float64)
 
@@ -127,7 +127,7 @@ def dynamic_clip(statistics: Statistics) -> Tensor:
     return torch.tensor(CLIP_RATIOS)[statistics.clip_errors.argmin(0)]
 
 
-def weight_scale(weight: Tensor, group_size: int, bits: int, method: str) -> Tensor:
+def weight_scale(weight: Tensor, group_size: int, bits: int, method: str, limit: int) -> Tensor:
     """Scales of a weight `[outputs, inputs]`, `[outputs, inputs / group_size]`.
 
     Args:
@@ -135,17 +135,23 @@ def weight_scale(weight: Tensor, group_size: int, bits: int, method: str) -> Ten
         group_size: neighbouring inputs that share a scale.
         bits: width of the integers.
         method: "minmax" or "mse"; the latter tries ranges from the largest magnitude down to half of it.
+        limit: as in `dynamic_scale`; negative for scales with a sign.
     """
     q_min, q_max = quantized_range(bits)
     scales = []
     for rows in weight.detach().float().split(max(1, _CHUNK // weight.shape[1])):
         groups = rows.unflatten(-1, (-1, group_size))
-        full = (groups.abs().amax(-1) / q_max).clamp_min(1e-12)
+        full = bounded(peak(groups, limit) / limit)
         best, least = full, torch.full_like(full, float("inf"))
-        for ratio in CLIP_RATIOS if method == "mse" else (1.0,):
+        for ratio in weight_ratios(limit, q_max) if method == "mse" else (1.0,):
             scale = (full * ratio).unsqueeze(-1)
             error = ((groups / scale).round().clamp(q_min, q_max) * scale - groups).square().sum(-1)
             best = torch.where(error < least, scale.squeeze(-1), best)
             least = torch.minimum(error, least)
         scales.append(best)
-    return torch.cat(scales).to(weight.dtype).clamp_min(smallest_scale(weight.dtype))
+    return bounded(torch.cat(scales).to(weight.dtype))
+
+
+def weight_ratios(limit: int, q_max: int) -> tuple[float, ...]:
+    """Candidates for a weight group's range relative to what `limit` gives, one that clips nothing included."""
+    return CLIP_RATIOS if limit > 0 else (-limit / q_max, *CLIP_RATIOS)

@@ -84,6 +84,7 @@ class _Observer(fx.Interpreter):
         super().__init__(graph_module, garbage_collect_values=True)
         assert state.scheme is not None
         self.bits, self.size = state.scheme.activation_bits, state.scheme.group_size
+        self.limit = state.scheme.limit(self.bits)
         self.statistics: dict[str, dict[int, Statistics]] = {}
         self.watched: dict[fx.Node, set[tuple[str, int]]] = {}
         for site, calls in site_calls(graph_module):
@@ -107,4 +108,4 @@ class _Observer(fx.Interpreter):
         rows = self.statistics.setdefault(group, {})
         if row not in rows:
             rows[row] = Statistics.empty(value.shape[-1] // size)
-        rows[row].update(value, size, self.bits)
+        rows[row].update(value, size, self.bits, self.limit)

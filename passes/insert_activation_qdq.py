@@ -94,7 +94,7 @@ def _insert_pair(graph: fx.Graph, x: fx.Node, table: fx.Node, scheme: Scheme, wi
     q_min, q_max = quantized_range(scheme.activation_bits)
     scale = call(graph, _aten.select.int, table, 0, 0)
     if scheme.activation == "dynamic":
-        scale = call(graph, ops.dynamic_scale.default, x, scale, size, q_max)
+        scale = call(graph, ops.dynamic_scale.default, x, scale, size, scheme.limit(scheme.activation_bits))
     codes = call(graph, ops.quantize.default, x, scale, size, q_min, q_max)
     codes.meta["loopq_bits"] = scheme.activation_bits
     return call(graph, ops.dequantize.default, codes, scale, size)

@@ -62,12 +62,12 @@ class QuantizeWeights(Pass):
 
     def _range(self, scheme: Scheme, weight: Tensor) -> Tensor:
         """Scales or, if they are to follow the weight, the clip ratios that give the same scales."""
-        size = _group_size(scheme, weight.shape[1])
+        size, limit = _group_size(scheme, weight.shape[1]), scheme.limit(scheme.weight_bits)
         if not self.learnable:
-            return weight_scale(weight, size, scheme.weight_bits, scheme.weight_range)
+            return weight_scale(weight, size, scheme.weight_bits, scheme.weight_range, limit)
         wide = weight.float()
-        full = weight_scale(wide, size, scheme.weight_bits, "minmax")
-        return weight_scale(wide, size, scheme.weight_bits, scheme.weight_range) / full
+        full = weight_scale(wide, size, scheme.weight_bits, "minmax", limit)
+        return weight_scale(wide, size, scheme.weight_bits, scheme.weight_range, limit) / full
 
     def _insert(self, graph_module: fx.GraphModule, end: fx.Node, site: Site, values: Tensor) -> fx.Node:
         """Puts the pair behind `end` and returns its result."""
@@ -80,7 +80,7 @@ class QuantizeWeights(Pass):
         with inserting(graph, before=end.next, tag=None, site=site.name):
             if self.learnable:
                 scale.meta["loopq_learn"] = "weight_clip"
-                scale = call(graph, ops.dynamic_scale.default, end, scale, size, limits[1])
+                scale = call(graph, ops.dynamic_scale.default, end, scale, size, scheme.limit(scheme.weight_bits))
             shifted = call(graph, torch.ops.aten.add.Tensor, end, offset) if offset else end
             codes = call(graph, ops.quantize.default, shifted, scale, size, *limits)
             dequantized = call(graph, ops.dequantize.default, codes, scale, size)

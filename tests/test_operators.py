@@ -35,9 +35,17 @@ def test_dynamic_scale_is_per_token_and_group():
     torch.testing.assert_close(scale[1, 1], torch.tensor(0.5))
 
 
-def test_a_group_of_zeros_stays_zero():
+def test_a_signed_scale_makes_the_largest_entry_the_smallest_integer():
+    x = torch.tensor([[1.0, -4.0, 0.5, 0.25], [0.0, 1.0, 8.0, -7.5]])
+    scale = dynamic_scale(x, torch.ones(1), 2, -8)
+    torch.testing.assert_close(scale, torch.tensor([[0.5, -0.0625], [-0.125, -1.0]]))
+    assert quantize(x, scale, 2, -8, 7).tolist() == [[2, -8, -8, -4], [0, -8, -8, 7]]
+
+
+@pytest.mark.parametrize("limit", [7, -8])
+def test_a_group_of_zeros_stays_zero(limit):
     x = torch.zeros(2, 8)
-    scale = dynamic_scale(x, torch.ones(1), 4, 7)
+    scale = dynamic_scale(x, torch.ones(1), 4, limit)
     assert torch.equal(dequantize(quantize(x, scale, 4, -8, 7), scale, 4), x)
 
 

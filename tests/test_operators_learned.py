@@ -111,22 +111,26 @@ def straight_through_by_hand(x: Tensor, scale: Tensor, upstream: Tensor) -> tupl
 
 
 @pytest.mark.parametrize("clip", [(2,), (1,), (3, 2)])
-def test_gradients_of_dynamic_scale(clip):
+@pytest.mark.parametrize("limit", [7, -8])
+def test_gradients_of_dynamic_scale(clip, limit):
     x = random(3, 8, grad=True)
     ratio = (random(*clip, seed=1).abs() + 0.5).requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: ops.dynamic_scale(a, b, 4, 7), (x, ratio))
-    expected = x.unflatten(-1, (2, 4)).abs().amax(-1) * ratio / 7
-    torch.testing.assert_close(ops.dynamic_scale(x, ratio, 4, 7), expected)
+    assert torch.autograd.gradcheck(lambda a, b: ops.dynamic_scale(a, b, 4, limit), (x, ratio))
+    groups = x.detach().unflatten(-1, (2, 4))
+    peaks = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    expected = (peaks if limit < 0 else peaks.abs()) * ratio / limit
+    torch.testing.assert_close(ops.dynamic_scale(x, ratio, 4, limit), expected)
 
 
 @pytest.mark.parametrize("clip", [(2,), (1,), (3, 5, 2)])
-def test_rounding_with_a_scale_that_follows_is_both_steps_in_one(clip):
+@pytest.mark.parametrize("limit", [7, -8])
+def test_rounding_with_a_scale_that_follows_is_both_steps_in_one(clip, limit):
     x = random(3, 5, 8, grad=True)
     ratio = (random(*clip, seed=1).abs() * 0.3 + 0.5).requires_grad_()
     upstream = random(3, 5, 8, seed=2)
     results = [
-        ops.fake_quantize(x, ops.dynamic_scale(x, ratio, 4, 7), 4, -8, 7),
-        ops.fake_quantize_dynamic(x, ratio, 4, -8, 7),
+        ops.fake_quantize(x, ops.dynamic_scale(x, ratio, 4, limit), 4, -8, 7),
+        ops.fake_quantize_dynamic(x, ratio, 4, -8, 7, limit),
     ]
     assert results[0].equal(results[1])
     expected, got = (torch.autograd.grad(y, (x, ratio), upstream) for y in results)
@@ -142,7 +146,7 @@ def sample(name: str, dtype: torch.dtype) -> tuple[object, ...]:
     if name == "fake_quantize":
         return x, (random(2, 3, 2, dtype=dtype).abs() + 0.1).requires_grad_(), 4, -8, 7
     if name == "fake_quantize_dynamic":
-        return x, (random(2, dtype=dtype).abs() + 0.1).requires_grad_(), 4, -8, 7
+        return x, (random(2, dtype=dtype).abs() + 0.1).requires_grad_(), 4, -8, 7, -8
     return x, (random(2, dtype=dtype).abs() + 0.1).requires_grad_(), 4, 7
 
 

@@ -16,7 +16,7 @@ def sample(seed, rows=400, width=64, tail=0.0):
 def measured(*parts, group=32, bits=4):
     statistics = Statistics.empty(parts[0].shape[-1] // group)
     for part in parts:
-        statistics.update(part, group, bits)
+        statistics.update(part, group, bits, 2 ** (bits - 1) - 1)
     return statistics
 
 
@@ -34,7 +34,7 @@ def test_memory_does_not_grow_with_the_number_of_batches():
     statistics = measured(sample(0))
     before = statistics.counts.numel() + statistics.clip_errors.numel()
     for seed in range(5):
-        statistics.update(sample(seed), 32, 4)
+        statistics.update(sample(seed), 32, 4, -8)
     assert statistics.counts.numel() + statistics.clip_errors.numel() == before
 
 
@@ -73,18 +73,32 @@ def test_dynamic_clip_minimises_the_rounding_error():
     assert (clip < 1).all(), "at 3 bits, clipping normal data pays"
 
 
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_mse_weight_scales_are_never_worse_than_minmax(bits):
+def test_mse_weight_scales_are_never_worse_than_minmax(bits, signed):
     weight = sample(5, rows=16, width=64)
     low, high = quantized_range(bits)
+    limit = low if signed else high
     errors = {}
     for method in ("minmax", "mse"):
-        scale = weight_scale(weight, 32, bits, method).unsqueeze(-1)
+        scale = weight_scale(weight, 32, bits, method, limit).unsqueeze(-1)
         groups = weight.view(16, 2, 32)
         errors[method] = ((groups / scale).round().clamp(low, high) * scale - groups).square().sum(-1)
     assert (errors["mse"] <= errors["minmax"] + 1e-6).all()
     assert errors["mse"].sum() < errors["minmax"].sum() or bits == 8
 
 
+@pytest.mark.parametrize(("bits", "share"), [(3, 0.85), (4, 0.9), (8, 1.01)])
+def test_signed_scales_make_smaller_errors(bits, share):
+    weight = sample(5, rows=64, width=64)
+    low, high = quantized_range(bits)
+    groups = weight.view(64, 2, 32)
+    errors = []
+    for limit in (high, low):
+        scale = weight_scale(weight, 32, bits, "mse", limit).unsqueeze(-1)
+        errors.append(((groups / scale).round().clamp(low, high) * scale - groups).square().sum())
+    assert errors[1] < share * errors[0]
+
+
 def test_zero_weights_get_a_positive_scale():
-    assert (weight_scale(torch.zeros(4, 64), 32, 4, "mse") > 0).all()
+    assert all((weight_scale(torch.zeros(4, 64), 32, 4, "mse", limit) > 0).all() for limit in (7, -8))

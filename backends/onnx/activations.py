@@ -10,6 +10,8 @@ drops the type of a zero point of one entry when it moves a pair across a Reshap
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -19,28 +21,50 @@ from loopq_compile.operators.quantize import SMALLEST_SCALE
 
 
 def lower_dynamic_scale(graph: ir.Graph, node: ir.Node) -> None:
-    """Replaces `DynamicScale(x, clip)` by `max(max|x_group| * (clip / q_max), smallest scale)`, `[..., groups]`."""
+    """Replaces `DynamicScale(x, clip)` by `peak(x_group) * (clip / limit)`, `[..., groups]`, not too near to zero.
+
+    The peak is the largest magnitude, or, for a negative limit, the entry of largest magnitude.
+    """
     x, clip = node.inputs
     assert x is not None and clip is not None
-    group_size, q_max = node.attributes["group_size"].as_int(), node.attributes["q_max"].as_int()
+    group_size, limit = node.attributes["group_size"].as_int(), node.attributes["limit"].as_int()
     groups, leading = sizes(x)[-1] // group_size, sizes(x)[:-1]
     emitter = Emitter(graph, node)
     grouped = emitter.reshape(x, [groups, group_size], len(leading))
-    magnitude = emitter.node("Abs", [grouped], x.dtype, grouped.shape)
-    axis = constant(graph, "last_axis", [-1])
-    largest = emitter.node("ReduceMax", [magnitude, axis], x.dtype, [*leading, groups], {"keepdims": 0})
-    scale = emitter.node("Mul", [largest, _step(emitter, clip, q_max)], x.dtype, [*leading, groups])
+    shape = [*leading, groups]
+    scale = emitter.node("Mul", [_peak(emitter, grouped, shape, limit), _step(emitter, clip, limit)], x.dtype, shape)
     floor = constant(graph, f"smallest_scale_{x.dtype}", _like(SMALLEST_SCALE, x))
-    emitter.finish(emitter.node("Max", [scale, floor], x.dtype, [*leading, groups]))
+    if limit > 0:
+        emitter.finish(emitter.node("Max", [scale, floor], x.dtype, shape))
+        return
+    magnitude = emitter.node("Abs", [scale], x.dtype, shape)
+    small = emitter.node("Less", [magnitude, floor], ir.DataType.BOOL, shape)
+    emitter.finish(emitter.node("Where", [small, floor, scale], x.dtype, shape))
 
 
-def _step(emitter: Emitter, clip: ir.Value, q_max: int) -> ir.Value:
-    """`clip / q_max`, as a constant where `clip` is one."""
+def _peak(emitter: Emitter, grouped: ir.Value, shape: list[Any], limit: int) -> ir.Value:
+    axis, dtype = constant(emitter.graph, "last_axis", [-1]), grouped.dtype
+    if limit > 0:
+        magnitude = emitter.node("Abs", [grouped], dtype, grouped.shape)
+        return emitter.node("ReduceMax", [magnitude, axis], dtype, shape, {"keepdims": 0})
+    high = emitter.node("ReduceMax", [grouped, axis], dtype, shape, {"keepdims": 0})
+    low = emitter.node("ReduceMin", [grouped, axis], dtype, shape, {"keepdims": 0})
+    above = emitter.node("Greater", [high, emitter.node("Neg", [low], dtype, shape)], ir.DataType.BOOL, shape)
+    return emitter.node("Where", [above, high, low], dtype, shape)
+
+
+def _step(emitter: Emitter, clip: ir.Value, limit: int) -> ir.Value:
+    """`clip / limit`, as a constant where `clip` is one."""
     values = constant_array(clip)
     if values is not None:
-        return constant(emitter.graph, f"{clip.name}.over_{q_max}", values / values.dtype.type(q_max))
-    divisor = constant(emitter.graph, f"q_max_{q_max}_{clip.dtype}", _like(q_max, clip))
+        return constant(emitter.graph, f"{clip.name}.over_{_word(limit)}", values / values.dtype.type(limit))
+    divisor = constant(emitter.graph, f"limit_{_word(limit)}_{clip.dtype}", _like(limit, clip))
     return emitter.node("Div", [clip, divisor], clip.dtype, clip.shape)
+
+
+def _word(limit: int) -> str:
+    """A number as part of a name."""
+    return str(limit).replace("-", "minus")
 
 
 def lower_pair(graph: ir.Graph, quantize: ir.Node) -> None:
@@ -94,25 +118,25 @@ def _is_odd(q_min: int, q_max: int) -> bool:
 
 
 def _clip(emitter: Emitter, x: ir.Value, scale: ir.Value, q_min: int, q_max: int) -> ir.Value:
-    """`x` limited to `[q_min * scale, q_max * scale]` where the integer type is wider than the range.
+    """`x` limited to what lies between `q_min * scale` and `q_max * scale`, where the integer type is wider than that.
 
     That equals limiting the integers: a limit divided by the scale is a whole number up to one unit in the last
     place, and rounds to it.
     """
     if not _is_odd(q_min, q_max):
         return x
-    for op_type, limit in (("Max", q_min), ("Min", q_max)):
-        x = emitter.node(op_type, [x, _scaled(emitter, scale, limit)], x.dtype, x.shape)
-    return x
+    low, high = (_scaled(emitter, scale, limit) for limit in (q_min, q_max))
+    if constant_array(scale) is None:  # it may be negative
+        ends = [low, high]
+        low, high = (emitter.node(op_type, ends, x.dtype, low.shape) for op_type in ("Min", "Max"))
+    return emitter.node("Min", [emitter.node("Max", [x, low], x.dtype, x.shape), high], x.dtype, x.shape)
 
 
 def _scaled(emitter: Emitter, scale: ir.Value, limit: int) -> ir.Value:
     values = constant_array(scale)
     if values is not None:
-        return constant(
-            emitter.graph, f"{scale.name}.times_{limit}".replace("-", "minus"), values * values.dtype.type(limit)
-        )
-    factor = constant(emitter.graph, f"factor_{limit}_{scale.dtype}".replace("-", "minus"), _like(limit, scale))
+        return constant(emitter.graph, f"{scale.name}.times_{_word(limit)}", values * values.dtype.type(limit))
+    factor = constant(emitter.graph, f"factor_{_word(limit)}_{scale.dtype}", _like(limit, scale))
     return emitter.node("Mul", [scale, factor], scale.dtype, scale.shape)
 
 

@@ -107,9 +107,9 @@ class _Interpreter(fx.Interpreter):
             codes, scale, group_size = args
             return _opaque("Dequantize", (codes, scale), {"group_size": group_size}, scale.dtype, codes.shape)
         if target is _loopq.dynamic_scale.default:
-            x, clip, group_size, q_max = args
+            x, clip, group_size, limit = args
             shape = (*x.shape[:-1], x.shape[-1] // group_size)
-            return _opaque("DynamicScale", (x, clip), {"group_size": group_size, "q_max": q_max}, x.dtype, shape)
+            return _opaque("DynamicScale", (x, clip), {"group_size": group_size, "limit": limit}, x.dtype, shape)
         if target is _aten.linear.default and args[1].ndim == 2 and args[0].ndim >= 2:
             shape = (*args[0].shape[:-1], args[1].shape[0])
             return _opaque("Linear", (*args, *kwargs.values()), {}, args[0].dtype, shape)

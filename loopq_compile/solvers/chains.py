@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from loopq_compile.errors import InternalError
 from loopq_compile.loops import get_tag
 from loopq_compile.operators import ops
+from loopq_compile.operators.quantize import peak
 from loopq_compile.passes.constants import chain_name, evaluate, root_weight
 from loopq_compile.passes.insert import add_constant, call, inserting
 from loopq_compile.passes.weights import site_calls, weight_chain
@@ -159,12 +160,12 @@ def _write_scale(graph_module: fx.GraphModule, chain: Chain, plain: Tensor, grid
     fitted = grid.scale.to(scale.dtype)
     if node.target is not ops.dynamic_scale.default:
         return _replace_table(graph_module, chain, node, (chain.quantize, chain.end), "scale", fitted)
-    size, q_max = node.args[2:4]
-    largest = plain.float().unflatten(1, (-1, size)).abs().amax(-1)
-    clip = torch.where(largest > 0, grid.scale * q_max / largest, 1.0)
+    size, limit = node.args[2:4]
+    largest = peak(plain.float().unflatten(1, (-1, size)), limit)
+    clip = torch.where(largest != 0, grid.scale * limit / largest, 1.0)
     dtype = get_tensor(graph_module, str(node.args[1].target)).dtype
     clip = _replace_table(graph_module, chain, node.args[1], (node,), "clip", clip.to(dtype))
-    return ops.dynamic_scale(plain, clip, size, q_max)
+    return ops.dynamic_scale(plain, clip, size, limit)
 
 
 def _replace_table(

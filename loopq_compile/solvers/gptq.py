@@ -63,7 +63,7 @@ def refine_codes(codes: Tensor, target: Tensor, curvature: Curvature, grid: Grid
 
 
 def refine_scales(codes: Tensor, target: Tensor, curvature: Curvature, grid: Grid) -> Grid:
-    """One sweep of coordinate descent over all scales; the codes stay. A scale that would not stay positive is kept."""
+    """One sweep of coordinate descent over all scales; the codes stay. A scale that would turn round is kept."""
     matrix, columns = curvature.matrix, codes.t().contiguous()
     scale = grid.scale.clone()
     slope = matrix @ (target - grid.values(codes)).t()
@@ -74,7 +74,7 @@ def refine_scales(codes: Tensor, target: Tensor, curvature: Curvature, grid: Gri
         curve = (columns[members] * effect[members]).sum(0)
         move = torch.where(curve > 0, gain / curve, torch.zeros_like(curve))
         # Beyond a factor of two the codes would be other ones: descent in codes comes first.
-        move = torch.where((scale[:, group] + move) > 0.5 * scale[:, group], move, torch.zeros_like(move))
+        move = torch.where(1 + move / scale[:, group] > 0.5, move, torch.zeros_like(move))
         scale[:, group] += move
         slope.addcmul_(effect, move, value=-1)
     return grid.scaled(scale)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loopq_compile.statistics import CLIP_RATIOS
+from loopq_compile.operators.quantize import peak
+from loopq_compile.statistics import weight_ratios
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Grid:
     """The values a quantized weight `[outputs, inputs]` can take: `code * scale`, `q_min <= code <= q_max`.
 
     Args:
-        scale: `[outputs, inputs / size]`, positive, float32.
+        scale: `[outputs, inputs / size]`, float32, not zero.
         size: neighbouring inputs that share a scale.
         q_min, q_max: range of the integers.
     """
@@ -29,6 +30,11 @@ class Grid:
     def steps(self) -> Tensor:
         """The scale of every weight, `[outputs, inputs]`."""
         return self.scale.repeat_interleave(self.size, dim=1)
+
+    @property
+    def limit(self) -> int:
+        """As in `dynamic_scale`: negative if scales have signs."""
+        return self.q_min if bool((self.scale < 0).any()) else self.q_max
 
     def nearest(self, weight: Tensor) -> Tensor:
         """Codes of the grid points nearest to `weight`, as `loopq::quantize` rounds; floats `[outputs, inputs]`."""
@@ -55,10 +61,11 @@ def searched(weight: Tensor, importance: Tensor, grid: Grid) -> Grid:
         grid: gives the integers and scales to start from.
     """
     groups, weights = weight.unflatten(1, (-1, grid.size)), importance.view(-1, grid.size)
-    full = groups.abs().amax(-1) / grid.q_max
+    limit = grid.limit
+    full = peak(groups, limit) / limit
     best, least = grid.scale, torch.full_like(grid.scale, torch.inf)
-    for scale in (grid.scale, *(full * ratio for ratio in CLIP_RATIOS)):
-        scale = torch.where(scale > 0, scale, grid.scale)
+    for scale in (grid.scale, *(full * ratio for ratio in weight_ratios(limit, grid.q_max))):
+        scale = torch.where(scale != 0, scale, grid.scale)
         steps = scale.unsqueeze(-1)
         rounded = (groups / steps).round_().clamp_(grid.q_min, grid.q_max).mul_(steps)
         error = rounded.sub_(groups).square_().mul_(weights).sum(-1)

@@ -1,12 +1,13 @@
-"""KL divergence between teacher and student over a large vocabulary, without tensors of its size but logits and gradient.
+"""KL divergence between teacher and student over a large vocabulary, with few tensors of its size.
 
-Of the teacher's k largest logits (`K`) the rest counts as one event: with `P = Σ_K p`, `r_p = 1 - P`, `r_q = 1 - Σ_K q`,
+Of the teacher's k largest logits (`K`) the rest counts as one event: with `P = Σ_K p`, `r_p = 1 - P`,
+`r_q = 1 - Σ_K q`, and z the student's logits,
 
     KL = Σ_K p (log p - log q) + r_p (log r_p - log r_q)
-    d KL / d z_j = q_j (P - r (1 - r_q)) + [j in K] (r q_j - p_j),     r = r_p / r_q, z the student's logits
+    d KL / d z_j = q_j (P - r (1 - r_q)) + [j in K] (r q_j - p_j),     r = r_p / r_q
 
-which, for K the whole vocabulary, is `q - p`. Autograd would keep, and walk over, half a dozen tensors of the logits' size,
-a quarter of a calibration step for 49,152 tokens (measured).
+which, for K the whole vocabulary, is `q - p`. Autograd would keep, and walk over, half a dozen tensors of the logits'
+size: a quarter of a calibration step for 49,152 tokens (measured).
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 `dequantize(quantize(x, s), s)` becomes `fake_quantize(x, s)`. What depends on constants alone (inverse transforms,
 rounding, quantization of weights) is computed once a step and shared by all loops, so that a weight's gradient is the
-sum over its uses; what depends on none of the learned constants, once for all steps. The rest is cut into segments, about one for each call of a layer, of which only the inputs are kept
-for the backward pass when `recompute` is on: what a loop holds between its ends is computed again.
+sum over its uses; what depends on none of the learned constants, once for all steps. The rest is cut into segments,
+about one for each call of a layer, of which only the inputs are kept for the backward pass when `recompute` is on: what
+a loop holds between its ends is computed again.
 """
 
 from __future__ import annotations
@@ -70,13 +71,10 @@ class Student:
         body = [node for node in nodes if node not in constant and node.op != "placeholder"]
         moving = {node for node, roots in constant.items() if learned is None or not roots.isdisjoint(learned)}
         computed = [node for node in nodes if node in constant and node.op != "get_attr"]
-        self._prepare = make_segment([node for node in computed if node in moving], body, kept)
+        changing = [node for node in computed if node in moving]
+        self._prepare = make_segment(changing, body, kept)
         self._attributes = {node.name: str(node.target) for node in nodes if node.op == "get_attr"}
-        still = make_segment(
-            [node for node in computed if node not in moving],
-            [*(node for node in computed if node in moving), *body],
-            kept,
-        )
+        still = make_segment([node for node in computed if node not in moving], [*changing, *body], kept)
         self._fixed: dict[str, Tensor] = {}
         with torch.no_grad():
             store_results(self._fixed, still, still.module(*[self._constant(name) for name in still.inputs]))
@@ -134,13 +132,14 @@ def _flat(items: Any) -> list[fx.Node]:
 
 
 def fuse_pairs(graph: fx.Graph) -> None:
-    """Quantize-dequantize pairs become their straight-through form, together with a scale that follows what they round."""
+    """Quantize-dequantize pairs become their straight-through form, with the scale where it follows what they round."""
     for node in list(graph.nodes):
         if node.target is ops.dequantize.default and node.args[0].target is ops.quantize.default:
             x, scale, *limits = node.args[0].args
             target = ops.fake_quantize.default
             if scale.target is ops.dynamic_scale.default and scale.args[0] is x:
-                target, scale = ops.fake_quantize_dynamic.default, scale.args[1]
+                target, limits = ops.fake_quantize_dynamic.default, [*limits, scale.args[3]]
+                scale = scale.args[1]
             with graph.inserting_before(node):
                 fused = graph.create_node("call_function", target, (x, scale, *limits), name=node.name)
             fused.meta = dict(node.meta)

@@ -212,7 +212,9 @@ def test_the_definition_of_a_transformed_quantized_linear():
     """One linear, computed by hand: `Q(x P) Q(W P^-T)^T`."""
     model = nn.Sequential(nn.Linear(32, 16)).eval()
     x = torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(0))
-    graph_module = prepared(InsertTransforms(init="orthogonal"), model=model, example=(x,), weight_range="minmax")
+    graph_module = prepared(
+        InsertTransforms(init="orthogonal"), model=model, example=(x,), weight_range="minmax", signed_scales=False
+    )
     scattered(graph_module)
     QuantizeWeights()(graph_module)
     PackWeights()(graph_module)

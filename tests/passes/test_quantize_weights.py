@@ -42,9 +42,9 @@ def test_learnable_scales_start_as_those_of_the_weight(method, size):
     graph_module = prepared(QuantizeWeights(learnable=True), weight_range=method, group_size=size)
     for site in [site for site in get_state(graph_module).sites.values() if not site.reason]:
         weight = get_tensor(graph_module, site.weight)
-        expected = weight_scale(weight, size if size != -1 else site.shape[1], 4, method)
+        expected = weight_scale(weight, size if size != -1 else site.shape[1], 4, method, -8)
         clip = get_tensor(graph_module, f"{site.weight}_clip")
-        got = ops.dynamic_scale(weight.detach(), clip, size if size != -1 else site.shape[1], 7)
+        got = ops.dynamic_scale(weight.detach(), clip, size if size != -1 else site.shape[1], -8)
         torch.testing.assert_close(got, expected.detach(), rtol=1e-6, atol=0)
         assert not get_tensor(graph_module, f"{site.weight}_rounding").any()
     plain = prepared(QuantizeWeights(), weight_range=method, group_size=size)

@@ -136,16 +136,24 @@ def test_weight_only_schemes_leave_activations_alone():
     assert len(nodes(graph_module, ops.quantize.default)) == 7
 
 
-def test_the_definition_of_a_quantized_linear():
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_definition_of_a_quantized_linear(signed):
     """One linear, computed by hand."""
+
+    def scales(groups):
+        peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+        return peak / -8 if signed else peak.abs() / 7
+
     model = nn.Sequential(nn.Linear(32, 16, bias=True)).eval()
     x = torch.randn(4, 5, 32)
-    program = lq.compile(model, (x,), scheme="w4a4", method="symmetric", weight_range="minmax", group_size=16)
+    program = lq.compile(
+        model, (x,), scheme="w4a4", method="symmetric", weight_range="minmax", group_size=16, signed_scales=signed
+    )
     weight = model[0].weight.view(16, 2, 16)
-    scale = weight.abs().amax(-1, keepdim=True) / 7
+    scale = scales(weight)
     rounded = ((weight / scale).round().clamp(-8, 7) * scale).view(16, 32)
     groups = x.view(4, 5, 2, 16)
-    step = groups.abs().amax(-1, keepdim=True) / 7
+    step = scales(groups)
     values = ((groups / step).round().clamp(-8, 7) * step).view(4, 5, 32)
     torch.testing.assert_close(program(x), F.linear(values, rounded, model[0].bias), rtol=1e-5, atol=1e-5)
 

@@ -124,7 +124,7 @@ def test_solving_brings_outputs_nearer_to_full_precision():
         graph_module = prepared(*passes, scheme="w3a16")
         return (get_state(graph_module).signature.restore(graph_module(tokens(9)))["logits"] - exact).square().mean()
 
-    assert distance(SolveWeights("gptq")) < 0.8 * distance()
+    assert distance(SolveWeights("gptq")) < 0.9 * distance()
 
 
 class OneWeight(nn.Module):

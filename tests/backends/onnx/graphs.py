@@ -60,6 +60,7 @@ def quantized(
     per_tensor: bool = False,
     shared: bool = False,
     skip: str = "head",
+    signed: bool = True,
 ) -> fx.GraphModule:
     """Inserts quantized weights and activations for every linear whose weight's name lacks `skip`."""
     torch.manual_seed(1)
@@ -70,7 +71,16 @@ def quantized(
             linears.setdefault(node.args[1], []).append(node)
     for weight, calls in linears.items():
         _quantize_site(
-            graph_module, weight, calls, weight_bits, activation_bits, group_size, activation, per_tensor, shared
+            graph_module,
+            weight,
+            calls,
+            weight_bits,
+            activation_bits,
+            group_size,
+            activation,
+            per_tensor,
+            shared,
+            signed,
         )
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
@@ -78,7 +88,9 @@ def quantized(
     return graph_module
 
 
-def _quantize_site(graph_module, weight, calls, weight_bits, bits, group_size, activation, per_tensor, shared) -> None:  # type: ignore[no-untyped-def]
+def _quantize_site(
+    graph_module, weight, calls, weight_bits, bits, group_size, activation, per_tensor, shared, signed
+) -> None:  # type: ignore[no-untyped-def]
     graph, name = graph_module.graph, weight.target
     values = get_tensor(graph_module, name).detach()
     size = values.shape[1] if group_size == -1 else group_size
@@ -105,7 +117,9 @@ def _quantize_site(graph_module, weight, calls, weight_bits, bits, group_size, a
                 row = graph.call_function(_aten.select.int, (table, 0, 0 if shared else loop))
                 scales = row
                 if activation == "dynamic":
-                    scales = graph.call_function(_loopq.dynamic_scale.default, (x, row, size, q_max))
+                    scales = graph.call_function(
+                        _loopq.dynamic_scale.default, (x, row, size, q_min if signed else q_max)
+                    )
                 codes = graph.call_function(_loopq.quantize.default, (x, scales, size, q_min, q_max))
                 x = graph.call_function(_loopq.dequantize.default, (codes, scales, size))
             for node in {row, scales, codes, x}:

@@ -60,8 +60,8 @@ def test_every_scheme(scheme: str, tmp_path) -> None:
 
 def test_odd_widths_equal_the_definition(tmp_path) -> None:
     """Values far outside the range end at q_min and q_max exactly, static and dynamic."""
-    for activation in ("static", "dynamic"):
-        graph_module = quantized(captured(Recurrent(loops=1)), 8, 3, activation=activation)
+    for activation, signed in (("static", False), ("dynamic", False), ("dynamic", True)):
+        graph_module = quantized(captured(Recurrent(loops=1)), 8, 3, activation=activation, signed=signed)
         table = graph_module.get_buffer("up.weight_table")
         table.mul_(0.01)
         run = OnnxExecutable(export(graph_module, tmp_path).path, threads=1)
