@@ -94,6 +94,7 @@ def quantize(
         infer_shapes(graph_module)
     finally:
         state.calibration = state.teacher = None
+        state.targets.clear()
     return Program(graph_module)
 
 

@@ -59,6 +59,7 @@ class CompilerState:
         calibration: the calibration batches while a pipeline runs (an iterable of inputs), None without.
         options: of calibration.
         teacher: the captured graph as it was, with the same node names; None where nothing asks for it.
+        targets: what the teacher said of calibration batches, by number, for later phases that watch the same nodes.
         statistics: what `collect-ranges` measured, by group and row of its per-loop table.
         results: what passes found out, as plain values for JSON, by topic.
         log: one entry per pass.
@@ -74,6 +75,7 @@ class CompilerState:
     calibration: Any = None
     options: CalibrationOptions = field(default_factory=CalibrationOptions)
     teacher: fx.GraphModule | None = None
+    targets: dict[tuple[str, ...], dict[int, Any]] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     log: list[LogEntry] = field(default_factory=list)

@@ -96,7 +96,9 @@ class Calibrate(Pass):
         phase = len(state.results.setdefault("calibration", []))
         training = Training(
             student,
-            Teacher(_teacher(state), state.signature, ends, vocabulary, options),
+            Teacher(
+                _teacher(state), state.signature, ends, vocabulary, options, state.targets.setdefault(tuple(ends), {})
+            ),
             learnables,
             batches,
             learn,

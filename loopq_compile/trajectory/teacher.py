@@ -28,6 +28,7 @@ class Teacher:
         ends: nodes that hold the state at the end of each loop.
         vocabulary: size of the vocabulary, None for models without one.
         options: temperature and top-k.
+        kept: targets that another teacher of the same model, batches and options has given; grows as this one is asked.
     """
 
     def __init__(
@@ -37,11 +38,12 @@ class Teacher:
         ends: Sequence[str],
         vocabulary: int | None,
         options: CalibrationOptions,
+        kept: dict[int, Targets] | None = None,
     ) -> None:
         self._student = Student(graph_module, ends, recompute=False, segments=1, learned=())
         self._signature, self._ends, self._vocabulary, self._options = signature, ends, vocabulary, options
-        self._kept: dict[int, Targets] = {}
-        self._bytes = 0
+        self._kept: dict[int, Targets] = {} if kept is None else kept
+        self._bytes = sum(x.nbytes for targets in self._kept.values() for x in _tensors(targets))
 
     def targets(self, number: int, inputs: Sequence[Tensor]) -> Targets:
         """What the student should predict for batch `number`.

@@ -138,3 +138,14 @@ def test_the_fingerprint_tells_calibrations_apart():
         fingerprint(tensors, state, batches, ["x"], 6),
     ]
     assert first not in others and len(set(others)) == 4
+
+
+def test_later_phases_remember_what_the_teacher_said(monkeypatch):
+    from loopq_compile.trajectory.teacher import Teacher
+
+    asked = []
+    ask = Teacher._ask
+    monkeypatch.setattr(Teacher, "_ask", lambda self, inputs: asked.append(1) or ask(self, inputs))
+    graph_module = prepared(Calibrate(0.5), Calibrate(0.5), Calibrate(0.5, trajectory=False), steps=12, validation=0.5)
+    assert len(get_state(graph_module).results["calibration"]) == 3
+    assert len(asked) == 6 + 6, "once for every batch, and once more where no states are looked at"
