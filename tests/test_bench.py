@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from loopq_compile.models import repeat_layers
 from loopq_compile.program import Program
 from loopq_compile.scheme import Scheme
 from loopq_compile.trajectory.states import loop_ends
+from loopq_compile.trajectory.training import Training
 from tests.cli_models import tiny_llama, tiny_ouro, tokenizer
 
 TOKENS = torch.randint(1, 64, (200,), generator=torch.Generator().manual_seed(3))
@@ -77,6 +79,31 @@ def test_a_killed_run_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest
     assert [row[0] for row in report.rows] == ["full precision", "symmetric", "las"]
     monkeypatch.setattr(study, "capture", None)  # nothing is left to do
     assert tables.table1(make(tmp_path), selection).rows == report.rows
+
+
+def test_a_calibration_killed_inside_a_cell_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
+    selection = Selection(["flatquant-e2e"], [DYNAMIC])
+    taken: list[int] = []
+    step = Training._step
+
+    def counted(self: Training) -> Any:
+        taken.append(1)
+        if len(taken) == 6:
+            raise KeyboardInterrupt
+        return step(self)
+
+    def run() -> Report:
+        options = {"steps": 8, "checkpoint_every": 1, "batch_rows": 1}
+        settings = replace(QUICK, options=options)
+        return tables.table1(Study(tiny_ouro(2), tokenizer(), TOKENS, settings, Cells(tmp_path)), selection)
+
+    monkeypatch.setattr(Training, "_step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert list(tmp_path.glob("*.unfinished/*.safetensors"))
+    run()
+    assert len(taken) == 8 + 1, "only the step that was cut off ran again"
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_other_models_texts_and_settings_have_other_cells(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +42,32 @@ class Cells:
         Raises:
             LoopQError: the file cannot be written.
         """
-        key = hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+        key = _key(about)
         if key not in self._known:
-            file = None if self.folder is None else self.folder / f"{re.sub('[^A-Za-z0-9.+-]+', '_', name)}-{key}.json"
+            file = self._path(name, key, ".json")
             values = None if self._fresh else _read(file)
             if values is None:
                 values = plain(measure())
                 _write(file, {"about": dict(about), "values": values})
             self._known[key] = values
         return self._known[key]
+
+    @contextlib.contextmanager
+    def unfinished(self, name: str, about: Mapping[str, Any]) -> Iterator[Path | None]:
+        """A folder for what the cell needs to go on after a kill; it goes away once the cell is measured."""
+        folder = self._path(name, _key(about), ".unfinished")
+        if folder is not None and self._fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        yield folder
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _path(self, name: str, key: str, ending: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{re.sub('[^A-Za-z0-9.+-]+', '_', name)}-{key}{ending}"
+
+
+def _key(about: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(about, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
 def plain(value: Any) -> Any:

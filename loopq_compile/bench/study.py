@@ -146,14 +146,16 @@ class Study:
             )
         return self._batches[count, seed]
 
-    def program(self, run: Run) -> Program:
-        """The quantized model.
+    def program(self, run: Run, checkpoint: Path | None = None) -> Program:
+        """The quantized model. Calibration goes on from what `checkpoint` has, a folder.
 
         Raises:
             LoopQError: the method is unknown, cannot be taken apart as the flags say, or refuses the model.
         """
         batches = self.batches(run.samples, run.seed)
-        options = CalibrationOptions(**{"seed": run.seed, **self.settings.options, **run.options})
+        options = CalibrationOptions(
+            **{"seed": run.seed, "checkpoint": checkpoint, **self.settings.options, **run.options}
+        )
         return quantize(copy_graph(self.captured), run.scheme, pipeline_of(run), batches, options)
 
     def probe(self) -> list[Tensor]:
@@ -164,9 +166,10 @@ class Study:
     def _measure(self, run: Run) -> Values:
         pipeline_of(run)
         batches = self.batches(run.samples, run.seed)
-        with peak_memory() as peak:
+        about = {**self._about, **self.describe(run)}
+        with peak_memory() as peak, self.cells.unfinished(str(run), about) as checkpoint:
             start = time.perf_counter()
-            program = self.program(run)
+            program = self.program(run, checkpoint)
             seconds = time.perf_counter() - start
         score = evaluate(program, self.tokens, teacher=self.teacher, title=str(run), **self.window)
         state = get_state(program.graph_module)
