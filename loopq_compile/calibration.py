@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,24 @@ def count_tokens(batch: list[Tensor]) -> int:
     """Tokens in the first input of a batch: ids, or vectors."""
     first = batch[0]
     return first[..., 0].numel() if first.is_floating_point() and first.ndim > 1 else first.numel()
+
+
+def token_mask(signature: Signature, inputs: Sequence[Tensor]) -> Tensor | None:
+    """The attention mask `[batch, sequence]` among the inputs as numbers; None without one."""
+    for spec, tensor in zip(signature.inputs, inputs, strict=True):
+        if spec.name == "attention_mask" and tensor.ndim == 2:
+            return tensor.float()
+    return None
+
+
+def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Activations `[batch, sequence, K]` of the tokens that count, as rows `[n, K]`; padding has no say in statistics.
+
+    Tensors of other shapes than the mask `[batch, sequence]` give all their rows.
+    """
+    if mask is None or x.shape[:-1] != mask.shape:
+        return x.reshape(-1, x.shape[-1])
+    return x[mask > 0]
 
 
 def guarded(calibration: Iterable[Any]) -> Iterator[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from loopq_compile.calibration import calibration_batches, count_tokens, first_batches
+from loopq_compile.calibration import calibration_batches, count_tokens, first_batches, real_tokens, token_mask
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.loops import get_tag
 from loopq_compile.passes.base import Pass, PassResult
@@ -25,6 +25,8 @@ class CollectRanges(Pass):
 
     Does nothing for weight-only schemes, and without calibration data where scales are dynamic (their clip ratios
     stay 1).
+
+    Tokens that an attention mask masks do not count.
 
     Args:
         max_tokens: statistics come from the first batches of about so many tokens together.
@@ -54,6 +56,7 @@ class CollectRanges(Pass):
         batches = first_batches(every, self.max_tokens)
         tokens = 0
         for inputs in progress(batches, "Measuring activations", total=_length(state.calibration)):
+            observer.mask = token_mask(state.signature, inputs)
             with torch.no_grad():
                 observer.run(*inputs)
             tokens += count_tokens(inputs)
@@ -86,6 +89,7 @@ class _Observer(fx.Interpreter):
         self.bits, self.size = state.scheme.activation_bits, state.scheme.group_size
         self.limit = state.scheme.limit(self.bits)
         self.statistics: dict[str, dict[int, Statistics]] = {}
+        self.mask: Tensor | None = None
         self.watched: dict[fx.Node, set[tuple[str, int]]] = {}
         for site, calls in site_calls(graph_module):
             for node in calls:
@@ -98,6 +102,7 @@ class _Observer(fx.Interpreter):
         return value
 
     def _measure(self, node: fx.Node, value: Tensor, group: str, row: int) -> None:
+        value = real_tokens(value, self.mask)
         if not torch.isfinite(value).all():
             where = get_tag(node)
             raise LoopQError(
@@ -108,4 +113,5 @@ class _Observer(fx.Interpreter):
         rows = self.statistics.setdefault(group, {})
         if row not in rows:
             rows[row] = Statistics.empty(value.shape[-1] // size)
-        rows[row].update(value, size, self.bits, self.limit)
+        if len(value):
+            rows[row].update(value, size, self.bits, self.limit)

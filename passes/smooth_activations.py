@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from loopq_compile.calibration import calibration_batches, first_batches
+from loopq_compile.calibration import calibration_batches, first_batches, real_tokens, token_mask
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.loops import get_tag
 from loopq_compile.passes.base import Pass, PassResult
@@ -29,8 +29,8 @@ class SmoothActivations(Pass):
 
         s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)            (SmoothQuant eq. 4)
 
-    where the maxima run over all calibration tokens in all loops, and over all weights of the group. Channels that are
-    always zero, in the input or in the weights, keep `s_j = 1`. The function stays the same.
+    where the maxima run over all calibration tokens that no mask hides, in all loops, and over all weights of the
+    group. Channels that are always zero, in the input or in the weights, keep `s_j = 1`. The function stays the same.
 
     Does nothing to groups that have a transform already, and to weight-only schemes.
 
@@ -69,6 +69,7 @@ class SmoothActivations(Pass):
         observer = _Observer(graph_module, uses)
         every = calibration_batches(state.calibration, state.signature, vocabulary_size(graph_module))
         for inputs in progress(first_batches(every, self.max_tokens), "Measuring channels"):
+            observer.mask = token_mask(state.signature, inputs)
             with torch.no_grad():
                 observer.run(*inputs)
         for group, found in uses.items():
@@ -99,6 +100,7 @@ class _Observer(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule, uses: dict[str, list[Use]]) -> None:
         super().__init__(graph_module, garbage_collect_values=True)
         self.largest: dict[str, Tensor] = {}
+        self.mask: Tensor | None = None
         self.watched: dict[fx.Node, set[str]] = {}
         for group, found in uses.items():
             for use in found:
@@ -107,7 +109,8 @@ class _Observer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         for group in self.watched.get(n, ()):
-            largest = value.detach().abs().flatten(0, -2).amax(0).float()
+            rows = real_tokens(value.detach(), self.mask)
+            largest = rows.abs().amax(0).float() if len(rows) else rows.new_zeros(rows.shape[-1])
             if not largest.isfinite().all():
                 tag = get_tag(n)
                 raise LoopQError(

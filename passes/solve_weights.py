@@ -25,7 +25,7 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from loopq_compile.calibration import calibration_batches, first_batches
+from loopq_compile.calibration import calibration_batches, first_batches, token_mask
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.loops import get_tag
 from loopq_compile.passes.base import Pass, PassResult
@@ -154,7 +154,8 @@ class _Solver:
 
     def _observer(self) -> Observer:
         teacher = self.state.teacher if self.options.solver == "loaq" else None
-        return Observer(self.graph_module, teacher, self.batches, self.options.form)
+        masks = [token_mask(self.state.signature, batch) for batch in self.batches]
+        return Observer(self.graph_module, teacher, self.batches, self.options.form, masks)
 
     def _measure(self, families: list[Family]) -> dict[int, Split]:
         """Sums of the moments of every call but the first, by family, with the weights as they are."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from loopq_compile.calibration import real_tokens
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.loops import get_tag
 from loopq_compile.solvers.residual import Write, find_write, has_norm, inverse_rms, norm_gain
@@ -44,6 +45,7 @@ class Observer:
         teacher: the graph before quantization, with the same names of nodes; None where outputs are not compared.
         batches: inputs of both.
         form: of LoaQ, see `loopq_compile.solvers.loaq`.
+        masks: by batch, `[batch, sequence]`, which tokens count; None for all.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class Observer:
         teacher: fx.GraphModule | None,
         batches: Sequence[Sequence[Tensor]],
         form: int,
+        masks: Sequence[Tensor | None],
     ) -> None:
         self.walk = Walk(graph_module, batches)
-        self._count = len(batches)
+        self._masks = masks
         self._nodes = {node.name: node for node in graph_module.graph.nodes}
         self._teacher = None if teacher is None else Walk(teacher, batches)
         self._teacher_nodes = {} if teacher is None else {node.name: node for node in teacher.graph.nodes}
@@ -73,14 +76,15 @@ class Observer:
         linear, write = layer.linear, self.write(layer.linear)
         split: Split | None = None
         gain: Tensor | None = None
-        for batch in range(self._count):
+        for batch, mask in enumerate(self._masks):
             self.walk.run(batch, linear)
             if self._teacher is not None:
                 self._teacher.run(batch, self._counterpart(linear))
             if write is not None and has_norm(write) and gain is None:
                 gain = self._gain(batch, layer, write)
                 write = None if gain is None else write
-            sample = self._sample(batch, layer, write, gain)
+            shape = self.walk.value(batch, layer.linear.args[0]).shape  # type: ignore[arg-type]
+            sample = _without_padding(self._sample(batch, layer, write, gain), mask, shape)
             measured = Split.of(sample, 0 if self._teacher is None else len(sample[0]) // HELD)
             split = measured if split is None else split.add(measured)
         self.walk.finish(linear)
@@ -139,6 +143,12 @@ class Observer:
         shape = self._teacher.value(batch, write.stream).shape
         normed = self._teacher.apply(batch, write.branch, {write.linear: output.reshape(shape)})
         return norm_gain(output, _rows(normed)) if normed.shape == shape else None
+
+
+def _without_padding(sample: Sample, mask: Tensor | None, shape: torch.Size) -> Sample:
+    x, teacher_x, missing = (None if part is None else real_tokens(part.view(*shape[:-1], -1), mask) for part in sample)
+    assert x is not None
+    return x, teacher_x, missing
 
 
 def _rows(x: Any) -> Tensor:

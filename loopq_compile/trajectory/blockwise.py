@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.calibration import token_mask
 from loopq_compile.errors import LoopQError
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.signature import Signature
@@ -19,7 +20,6 @@ from loopq_compile.trajectory.learnable import Learnable
 from loopq_compile.trajectory.objective import LossParts, distance
 from loopq_compile.trajectory.steps import Steps, Values
 from loopq_compile.trajectory.student import Student, store_results
-from loopq_compile.trajectory.teacher import token_mask
 
 KEPT_BYTES = 4 << 30
 """Up to this size the values of all blocks are kept together; beyond it those of one block, in bfloat16."""

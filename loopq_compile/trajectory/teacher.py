@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.calibration import token_mask
 from loopq_compile.errors import LoopQError
 from loopq_compile.generation import logits_of
 from loopq_compile.options import CalibrationOptions
@@ -85,14 +86,6 @@ def predictions(
         if logits.shape[-1] == vocabulary:
             return logits, outputs
     return None, outputs
-
-
-def token_mask(signature: Signature, inputs: Sequence[Tensor]) -> Tensor | None:
-    """The attention mask `[batch, sequence]` among the inputs as numbers; None without one."""
-    for spec, tensor in zip(signature.inputs, inputs, strict=True):
-        if spec.name == "attention_mask" and tensor.ndim == 2:
-            return tensor.float()
-    return None
 
 
 def _tensors(targets: Targets) -> list[Tensor]:

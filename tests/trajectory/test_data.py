@@ -6,11 +6,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import loopq_compile as lq
+from loopq_compile.calibration import token_mask
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.passes.calibrate import Calibrate
 from loopq_compile.state import get_state
 from loopq_compile.trajectory.data import pick, regroup, split
-from loopq_compile.trajectory.teacher import Teacher, token_mask
+from loopq_compile.trajectory.teacher import Teacher
 from tests.tiny import VOCABULARY, tokens
 from tests.trajectory.tools import assert_same, captured, learned_tensors, prepared
 
@@ -84,7 +85,7 @@ def padded(seed, filler):
 
 
 def test_what_stands_in_masked_places_does_not_matter():
-    """Neither to the loss nor to what is learned; activations stay whole, for `collect-ranges` looks at all tokens."""
+    """Neither to the loss nor to what is learned."""
     torch.manual_seed(0)
     model = Masked().eval()
     results = []
@@ -96,13 +97,33 @@ def test_what_stands_in_masked_places_does_not_matter():
             example=padded(0, 0),
             data=data,
             steps=3,
-            scheme="w4a16",
             adapters=False,
         )
         results.append(get_state(graph_module).results["calibration"][0]["curve"])
     for first, second in zip(*results, strict=True):
         assert first["prediction"] == pytest.approx(second["prediction"], rel=1e-3)
         assert first["validation"] == pytest.approx(second["validation"], rel=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["gptq", "loaq"])
+def test_statistics_leave_masked_places_out(solver):
+    """Smoothing factors, ranges and solved weights are those of the real tokens alone."""
+    torch.manual_seed(0)
+    model = Masked().eval()
+    options = {"scheme": "w4a4", "activation": "static", "method": "smoothquant", "group_size": 16}
+    programs = [
+        lq.compile(
+            model,
+            padded(0, 0),
+            calibration=[padded(seed, filler) for seed in range(5)],
+            weight_solver=solver,
+            **options,
+        )
+        for filler in (0, 7)
+    ]
+    first, second = (program.graph_module.state_dict() for program in programs)
+    assert any("diagonal" in name for name in first) and any(name.endswith("_codes") for name in first)
+    assert_same(first, second)
 
 
 def test_the_mask_is_found_among_the_inputs():
