@@ -15,14 +15,15 @@ from torch import Tensor, fx
 from loopq_compile.calibration import calibration_batches
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.operators import ops
+from loopq_compile.options import CalibrationOptions
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.collect_ranges import vocabulary_size
 from loopq_compile.passes.constants import evaluate
 from loopq_compile.state import CompilerState, get_state, get_tensor, set_tensor
-from loopq_compile.trajectory.data import Batch, regroup, split
+from loopq_compile.trajectory.data import Batch, regroup
 from loopq_compile.trajectory.learnable import RATES, Learnable
 from loopq_compile.trajectory.states import adapter_names, loop_ends
-from loopq_compile.trajectory.steps import FUSED_STEPS
+from loopq_compile.trajectory.steps import FUSED_STEPS, Plan
 from loopq_compile.trajectory.student import Student
 from loopq_compile.trajectory.teacher import Teacher
 from loopq_compile.trajectory.training import Training
@@ -82,39 +83,8 @@ class Calibrate(Pass):
             options = dataclasses.replace(options, fused="on" if total >= FUSED_STEPS else "off")
         if not learnables:
             return PassResult(graph_module, False)
-        vocabulary = vocabulary_size(graph_module)
-        batches = regroup(list(calibration_batches(state.calibration, state.signature, vocabulary)), options.batch_rows)
-        learn, held = split(batches, options.validation, options.seed)
-        ends = loop_ends(graph_module) if self.trajectory else []
-        adapters = adapter_names(graph_module, ends)
-        student = Student(
-            graph_module,
-            [*ends, *adapters],
-            self._recompute(graph_module, batches[0]),
-            learned={item.name for item in learnables},
-        )
         phase = len(state.results.setdefault("calibration", []))
-        training = Training(
-            student,
-            Teacher(
-                _teacher(state), state.signature, ends, vocabulary, options, state.targets.setdefault(tuple(ends), {})
-            ),
-            learnables,
-            batches,
-            learn,
-            held,
-            signature=state.signature,
-            vocabulary=vocabulary,
-            ends=ends,
-            adapters=adapters,
-            options=options,
-            steps=steps,
-            guard=guard,
-            store=Path(options.checkpoint) / f"phase-{phase}.safetensors" if options.checkpoint else None,
-            fingerprint=fingerprint(student.tensors, state, batches, [item.name for item in learnables], steps)
-            if options.checkpoint
-            else "",
-        )
+        training = self._training(graph_module, learnables, options, steps, phase)
         learned = training.run(f"Calibrating {state.method}")
         for name, value in learned.items():
             set_tensor(graph_module, name, value.to(get_tensor(graph_module, name).dtype).contiguous())
@@ -127,6 +97,38 @@ class Calibrate(Pass):
             + (f", {report.refused} states refused" if report.refused else "")
         )
         return PassResult(graph_module, bool(learned))
+
+    def _training(
+        self,
+        graph_module: fx.GraphModule,
+        learnables: list[Learnable],
+        options: CalibrationOptions,
+        steps: int,
+        phase: int,
+    ) -> Training:
+        state = self.state(graph_module)
+        vocabulary = vocabulary_size(graph_module)
+        batches = regroup(list(calibration_batches(state.calibration, state.signature, vocabulary)), options.batch_rows)
+        ends = loop_ends(graph_module) if self.trajectory else []
+        adapters = adapter_names(graph_module, ends)
+        names = [item.name for item in learnables]
+        recompute = self._recompute(graph_module, batches[0])
+        student = Student(graph_module, [*ends, *adapters], recompute, learned=names)
+        kept = state.targets.setdefault(tuple(ends), {})
+        teacher = Teacher(_teacher(state), state.signature, ends, vocabulary, options, kept)
+        store, mark = None, ""
+        if options.checkpoint:
+            store = Path(options.checkpoint) / f"phase-{phase}.safetensors"
+            mark = fingerprint(student.tensors, state, batches, names, steps)
+        return Training(
+            Plan(learnables, batches, options, steps, guard, store, mark),
+            student,
+            teacher,
+            signature=state.signature,
+            vocabulary=vocabulary,
+            ends=ends,
+            adapters=adapters,
+        )
 
     def _recompute(self, graph_module: fx.GraphModule, batch: Batch) -> bool:
         wanted = get_state(graph_module).options.recompute

@@ -17,9 +17,9 @@ from loopq_compile.passes.collect_ranges import vocabulary_size
 from loopq_compile.state import get_tensor, set_tensor
 from loopq_compile.trajectory.blocks import Block, find_blocks
 from loopq_compile.trajectory.blockwise import BlockTraining, Recorder, block_names, check_finite
-from loopq_compile.trajectory.data import Batch, regroup, split
+from loopq_compile.trajectory.data import Batch, regroup
 from loopq_compile.trajectory.learnable import Learnable
-from loopq_compile.trajectory.steps import Report
+from loopq_compile.trajectory.steps import Plan, Report
 
 KINDS = ("transform", "diagonal", "clip", "range", "weight_clip")
 """What is learned by default."""
@@ -100,24 +100,12 @@ class CalibrateBlocks(Pass):
         mark: str,
     ) -> BlockTraining:
         state = self.state(graph_module)
-        learn, held = split(batches, state.options.validation, state.options.seed)
         records = recorder.record(block)
         check_finite(records, [name for call in block.calls for name in call.outputs])
-        return BlockTraining(
-            block,
-            {name: get_tensor(graph_module, name) for name in block.attributes.values()},
-            records,
-            state.signature,
-            _learned_in(block, find_learnables(graph_module, self.kinds)),
-            batches,
-            learn,
-            held,
-            options=state.options,
-            steps=self._steps(graph_module),
-            guard=guard,
-            store=store,
-            fingerprint=mark,
-        )
+        learnables = _learned_in(block, find_learnables(graph_module, self.kinds))
+        plan = Plan(learnables, batches, state.options, self._steps(graph_module), guard, store, mark)
+        tensors = {name: get_tensor(graph_module, name) for name in block.attributes.values()}
+        return BlockTraining(plan, block, tensors, records, state.signature)
 
 
 def _constants(graph_module: fx.GraphModule) -> list[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +10,12 @@ from torch import Tensor, fx
 
 from loopq_compile.calibration import token_mask
 from loopq_compile.errors import LoopQError
-from loopq_compile.options import CalibrationOptions
 from loopq_compile.signature import Signature
 from loopq_compile.trajectory import distributed
 from loopq_compile.trajectory.blocks import Block, Call
 from loopq_compile.trajectory.data import Batch
-from loopq_compile.trajectory.learnable import Learnable
 from loopq_compile.trajectory.objective import LossParts, distance
-from loopq_compile.trajectory.steps import Steps, Values
+from loopq_compile.trajectory.steps import Plan, Steps
 from loopq_compile.trajectory.student import Student, store_results
 
 KEPT_BYTES = 4 << 30
@@ -81,43 +78,24 @@ class BlockTraining(Steps):
     The loss is the mean over runs and outputs of the squared error relative to the output's mean square.
 
     Args:
+        plan: see `Steps`.
         block: what is trained.
         tensors: the stored tensors of the graph, by constant name.
         records: by batch, the teacher's values.
         signature: finds the attention mask among the inputs: masked tokens do not count.
-        learnables, batches, learn, held, options, steps, guard, store, fingerprint: see `Steps`.
     """
 
     def __init__(
         self,
+        plan: Plan,
         block: Block,
         tensors: Mapping[str, Tensor],
         records: Sequence[Record],
         signature: Signature,
-        learnables: Sequence[Learnable],
-        batches: Sequence[Batch],
-        learn: Sequence[int],
-        held: Sequence[int],
-        *,
-        options: CalibrationOptions,
-        steps: int,
-        guard: Callable[[Values], str | None],
-        store: Path | None,
-        fingerprint: str,
     ) -> None:
-        super().__init__(
-            learnables,
-            batches,
-            learn,
-            held,
-            options=options,
-            steps=steps,
-            guard=guard,
-            store=store,
-            fingerprint=fingerprint,
-        )
+        super().__init__(plan)
         self.block, self.tensors, self.records = block, tensors, records
-        self._masks = [token_mask(signature, distributed.shard(x, self.rank, self.world)) for x in batches]
+        self._masks = [token_mask(signature, distributed.shard(x, self.rank, self.world)) for x in self.batches]
 
     def backward(self, number: int) -> LossParts:
         """Goes backward run by run, so that the memory of a step does not grow with the number of loops."""

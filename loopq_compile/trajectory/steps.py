@@ -17,7 +17,7 @@ from loopq_compile.operators.fusion import fusing
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.progress import StepProgress
 from loopq_compile.trajectory import checkpoint, distributed
-from loopq_compile.trajectory.data import Batch, pick
+from loopq_compile.trajectory.data import Batch, pick, split
 from loopq_compile.trajectory.learnable import Learnable, Optimizer
 from loopq_compile.trajectory.objective import LossParts
 
@@ -54,12 +54,13 @@ class Report:
     refused: int = 0
 
 
-class Steps(ABC):
-    """One phase; a subclass says what is learned from (`backward`) and what is compared (`validate`).
+@dataclass(frozen=True)
+class Plan:
+    """What one phase of calibration changes, on what, and for how long.
 
     Args:
         learnables: what changes.
-        batches: all calibration batches; `learn` and `held` are numbers of those to learn from and to validate on.
+        batches: all calibration batches.
         options: see `CalibrationOptions`.
         steps: length of this phase.
         guard: looks at the values before they are kept as best; returns a reason against it, or None.
@@ -67,24 +68,29 @@ class Steps(ABC):
         fingerprint: identifies the calibration that a checkpoint belongs to.
     """
 
-    def __init__(
-        self,
-        learnables: Sequence[Learnable],
-        batches: Sequence[Batch],
-        learn: Sequence[int],
-        held: Sequence[int],
-        *,
-        options: CalibrationOptions,
-        steps: int,
-        guard: Callable[[Values], str | None],
-        store: Path | None,
-        fingerprint: str,
-    ) -> None:
-        self.learnables, self.batches = list(learnables), batches
-        self.learn, self.held = learn, held or learn[: max(1, len(learn) // 8)]
-        self.options, self.steps, self.guard = options, steps, guard
-        self.store, self.fingerprint = store, fingerprint
-        self.optimizer = Optimizer(self.learnables, options.learning_rate, steps)
+    learnables: Sequence[Learnable]
+    batches: Sequence[Batch]
+    options: CalibrationOptions
+    steps: int
+    guard: Callable[[Values], str | None]
+    store: Path | None = None
+    fingerprint: str = ""
+
+
+class Steps(ABC):
+    """One phase; a subclass says what is learned from (`backward`) and what is compared (`validate`).
+
+    Args:
+        plan: what to do. Of its batches a share is held out to validate on, as its options say.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.learnables, self.batches = list(plan.learnables), plan.batches
+        self.options, self.steps, self.guard = plan.options, plan.steps, plan.guard
+        self.store, self.fingerprint = plan.store, plan.fingerprint
+        self.learn, held = split(self.batches, self.options.validation, self.options.seed)
+        self.held = held or self.learn[: max(1, len(self.learn) // 8)]
+        self.optimizer = Optimizer(self.learnables, self.options.learning_rate, self.steps)
         self.report = Report()
         self.best = self._raws()
         self.rank, self.world = distributed.world()

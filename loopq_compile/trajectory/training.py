@@ -2,70 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loopq_compile.options import CalibrationOptions
 from loopq_compile.signature import Signature
 from loopq_compile.trajectory import distributed
 from loopq_compile.trajectory.data import Batch
-from loopq_compile.trajectory.learnable import Learnable
 from loopq_compile.trajectory.objective import LossParts, Objective, Targets, divergence, token_mean
-from loopq_compile.trajectory.steps import Report, Steps, Values
+from loopq_compile.trajectory.steps import Plan, Steps, Values
 from loopq_compile.trajectory.student import Student
 from loopq_compile.trajectory.teacher import Teacher, predictions
-
-__all__ = ["Report", "Training", "Values"]
 
 
 class Training(Steps):
     """One phase of end-to-end calibration.
 
     Args:
+        plan: see `Steps`.
         student, teacher: both see the same batches.
-        learnables: what changes.
-        batches: all calibration batches; `learn` and `held` are numbers of those to learn from and to validate on.
+        signature, vocabulary: find the logits among the results.
         ends, adapters: names of the nodes at the end of each loop and of the adapters behind.
-        options, steps, guard, store, fingerprint: see `Steps`.
     """
 
     def __init__(
         self,
+        plan: Plan,
         student: Student,
         teacher: Teacher,
-        learnables: Sequence[Learnable],
-        batches: Sequence[Batch],
-        learn: Sequence[int],
-        held: Sequence[int],
         *,
         signature: Signature,
         vocabulary: int | None,
         ends: Sequence[str],
         adapters: Sequence[str],
-        options: CalibrationOptions,
-        steps: int,
-        guard: Callable[[Values], str | None],
-        store: Path | None,
-        fingerprint: str,
     ) -> None:
-        super().__init__(
-            learnables,
-            batches,
-            learn,
-            held,
-            options=options,
-            steps=steps,
-            guard=guard,
-            store=store,
-            fingerprint=fingerprint,
-        )
+        super().__init__(plan)
         self.student, self.teacher = student, teacher
         self.signature, self.vocabulary, self.ends, self.adapters = signature, vocabulary, ends, adapters
-        self.objective = Objective(options, len(ends))
+        self.objective = Objective(plan.options, len(ends))
 
     def backward(self, number: int) -> LossParts:
         inputs = distributed.shard(self.batches[number], self.rank, self.world)

@@ -11,7 +11,7 @@ from loopq_compile.passes.calibrate import Calibrate, guard
 from loopq_compile.state import get_state
 from loopq_compile.trajectory.learnable import Learnable
 from loopq_compile.trajectory.objective import LossParts
-from loopq_compile.trajectory.steps import Steps
+from loopq_compile.trajectory.steps import Plan, Steps
 from tests.trajectory.tools import assert_same, learned_tensors, prepared
 
 
@@ -21,17 +21,8 @@ class Parabola(Steps):
     def __init__(self, start, goal=0.0, name="x", loss=None, **options):
         self.goal, self.loss, self.start = goal, loss, start.clone()
         settings = CalibrationOptions(**{"evaluate_every": 1} | options)
-        super().__init__(
-            [Learnable.of(name, "transform", start)],
-            [[torch.zeros(2, 3)]] * 4,
-            [0, 1, 2],
-            [3],
-            options=settings,
-            steps=settings.steps,
-            guard=guard,
-            store=None,
-            fingerprint="",
-        )
+        learnables = [Learnable.of(name, "transform", start)]
+        super().__init__(Plan(learnables, [[torch.zeros(2, 3)]] * 4, settings, settings.steps, guard))
 
     def backward(self, number):
         x = self.learnables[0].value()
