@@ -52,7 +52,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with _vmap_free_masks(), warnings.catch_warnings(), torch.no_grad():
+        with _vmap_free_masks(), _without_disable_marks(model), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             exported = _export(model, arguments, dynamic_shapes(arguments, named))
     finally:
@@ -159,6 +159,28 @@ def _vmap_free_masks() -> Iterator[None]:
     finally:
         for name, function in before.items():
             functions[name] = function
+
+
+@contextlib.contextmanager
+def _without_disable_marks(model: nn.Module) -> Iterator[None]:
+    """Takes `torch._dynamo.disable(recursive=False)` off the methods of `model` while exporting.
+
+    Methods so marked refuse to run under the exporter, even in non-strict mode, which runs them in plain Python and
+    never asks Dynamo: there the mark means nothing.
+    """
+    marked = [
+        (cls, name, method)
+        for cls in {cls for module in model.modules() for cls in type(module).__mro__}
+        for name, method in vars(cls).items()
+        if getattr(getattr(method, "__code__", None), "co_name", "") == "nonrecursive_disable_wrapper"
+    ]
+    try:
+        for cls, name, method in marked:
+            setattr(cls, name, method.__wrapped__)
+        yield
+    finally:
+        for cls, name, method in marked:
+            setattr(cls, name, method)
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

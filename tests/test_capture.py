@@ -276,3 +276,25 @@ def test_a_causal_mask_of_infinities_in_a_buffer_is_no_damage():
     model = Small(lambda self, x: x + self.mask.softmax(-1)[: x.shape[1], : x.shape[1]].sum())
     model.register_buffer("mask", torch.full((32, 32), float("-inf")).triu(1))
     same(captured(model), model, IDS)
+
+
+class MarkedRecurrence(nn.Module):
+    """A method that is hidden from Dynamo, as Parcae's recurrence is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    @torch._dynamo.disable(recursive=False)
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.linear(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x)
+
+
+def test_methods_hidden_from_dynamo_are_captured_and_stay_hidden():
+    model, x, marked = MarkedRecurrence(), torch.randn(2, 8), MarkedRecurrence.run
+    with torch.no_grad():
+        assert captured(model, x)(x).equal(model(x))
+    assert MarkedRecurrence.run is marked

@@ -1,0 +1,170 @@
+"""Huginn: a recurrent-depth language model (arXiv 2502.05171, seal-rg/recurrent-pretraining).
+
+    e = prelude(wte(ids) * sqrt(n_embd)); x = initial state
+    for t in range(T):
+        x = core_block(adapter([x, e]))
+    logits = lm_head(ln_f(coda(ln_f(x))))        # the final norm is used twice, the head is the embedding
+
+A layer norms in front of every sublayer and behind it, there *with* the residual: `x = norm_2(attn(norm_1(x)) + x)`,
+`x = norm_4(mlp(norm_3(x)) + x)`.
+
+The published model draws its initial state anew for every call. A compiled model has to be a function of its inputs:
+here it is a constant vector from a seed for all positions, or an argument. Parameter names are those of the public
+checkpoint. Against the public code (commit 59e0b69, on transformers 4.57.6; random weights, float32, the same initial
+state) the largest difference of a logit is 1.4e-5 where the largest logit is 5.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loopq_compile.models.parts import (
+    causal_attention,
+    check_loops,
+    constant_state,
+    forget_rotary_table,
+    pair_tables,
+    rotate_pairs,
+    split_heads,
+)
+
+
+@dataclass(frozen=True)
+class HuginnConfig:
+    """Sizes of a `Huginn`, by the names of its own configuration; the defaults are the published 3.5B model's.
+
+    `state_scale` is the standard deviation of the initial state in units of an embedding's; 0 starts from zero.
+    """
+
+    vocab_size: int = 65536
+    n_embd: int = 5280
+    n_heads: int = 55
+    intermediate_size: int = 17920
+    n_layers_in_prelude: int = 2
+    n_layers_in_recurrent_block: int = 4
+    n_layers_in_coda: int = 2
+    mean_recurrence: int = 32
+    norm_eps: float = 1e-6
+    qk_bias: bool = True
+    bias: bool = False
+    tie_embeddings: bool = True
+    rope_base: float = 50_000.0
+    state_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_loops("mean_recurrence", self.mean_recurrence)
+        split_heads("n_embd", self.n_embd, self.n_heads)
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied with."""
+        return math.sqrt(self.n_embd)
+
+
+class HuginnAttention(nn.Module):
+    """Causal attention with rotary positions; query, key and value from one matrix, with biases of their own."""
+
+    def __init__(self, config: HuginnConfig) -> None:
+        super().__init__()
+        self.heads, width = config.n_heads, config.n_embd
+        self.Wqkv = nn.Linear(width, 3 * width, bias=False)
+        self.qk_bias = (
+            nn.Parameter(torch.zeros(2, 1, config.n_heads, width // config.n_heads)) if config.qk_bias else None
+        )
+        self.proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """`[batch, seq, n_embd]` to the same shape."""
+        query, key, value = self.Wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        if self.qk_bias is not None:
+            query, key = query + self.qk_bias[0], key + self.qk_bias[1]
+        return self.proj(causal_attention(rotate_pairs(query, *tables), rotate_pairs(key, *tables), value))
+
+
+class HuginnMLP(nn.Module):
+    """`proj(silu(a) * b)` with `a, b = fc(x)`."""
+
+    def __init__(self, config: HuginnConfig) -> None:
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=False)
+        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, seq, n_embd]` to the same shape."""
+        gate, up = self.fc(x).chunk(2, dim=-1)
+        return self.proj(F.silu(gate) * up)
+
+
+class HuginnBlock(nn.Module):
+    """A sandwich: norms in front of each sublayer, and behind its sum with the residual."""
+
+    def __init__(self, config: HuginnConfig) -> None:
+        super().__init__()
+        self.attn, self.mlp = HuginnAttention(config), HuginnMLP(config)
+        self.norm_1, self.norm_2, self.norm_3, self.norm_4 = (
+            nn.RMSNorm(config.n_embd, eps=config.norm_eps) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """`[batch, seq, n_embd]` to the same shape."""
+        x = self.norm_2(self.attn(self.norm_1(x), tables) + x)
+        return self.norm_4(self.mlp(self.norm_3(x)) + x)
+
+
+class Huginn(nn.Module):
+    """The recurrent-depth language model: ids `[batch, seq]` in, logits `[batch, seq, vocab_size]` out.
+
+    `loops` (None: the configuration's `mean_recurrence`) sets how often the core runs; `seed` makes the initial state.
+    """
+
+    initial_state: Tensor
+
+    def __init__(self, config: HuginnConfig, loops: int | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.loops = config, loops
+        embedding = nn.Embedding(config.vocab_size, config.n_embd)
+
+        def stack(layers: int) -> nn.ModuleList:
+            return nn.ModuleList(HuginnBlock(config) for _ in range(layers))
+
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": embedding,
+                "prelude": stack(config.n_layers_in_prelude),
+                "adapter": nn.Linear(2 * config.n_embd, config.n_embd, bias=config.bias),
+                "core_block": stack(config.n_layers_in_recurrent_block),
+                "coda": stack(config.n_layers_in_coda),
+                "ln_f": nn.RMSNorm(config.n_embd, eps=config.norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = embedding.weight
+        std = config.state_scale * config.embedding_scale * math.sqrt(2 / (5 * config.n_embd))
+        self.register_buffer("initial_state", constant_state(config.n_embd, std, seed), persistent=False)
+        self.register_load_state_dict_pre_hook(forget_rotary_table)
+
+    def forward(self, input_ids: Tensor, initial_state: Tensor | None = None) -> Tensor:
+        """Logits of all positions.
+
+        initial_state: `[batch, seq, n_embd]`, in place of the constant one.
+        """
+        config, parts = self.config, self.transformer
+        tables = pair_tables(input_ids.shape[1], config.n_embd // config.n_heads, config.rope_base, input_ids)
+        injected = self._run("prelude", parts["wte"](input_ids) * config.embedding_scale, tables)
+        state = self.initial_state.expand(*input_ids.shape, -1) if initial_state is None else initial_state
+        for _ in range(self.loops or config.mean_recurrence):
+            state = self._run("core_block", self.transformer["adapter"](torch.cat([state, injected], dim=-1)), tables)
+        return self.lm_head(parts["ln_f"](self._run("coda", parts["ln_f"](state), tables))).float()
+
+    def _run(self, stack: str, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        layers = self.transformer[stack]
+        assert isinstance(layers, nn.ModuleList)
+        for block in layers:
+            x = block(x, tables)
+        return x

@@ -1,0 +1,119 @@
+"""What holds for every reference model: the loop found, the w4a4 program, its ONNX file, dynamic shapes, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import loopq_compile as lq
+from loopq_compile.backends.onnx import OnnxExecutable
+from loopq_compile.capture import capture
+from loopq_compile.models import (
+    Huginn,
+    HuginnConfig,
+    LoopFormer,
+    LoopFormerConfig,
+    Ouro,
+    OuroConfig,
+    Parcae,
+    ParcaeConfig,
+)
+from loopq_compile.program import Program
+
+VOCABULARY = 64
+LOOPFORMER = LoopFormerConfig(block_size=32, vocab_size=VOCABULARY, n_layer=1, n_head=2, n_embd=32, intermediate_dim=64)
+PARCAE = ParcaeConfig(
+    padded_vocab_size=VOCABULARY, n_embd=32, intermediate_size=64, num_attention_heads=2, n_layers_in_prelude=1,
+    n_layers_in_recurrent_block=1, n_layers_in_coda=1, mean_recurrence=3, mean_backprop_depth=3,
+    recurrent_embedding_dimension=32, recurrent_intermediation_embedding_dimension=64, logit_softcap=15.0,
+)  # fmt: skip
+HUGINN = HuginnConfig(
+    vocab_size=VOCABULARY, n_embd=32, n_heads=2, intermediate_size=64, n_layers_in_prelude=1,
+    n_layers_in_recurrent_block=1, n_layers_in_coda=1, mean_recurrence=3,
+)  # fmt: skip
+OURO = OuroConfig(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+    total_ut_steps=3,
+)  # fmt: skip
+
+
+def with_random_weights(model: nn.Module) -> nn.Module:
+    """No gate is zero and no norm is one, so that nothing hides behind an initialisation."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1 + 0.3 * noise)
+    return model.eval()
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "ouro": (lambda: Ouro(OURO), "3 x (model.layers, model.norm, model.early_exit_gate)"),
+    "loopformer": (lambda: LoopFormer(LOOPFORMER, (0.5, 0.3, 0.2)), "3 x (dt_embedder, transformer.h)"),
+    "parcae": (lambda: Parcae(PARCAE), "3 x (transformer.adapter, transformer.core_block)"),
+    "huginn": (lambda: Huginn(HUGINN), "3 x (transformer.adapter, transformer.core_block)"),
+}
+"""Tiny models, with the structure that must be found."""
+
+
+def ids(batch: int, length: int) -> Tensor:
+    """Token ids `[batch, length]`."""
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def logits(output: object) -> Tensor:
+    """The logits of a model that returns them bare or beside others."""
+    return output if isinstance(output, Tensor) else output.logits  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
+    """Every tiny model, with its name."""
+    return request.param, with_random_weights(MODELS[request.param][0]())
+
+
+def test_the_captured_graph_equals_the_model_at_every_size(model: tuple[str, nn.Module]) -> None:
+    program = Program(capture(model[1], ids(2, 12)))
+    for batch, length in ((2, 12), (1, 1), (3, 20)):
+        with torch.no_grad():
+            expected = logits(model[1](ids(batch, length)))
+        torch.testing.assert_close(logits(program(ids(batch, length))), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_w4a4_program_has_the_loop_and_its_onnx_file_agrees(model: tuple[str, nn.Module], tmp_path) -> None:
+    """Tolerance: 3 % of the largest logit and 0.3 % in the mean, as for all small random models."""
+    name, module = model
+    program = lq.compile(module, ids(2, 12), scheme="w4a4", method="symmetric")
+    assert program.loops.describe() == MODELS[name][1]
+    program.export_onnx(tmp_path)
+    run = OnnxExecutable(tmp_path / "model.onnx", threads=1)
+    for batch, length in ((2, 12), (1, 20)):
+        expected, found = logits(program(ids(batch, length))), logits(run(ids(batch, length)))
+        with torch.no_grad():
+            exact = logits(module(ids(batch, length)))
+        assert 1e-3 < (expected - exact).abs().mean() / exact.abs().mean() < 1  # it is quantized, and not noise
+        assert (found - expected).abs().max() < 3e-2 * expected.abs().max()
+        assert (found - expected).abs().mean() < 3e-3 * expected.abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("make", "billions"),
+    [
+        (lambda: Ouro(OuroConfig.ouro_1_4b()), 1.435),
+        (lambda: Ouro(OuroConfig.ouro_2_6b()), 2.668),
+        (lambda: Huginn(HuginnConfig()), 3.565),
+        (lambda: LoopFormer(LoopFormerConfig()), 0.278),
+        (lambda: Parcae(ParcaeConfig.published("140m")), 0.144),
+        (lambda: Parcae(ParcaeConfig.published("370m")), 0.388),
+        (lambda: Parcae(ParcaeConfig.published("770m")), 0.777),
+        (lambda: Parcae(ParcaeConfig.published("1.3b")), 1.339),
+    ],
+    ids=["ouro-1.4b", "ouro-2.6b", "huginn", "loopformer", "parcae-140m", "parcae-370m", "parcae-770m", "parcae-1.3b"],
+)
+def test_published_sizes(make: Callable[[], nn.Module], billions: float) -> None:
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in make().parameters())
+    assert parameters / 1e9 == pytest.approx(billions, abs=5e-4)

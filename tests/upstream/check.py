@@ -1,0 +1,164 @@
+"""Checks of a public looped model's own code, unchanged: `python -m tests.upstream.check CHECKOUT`.
+
+CHECKOUT is a clone of LoopedLMs/ouro_rl (needs transformers 4.57.6), armenjeddi/loopformer or sandyresearch/parcae. A
+tiny model with random weights is captured (logits equal those of the code), its loop is found, it is compiled to w8a8
+(near the code's logits) and w4a4 (a random model is far off: a figure, not a check), and the w4a4 program is compared
+with its ONNX file. The status is 1 if anything differs by more than stated. CONTRIBUTING.md holds the last results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import sys
+import tempfile
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import loopq_compile as lq
+from loopq_compile.backends.onnx import OnnxExecutable
+from loopq_compile.capture import capture
+from loopq_compile.program import Program
+
+
+class Upstream(NamedTuple):
+    """A public model: a file by which its checkout is known, how a tiny one is made, and what is expected."""
+
+    marker: str
+    make: Callable[[Path], nn.Module]
+    inputs: Callable[[Tensor], dict[str, Any]]
+    structure: str
+
+
+def ouro(checkout: Path) -> nn.Module:
+    """The remote code of the hub's Ouro repositories; its package's own imports are left out."""
+    package = types.ModuleType("ouro_code")
+    package.__path__ = [str(checkout / "ouro_rl/modeling")]
+    sys.modules["ouro_code"] = package
+    config = importlib.import_module("ouro_code.configuration_ouro").OuroConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, total_ut_steps=3,
+    )  # fmt: skip
+    return importlib.import_module("ouro_code.modeling_ouro").OuroForCausalLM(config)
+
+
+def loopformer(checkout: Path) -> nn.Module:
+    """The code prints its size."""
+    sys.path.insert(0, str(checkout))
+    code = importlib.import_module("models.loopformer")
+    with contextlib.redirect_stdout(io.StringIO()):
+        return code.GPT(
+            code.GPTConfig(block_size=64, vocab_size=64, n_layer=1, n_head=2, n_embd=32, intermediate_dim=64)
+        )
+
+
+def parcae(checkout: Path) -> nn.Module:
+    """The initial state is zero, since logits of a random one cannot be compared."""
+    sys.path.insert(0, str(checkout))
+    config = importlib.import_module("parcae_lm.models.parcae.config").ParcaeConfig(
+        block_size=64, vocab_size=64, padding_multiple=64, n_embd=32, intermediate_size=64, num_attention_heads=2,
+        recurrent_embedding_dimension=32, recurrent_intermediation_embedding_dimension=64, n_layers_in_prelude=1,
+        n_layers_in_recurrent_block=1, n_layers_in_coda=1, mean_recurrence=3, mean_backprop_depth=3,
+        norm_class_name="RMSNorm", nonlin_name="ReLU2", tie_embeddings=True, qk_norm=True, prelude_norm=True,
+        init_strategy="scaled", state_init="zero",
+    )  # fmt: skip
+    return config.construct_model()
+
+
+UPSTREAMS = {
+    "ouro": Upstream(
+        "ouro_rl/modeling/modeling_ouro.py",
+        ouro,
+        lambda ids: {"input_ids": ids, "use_cache": False},
+        "3 x (model.layers, model.norm, model.early_exit_gate)",
+    ),
+    "loopformer": Upstream(
+        "models/loopformer.py",
+        loopformer,
+        lambda ids: {"idx": ids, "targets": ids},  # with targets it returns the logits of all positions
+        "8 x (time_embedder, dt_embedder, transformer.h)",
+    ),
+    "parcae": Upstream(
+        "parcae_lm/models/parcae/parcae.py",
+        parcae,
+        lambda ids: {"input_ids": ids, "return_logits": True},
+        "3 x (transformer.adapter, transformer.core_block)",
+    ),
+}
+
+
+def logits(output: Any) -> Tensor:
+    """From a tuple or a mapping."""
+    return output[0] if isinstance(output, tuple) else output["logits"]
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    """Token ids `[batch, length]`."""
+    return torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def check(upstream: Upstream, checkout: Path) -> list[tuple[str, float, float]]:
+    """Name, largest difference of a logit in units of the largest logit, and the tolerance, for every comparison.
+
+    Raises:
+        AssertionError: another loop was found.
+    """
+    model = upstream.make(checkout).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            around = 0.0 if name.endswith("bias") else 1.0
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else around + 0.1 * noise)
+    example = upstream.inputs(tokens(2, 11))
+    captured = Program(capture(model, example))
+    finer = lq.compile(model, example, scheme="w8a8", method="symmetric")
+    program = lq.compile(model, example, scheme="w4a4", method="symmetric")
+    assert program.loops.describe() == upstream.structure, program.loops.describe()
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        program.export_onnx(folder)
+        run = OnnxExecutable(Path(folder) / "model.onnx", threads=1)
+        for batch, length in ((2, 11), (1, 20)):
+            inputs = upstream.inputs(tokens(batch, length))
+            with torch.no_grad():
+                exact = logits(model(**inputs))
+            quantized = logits(program(**inputs))
+            onnx = logits(run(**{name: value for name, value in inputs.items() if isinstance(value, Tensor)}))
+            results += [
+                (f"captured, {batch} x {length}", _relative(logits(captured(**inputs)), exact), 1e-5),
+                (f"w8a8 program, {batch} x {length}", _relative(logits(finer(**inputs)), exact), 0.1),
+                (f"w4a4 program, {batch} x {length}", _relative(quantized, exact), float("inf")),
+                (f"ONNX against program, {batch} x {length}", _relative(onnx, quantized), 3e-2),
+            ]
+    return results
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def main() -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkout", type=Path, help="clone of one of the repositories")
+    checkout = parser.parse_args().checkout.resolve()
+    found = [name for name, upstream in UPSTREAMS.items() if (checkout / upstream.marker).is_file()]
+    if not found:
+        parser.error(f"{checkout} is no checkout of {', '.join(UPSTREAMS)}")
+    results = check(UPSTREAMS[found[0]], checkout)
+    print(f"{found[0]}, torch {torch.__version__}: {UPSTREAMS[found[0]].structure}")
+    for name, difference, tolerance in results:
+        print(f"{name}: {difference:.2g} (at most {tolerance:.2g})")
+    return int(any(difference > tolerance for _, difference, tolerance in results))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
