@@ -18,7 +18,7 @@ from torch import Tensor, fx
 import loopq_compile
 from loopq_compile.errors import LoopQError
 from loopq_compile.folders import replacing_folder
-from loopq_compile.graph_json import graph_from_json, graph_to_json
+from loopq_compile.graph_json import graph_from_json, graph_to_json, rolled_from_json
 from loopq_compile.loops import LoopStructure, LoopTag
 from loopq_compile.scheme import Scheme
 from loopq_compile.shapes import infer_shapes
@@ -156,7 +156,7 @@ def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.Graph
     missing = [node.target for node in graph.nodes if node.op == "get_attr" and node.target not in tensors]
     if missing:
         raise LoopQError(f"tensor {missing[0]!r} is missing.")
-    graph_module = fx.GraphModule(dict(tensors), graph)
+    graph_module = fx.GraphModule({**tensors, **rolled_from_json(data["nodes"])}, graph)
     state = CompilerState(
         signature=signature_from_dict(data["signature"]),
         model_name=data["model"],

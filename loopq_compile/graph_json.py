@@ -15,6 +15,7 @@ from loopq_compile.errors import LoopQError
 from loopq_compile.loops import LoopTag, get_tag, set_tag
 from loopq_compile.pipeline import MADE_BY
 from loopq_compile.printer import site_of
+from loopq_compile.rolled import RolledLoop
 from loopq_compile.shapes import TYPE
 
 _NAMESPACES = ("aten", "loopq", "prims")
@@ -51,7 +52,7 @@ def graph_from_json(data: list[dict[str, Any]]) -> fx.Graph:
     nodes: dict[str, fx.Node] = {}
     for entry in data:
         kind, target = entry["op"], entry["target"]
-        if kind not in ("placeholder", "get_attr", "call_function", "output"):
+        if kind not in ("placeholder", "get_attr", "call_function", "call_module", "output"):
             raise LoopQError(f"Node {entry.get('name')!r} has the unknown kind {kind!r}.")
         args, kwargs = _decode(entry["args"], nodes), _decode(entry["kwargs"], nodes)
         function = _lookup(target) if kind == "call_function" else target
@@ -65,10 +66,31 @@ def graph_from_json(data: list[dict[str, Any]]) -> fx.Graph:
     return graph
 
 
+def rolled_from_json(data: list[dict[str, Any]]) -> dict[str, RolledLoop]:
+    """The rolled loops that the nodes of `graph_to_json` call, by name.
+
+    Raises:
+        LoopQError: as in `graph_from_json`.
+    """
+    loops = {entry["target"]: dict(entry["rolled"]) for entry in data if entry["op"] == "call_module"}
+    return {
+        name: RolledLoop(fx.GraphModule({}, graph_from_json(loop.pop("body"))), **loop) for name, loop in loops.items()
+    }
+
+
+def _rolled_to_json(node: fx.Node) -> dict[str, Any]:
+    owner = node.graph.owning_module
+    loop = owner.get_submodule(str(node.target)) if owner is not None else None
+    if not isinstance(loop, RolledLoop):
+        raise LoopQError(f"Node {node.name!r} calls the module {node.target!r}, which a saved program cannot hold.")
+    numbers = {"count": loop.count, "rows": loop.rows, "skipped": loop.skipped, "number": loop.number}
+    return {**numbers, "body": graph_to_json(loop.body.graph)}
+
+
 def _node_to_json(node: fx.Node) -> dict[str, Any]:
     if node.op == "call_function":
         target = _name_of(node)
-    elif node.op in ("placeholder", "get_attr", "output"):
+    elif node.op in ("placeholder", "get_attr", "output", "call_module"):
         target = str(node.target)
     else:
         raise LoopQError(
@@ -81,6 +103,8 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
         "args": _encode(list(node.args), node),
         "kwargs": _encode(node.kwargs, node),
     }
+    if node.op == "call_module":
+        entry["rolled"] = _rolled_to_json(node)
     tag = get_tag(node)
     if tag is not None:
         entry["tag"] = [list(tag.loops), list(tag.index)]

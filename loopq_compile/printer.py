@@ -10,6 +10,7 @@ from torch import fx
 
 from loopq_compile.loops import LoopTag, get_tag
 from loopq_compile.pipeline import MADE_BY
+from loopq_compile.rolled import rolled_loops
 from loopq_compile.shapes import type_of
 from loopq_compile.state import get_state
 
@@ -29,6 +30,14 @@ def print_graph(graph_module: fx.GraphModule) -> str:
         lines.append(f"# constructed by {' -> '.join(entry.pass_name for entry in state.log)}")
     lines += [f"def forward(self, {', '.join(spec.name for spec in state.signature.inputs)}):"]
     lines += print_nodes(graph_module.graph.nodes)
+    for loop in rolled_loops(graph_module):
+        arguments = [node.name for node in loop.body.graph.nodes if node.op == "placeholder"]
+        lines += [
+            "",
+            f"# the body of loop_{loop.number}, {loop.count} iterations",
+            f"def body({', '.join(arguments)}):",
+        ]
+        lines += print_nodes(loop.body.graph.nodes)
     return "\n".join(lines) + "\n"
 
 
@@ -80,7 +89,8 @@ def _line(node: fx.Node) -> str:
     else:
         arguments = [_value(argument) for argument in node.args]
         arguments += [f"{name}={_value(argument)}" for name, argument in node.kwargs.items()]
-        code = f"    {node.name} = {_function(node.target)}({', '.join(arguments)})"
+        function = f"self.{node.target}" if node.op == "call_module" else _function(node.target)
+        code = f"    {node.name} = {function}({', '.join(arguments)})"
     tag, site, made_by = get_tag(node), site_of(node), node.meta.get(MADE_BY)
     notes = [str(tag or ""), f"site={site}" if site and node.op != "get_attr" else "", type_of(node)]
     notes += [f"by {made_by}" if made_by else ""]

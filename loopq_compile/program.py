@@ -82,15 +82,16 @@ class Program:
 
         Args:
             directory: is made if needed; a file that is there stays until the new one is complete.
-            target: "qdq", standard operators alone.
-            form: "unrolled", each loop has its nodes; weights are stored once.
+            target: "qdq", standard operators alone; "onnxruntime", packed products of ONNX Runtime (`MatMulNBits`).
+            form: "unrolled", each loop has its nodes; "rolled", one `Loop` whose count is the input `loops`. Weights
+                are stored once in both.
             cache: key-value cache; not in this version.
 
         Returns:
             Path, size and node counts of what was written.
 
         Raises:
-            LoopQError: the target or form is not in this version, or the directory cannot be written.
+            LoopQError: the target or form is unknown, the program cannot be rolled, or the directory cannot be written.
         """
         from loopq_compile.backends.onnx import export
 

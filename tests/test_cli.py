@@ -346,7 +346,7 @@ def test_commands_refuse_the_wrong_kind_of_model(program: Path, exported: Path, 
     assert "quantized already" in fails("bench", "quality", program)
     assert "no compiled program" in fails("export", "bundled", "--out", tmp_path / "p")
     assert "Netron" in fails("inspect", exported)
-    assert "not in this version" in fails("export", program, "--out", tmp_path / "p", "--form", "rolled")
+    assert "Did you mean 'rolled'" in fails("export", program, "--out", tmp_path / "p", "--form", "roled")
     assert "no loop 2" in run("inspect", program, "--loop", 2, "--code", status=1).stderr
 
 

@@ -12,7 +12,7 @@ from loopq_compile.errors import InternalError
 
 
 class Emitter:
-    """Puts standard ONNX nodes in front of `anchor`, which they are going to replace; they inherit its metadata.
+    """Puts ONNX nodes in front of `anchor`, which they are going to replace; they inherit its metadata.
 
     Args:
         graph: the graph that holds `anchor`.
@@ -30,13 +30,15 @@ class Emitter:
         dtype: ir.DataType | None,
         shape: Iterable[Any] | None,
         attributes: Mapping[str, Any] | None = None,
+        domain: str = "",
     ) -> ir.Value:
-        """Adds a node of the default domain and returns its only output."""
+        """Adds a node, by default a standard one, and returns its only output."""
         output = ir.Value(
             type=ir.TensorType(dtype) if dtype is not None else None,
             shape=ir.Shape(list(shape)) if shape is not None else None,
         )
-        node = ir.node(op_type, inputs, attributes, outputs=[output], metadata_props=dict(self.anchor.metadata_props))
+        metadata = dict(self.anchor.metadata_props)
+        node = ir.node(op_type, inputs, attributes, domain=domain, outputs=[output], metadata_props=metadata)
         self.graph.insert_before(self.anchor, [node])
         return output
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
+from loopq_compile.backends.onnx.loop import LOOPS
 from loopq_compile.errors import LoopQError
 
 
@@ -56,6 +57,8 @@ class OnnxExecutable:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The program's result for the same call.
 
+        A rolled file also takes `loops=`, the number of loops, by default that of the program.
+
         Takes PyTorch tensors or numpy arrays, and returns PyTorch tensors unless all inputs are numpy arrays. The
         result has the model's own structure; if its class is not importable here, it is a tuple (or one tensor).
 
@@ -64,18 +67,28 @@ class OnnxExecutable:
         """
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor | np.ndarray)]
         as_numpy = bool(given) and all(isinstance(value, np.ndarray) for value in given)
+        loops = kwargs.pop(LOOPS, None) if LOOPS in self.input_names else None
         tensors = self.signature.bind([_tensor(value) for value in args], {k: _tensor(v) for k, v in kwargs.items()})
         feed = {
             spec.name: tensor.detach().cpu().contiguous().numpy()
             for spec, tensor in zip(self.signature.inputs, tensors, strict=True)
             if spec.name in self.input_names
         }
+        if LOOPS in self.input_names:
+            feed[LOOPS] = np.array(self._loop_count(loops), dtype=np.int64)
         try:
             results = self.session.run(None, feed)
         except Exception as error:
             sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in feed.items())
             raise LoopQError(f"ONNX Runtime failed on {sizes}: {str(error)[:400]}") from error
         return self._convention.restore(results if as_numpy else [torch.from_numpy(value) for value in results])
+
+    def _loop_count(self, loops: Any) -> int:
+        if loops is None:
+            return int(self.program_info["loops"])
+        if not isinstance(loops, int) or isinstance(loops, bool) or loops < 1:
+            raise LoopQError(f"loops must be a whole number from 1 on; got {loops!r}.")
+        return loops
 
 
 def _tensor(value: Any) -> Any:

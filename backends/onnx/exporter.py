@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from onnx_ir.passes import common
 from torch import fx
 
+from loopq_compile.backends.onnx.contrib import lower_to_contrib
 from loopq_compile.backends.onnx.convention import METADATA_KEY, output_names, to_json
+from loopq_compile.backends.onnx.loop import LOOPS, roll
 from loopq_compile.backends.onnx.naming import name_everything
 from loopq_compile.backends.onnx.prepare import prepare
 from loopq_compile.backends.onnx.qdq import OPSET, lower_to_qdq
@@ -21,11 +24,12 @@ from loopq_compile.backends.onnx.simplify import simplify
 from loopq_compile.backends.onnx.translate import DOMAIN, translate
 from loopq_compile.backends.onnx.write import EXTERNAL_DATA_THRESHOLD, check_destination, write_model
 from loopq_compile.errors import LoopQError, did_you_mean
-from loopq_compile.state import CompilerState, get_state, get_tensor
+from loopq_compile.passes.roll_loops import RollLoops
+from loopq_compile.pipeline import Pipeline
+from loopq_compile.state import CompilerState, attach_state, copy_graph, get_state, get_tensor
 
-TARGETS = ("qdq",)
-FORMS = ("unrolled",)
-_PLANNED = {"target": ("onnxruntime",), "form": ("rolled",)}
+TARGETS = ("qdq", "onnxruntime")
+FORMS = ("unrolled", "rolled")
 _IR_VERSION = 10
 
 
@@ -48,8 +52,10 @@ def export(
     Args:
         graph_module: a compiled graph (captured, quantized or not).
         directory: made if it does not exist.
-        target: "qdq", standard operators alone.
-        form: "unrolled", every loop has its own nodes.
+        target: "qdq", standard operators alone; "onnxruntime", which runs `MatMulNBits` on packed weights and computes
+            with 8-bit integers where activations are quantized.
+        form: "unrolled", every loop has its own nodes; "rolled", a `Loop` whose count is the input `loops` (int64,
+            scalar). Loops beyond the calibrated ones read the last rows of all tables.
         cache: a key-value cache as inputs and outputs; not in this version.
         overwrite: replace a `model.onnx` that is there already.
         external_data_threshold: bytes of weights above which they go to `model.onnx.data`.
@@ -61,16 +67,29 @@ def export(
     _check_options(graph_module, directory, target, form, cache)
     check_destination(Path(directory), overwrite=overwrite)
     state = get_state(graph_module)
-    prepared = prepare(graph_module)
+    prepared = prepare(_rolled(graph_module) if form == "rolled" else graph_module)
     names = output_names(state.signature, prepared.outputs)
     model = translate(prepared, state.signature, names, OPSET)
     simplify(model)
-    lower_to_qdq(model, prepared.origins)
+    lower = lower_to_contrib if target == "onnxruntime" else lower_to_qdq
+    lower(model, prepared.origins)
+    roll(model.graph)
     _clean_up(model)
     name_everything(model, prepared.origins)
     _describe_program(model, state, prepared.outputs, target=target, form=form)
     files = write_model(model, Path(directory), threshold=external_data_threshold)
     return describe(model, files, target=target, form=form)
+
+
+def _rolled(graph_module: fx.GraphModule) -> fx.GraphModule:
+    state = get_state(graph_module)
+    if not state.loops.loops:
+        raise LoopQError("This program has no loop to roll; use form='unrolled'.")
+    if any(spec.name == LOOPS for spec in state.signature.inputs):
+        raise LoopQError(f"The model has an input {LOOPS!r} of its own, which the rolled form needs; rename it.")
+    copied = copy_graph(graph_module)
+    attach_state(copied, replace(state, log=[]))
+    return Pipeline([RollLoops()]).run(copied)
 
 
 def _check_options(graph_module: Any, directory: Any, target: str, form: str, cache: bool) -> None:
@@ -79,11 +98,8 @@ def _check_options(graph_module: Any, directory: Any, target: str, form: str, ca
     if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
         raise LoopQError(f"directory must be a path; got {directory!r}.")
     for option, value, known in (("target", target, TARGETS), ("form", form, FORMS)):
-        if value in known:
-            continue
-        if value in _PLANNED[option]:
-            raise LoopQError(f"ONNX {option} {value!r} is not in this version; it has {', '.join(map(repr, known))}.")
-        raise LoopQError(f"Unknown ONNX {option} {value!r}.{did_you_mean(str(value), known + _PLANNED[option])}")
+        if value not in known:
+            raise LoopQError(f"Unknown ONNX {option} {value!r}.{did_you_mean(str(value), known)}")
     half = [
         str(node.target)
         for node in graph_module.graph.nodes
@@ -118,6 +134,8 @@ def _describe_program(model: ir.Model, state: CompilerState, outputs: list[Any],
             "structure": state.loops.describe(),
             "target": target,
             "form": form,
+            # The count that the tables were calibrated for, and what to feed where the model asks for one.
+            **({"loops_input": LOOPS, "loops_default": state.loops.count} if form == "rolled" else {}),
         }
     )
 

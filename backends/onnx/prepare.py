@@ -16,6 +16,7 @@ from loopq_compile.loops import get_tag
 from loopq_compile.passes.constants import constant_nodes, evaluate
 from loopq_compile.passes.transforms import TRANSFORM
 from loopq_compile.recurrence import module_calls
+from loopq_compile.rolled import RolledLoop
 from loopq_compile.state import get_state, get_tensor
 
 _aten, _loopq = torch.ops.aten, torch.ops.loopq
@@ -72,7 +73,9 @@ def prepare(graph_module: fx.GraphModule) -> Prepared:
     Raises:
         LoopQError: a result of the program is neither a tensor nor a plain value.
     """
-    graph, attributes, origins = fx.Graph(), {}, {}
+    graph, attributes = fx.Graph(), {}
+    origins: dict[str, Origin] = {}
+    modules: dict[str, RolledLoop] = {}
     copied: dict[fx.Node, fx.Node] = {}
     rows: dict[str, fx.Node] = {}
     outputs: list[Any] = []
@@ -90,6 +93,8 @@ def prepare(graph_module: fx.GraphModule) -> Prepared:
                 rows[name] = graph.get_attr(name)
             copied[node] = rows[name]
         else:
+            if node.op == "call_module":
+                modules[str(node.target)] = _copy_loop(graph_module, node, origins)
             if node.op == "get_attr":
                 attributes[str(node.target)] = get_tensor(graph_module, str(node.target))
             copied[node] = graph.node_copy(node, copied.__getitem__)
@@ -97,7 +102,21 @@ def prepare(graph_module: fx.GraphModule) -> Prepared:
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     root = {name: tensor for name, tensor in attributes.items() if name in used}
-    return Prepared(fx.GraphModule(root, graph), outputs, origins)
+    return Prepared(fx.GraphModule({**root, **modules}, graph), outputs, origins)
+
+
+def _copy_loop(graph_module: fx.GraphModule, node: fx.Node, origins: dict[str, Origin]) -> RolledLoop:
+    """The rolled loop with a body of its own, whose nodes have names that tell them from those around it."""
+    loop = graph_module.get_submodule(str(node.target))
+    assert isinstance(loop, RolledLoop)
+    body = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for inner in loop.body.graph.nodes:
+        copied[inner] = body.node_copy(inner, copied.__getitem__)
+        if inner.op == "call_function":
+            copied[inner].name = f"{node.target}_body_{inner.name}"
+            origins[copied[inner].name] = _origin(inner)
+    return RolledLoop(fx.GraphModule({}, body), loop.count, loop.rows, loop.skipped, loop.number)
 
 
 def _transformed_weights(graph_module: fx.GraphModule) -> dict[fx.Node, Tensor]:

@@ -8,13 +8,17 @@ import onnx_ir as ir
 
 from loopq_compile.backends.onnx.activations import lower_dynamic_scale, lower_pair
 from loopq_compile.backends.onnx.emit import constant_array
+from loopq_compile.backends.onnx.loop import lower_rows
 from loopq_compile.backends.onnx.prepare import Origin
 from loopq_compile.backends.onnx.translate import DOMAIN, origin_of
-from loopq_compile.backends.onnx.weights import lower_linears, lower_weight
+from loopq_compile.backends.onnx.weights import lower_linears, lower_stacked_weight, lower_weight
 from loopq_compile.errors import InternalError, LoopQError
 
 OPSET = 21
 """The first operator set with INT4 and block-wise scales; later ones bring nothing that this target needs."""
+
+_MARKS = ("LoopBegin", "LoopEnd")
+"""What `backends.onnx.loop` takes away."""
 
 
 def lower_to_qdq(model: ir.Model, origins: Mapping[str, Origin]) -> None:
@@ -24,10 +28,14 @@ def lower_to_qdq(model: ir.Model, origins: Mapping[str, Origin]) -> None:
         LoopQError: the model computes in a type that ONNX cannot quantize (float64).
     """
     graph = model.graph
-    nodes = [node for node in graph if node.domain == DOMAIN]
+    nodes = [node for node in graph if node.domain == DOMAIN and node.op_type not in _MARKS]
     for node in nodes:
         if node.op_type != "Linear" and node.inputs[1] is not None and node.inputs[1].dtype is ir.DataType.DOUBLE:
             raise LoopQError("ONNX cannot quantize float64; convert the model first: model.float().")
+    for node in nodes:
+        if node.op_type == "Dequantize" and _is_row(node.inputs[0]):
+            lower_stacked_weight(graph, node)
+    lower_rows(graph)
     for node in nodes:
         if node.op_type == "DynamicScale":
             lower_dynamic_scale(graph, node)
@@ -36,6 +44,12 @@ def lower_to_qdq(model: ir.Model, origins: Mapping[str, Origin]) -> None:
     for node in [node for node in nodes if node.op_type == "Quantize"]:
         lower_pair(graph, node)
     lower_linears(graph, [node for node in nodes if node.op_type == "Linear"])
-    left = [node.name for node in graph if node.domain == DOMAIN]
+    left = [node.name for node in graph if node.domain == DOMAIN and node.op_type not in _MARKS]
     if left:
         raise InternalError(f"Nodes without a translation to standard ONNX are left: {left[:5]}.")
+
+
+def _is_row(value: ir.Value | None) -> bool:
+    """Whether `value` is a row of stored weights."""
+    node = value.producer() if value is not None else None
+    return node is not None and node.op_type == "Row" and constant_array(node.inputs[0]) is not None

@@ -12,7 +12,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -25,11 +25,16 @@ import loopq_compile.operators  # noqa: F401  (registers torch.ops.loopq)
 from loopq_compile.backends.onnx.decompose import DECOMPOSITIONS
 from loopq_compile.backends.onnx.prepare import Prepared
 from loopq_compile.errors import LoopQError
+from loopq_compile.rolled import rolled_loops
 from loopq_compile.signature import InputSpec, Signature
 
 DOMAIN = "loopq"
 """Domain of the opaque nodes `Quantize`, `Dequantize`, `DynamicScale` and `Linear`."""
 
+EXTENT = "loops_extent"
+"""Input that stands for the loop count while a rolled graph is translated: a vector of as many entries."""
+
+_EXAMPLE_LOOPS = 13
 _EXAMPLE_SIZES = {"batch": 2, "sequence": 16}
 _aten, _loopq = torch.ops.aten, torch.ops.loopq
 
@@ -42,7 +47,7 @@ def translate(prepared: Prepared, signature: Signature, output_names: list[str],
     Raises:
         LoopQError: an operator has no ONNX translation; the message names it, its loop and its source line.
     """
-    for node in prepared.graph_module.graph.nodes:
+    for node in _all_nodes(prepared):
         # torch.onnx writes the module stack into the file's metadata and keeps it through its own rewrites: it
         # carries the node's name to the other side.
         node.meta["nn_module_stack"] = {"loopq": (f"loopq:{node.name}", "torch.nn.Module")}
@@ -57,11 +62,19 @@ def translate(prepared: Prepared, signature: Signature, output_names: list[str],
         raise LoopQError(_explain(error, prepared)) from error
 
 
+def _all_nodes(prepared: Prepared) -> list[fx.Node]:
+    """The nodes of the graph, and those of the bodies of rolled loops."""
+    bodies = [loop.body for loop in rolled_loops(prepared.graph_module)]
+    return [node for part in (prepared.graph_module, *bodies) for node in part.graph.nodes]
+
+
 def _retrace(prepared: Prepared, signature: Signature) -> ExportedProgram:
     """The graph as an `ExportedProgram`, which is what torch.onnx takes."""
     placeholders = [node for node in prepared.graph_module.graph.nodes if node.op == "placeholder"]
     inputs = tuple(_example(spec, node) for spec, node in zip(signature.inputs, placeholders, strict=True))
     dynamic = tuple({i: Dim.DYNAMIC for i in _dynamic_axes(spec)} for spec in signature.inputs)
+    if rolled_loops(prepared.graph_module):
+        inputs, dynamic = (*inputs, torch.zeros(_EXAMPLE_LOOPS)), (*dynamic, {0: Dim.DYNAMIC})
     return torch.export.export(_Runner(prepared.graph_module), inputs, dynamic_shapes=(dynamic,), strict=False)
 
 
@@ -73,15 +86,16 @@ def _to_onnx(
         # few that language models need have been decomposed on the way here.
         exported = copy.copy(exported)
         exported.run_decompositions = lambda *_: exported  # type: ignore[method-assign]
+    rolled = len(exported.graph_signature.user_inputs) > len(signature.inputs)
     program = torch.onnx.export(
         exported,
         dynamo=True,
         opset_version=opset,
         optimize=False,
         verbose=False,
-        input_names=[spec.name for spec in signature.inputs],
+        input_names=[*(spec.name for spec in signature.inputs), *([EXTENT] if rolled else [])],
         output_names=output_names,
-        dynamic_shapes=(tuple(_dynamic_axes(spec) for spec in signature.inputs),),
+        dynamic_shapes=((*(_dynamic_axes(spec) for spec in signature.inputs), *([{0: "loops"}] if rolled else [])),),
     )
     assert program is not None
     return program.model
@@ -98,6 +112,10 @@ def origin_of(node: ir.Node) -> str | None:
 
 
 class _Interpreter(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule, extent: Tensor) -> None:
+        super().__init__(graph_module)
+        self.extent = extent
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is _loopq.quantize.default:
             x, scale, group_size, q_min, q_max = args
@@ -113,7 +131,33 @@ class _Interpreter(fx.Interpreter):
         if target is _aten.linear.default and args[1].ndim == 2 and args[0].ndim >= 2:
             shape = (*args[0].shape[:-1], args[1].shape[0])
             return _opaque("Linear", (*args, *kwargs.values()), {}, args[0].dtype, shape)
+        if target is _aten.select.int and isinstance(args[2], Tensor):
+            return _opaque("Row", (args[0], args[2]), {}, args[0].dtype, args[0].shape[1:])
         return super().call_function(DECOMPOSITIONS.get(target, target), args, kwargs)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Writes the body of a rolled loop once, between two marks; `backends.onnx.loop` cuts it out again."""
+        loop = self.fetch_attr(target)
+        state, shared = args
+        about = {"number": loop.number, "count": loop.count, "rows": loop.rows, "skipped": loop.skipped}
+        dtypes, shapes = [x.dtype for x in state], [x.shape for x in state]
+        row, *current = _opaques("LoopBegin", state, about, [torch.int64, *dtypes], [(), *shapes])
+        results = _Interpreter(loop.body, self.extent).run(row, *current, *shared)
+        collected = results[len(current) :]
+        count = self.extent.shape[0] if loop.number == 0 else loop.count
+        if loop.number == 0 and loop.skipped:
+            count = count - loop.skipped
+        dtypes += [x.dtype for x in collected]
+        shapes += [(count, *x.shape) for x in collected]
+        return _opaques("LoopEnd", results, {"number": loop.number}, dtypes, shapes)
+
+
+def _opaques(
+    name: str, inputs: Sequence[Tensor], attributes: dict[str, Any], dtypes: Sequence[torch.dtype], shapes: Any
+) -> Sequence[Tensor]:
+    return torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{name}", inputs, attributes, dtypes=dtypes, shapes=shapes, version=1
+    )
 
 
 def _opaque(
@@ -131,7 +175,8 @@ class _Runner(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         with fx_traceback.preserve_node_meta():
-            return _Interpreter(self.program).run(*inputs)
+            count = sum(node.op == "placeholder" for node in self.program.graph.nodes)
+            return _Interpreter(self.program, inputs[-1]).run(*inputs[:count])
 
 
 WEIGHT_PREFIX = "program."
@@ -173,7 +218,7 @@ def _explain(error: Exception, prepared: Prepared) -> str:
     found = re.findall(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", text)
     missing = {f"{operator}.{overload}" for operator, overload in found}
     first = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), type(chain[-1]).__name__)
-    for node in prepared.graph_module.graph.nodes:
+    for node in _all_nodes(prepared):
         if str(node.target) in missing:
             origin = prepared.origins[node.name]
             where = f"node {origin.node}{f' in loop {origin.loop}' if origin.loop else ''}"

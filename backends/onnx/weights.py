@@ -58,6 +58,37 @@ def lower_weight(graph: ir.Graph, node: ir.Node, bits: int | None) -> None:
     emitter.finish(turned)
 
 
+def lower_stacked_weight(graph: ir.Graph, node: ir.Node) -> None:
+    """Replaces the `Dequantize` of a weight per loop, `Row(codes [T, N, K])`: the stack is dequantized once in front of
+    the loop (ONNX gathers no 4-bit integers), and the loop takes its row of `[T, K, N]`.
+    """
+    rows = [value.producer() for value in node.inputs if value is not None]
+    assert len(rows) == 2 and rows[0] is not None and rows[1] is not None
+    codes, scale = constant_array(rows[0].inputs[0]), constant_array(rows[1].inputs[0])
+    if codes is None or scale is None or rows[0].inputs[0] is None or rows[1].inputs[0] is None:
+        raise InternalError(f"Weight {node.inputs} of {node.name} is no stack of constants.")
+    loops, outputs, features = codes.shape
+    scale = np.broadcast_to(scale, (loops, outputs, scale.shape[-1]))
+    stored = ir.DataType.INT4 if _bits(codes) <= 4 else ir.DataType.INT8
+    numpy_type = ml_dtypes.int4 if stored is ir.DataType.INT4 else np.int8
+    emitter = Emitter(graph, node)
+    turned = codes.transpose(0, 2, 1).astype(numpy_type)
+    packed = constant(graph, f"{rows[0].inputs[0].name}.{stored.name.lower()}", turned, stored)
+    scales = constant(graph, f"{rows[1].inputs[0].name}.blocks", scale.transpose(0, 2, 1))
+    attributes = {"axis": 1, "block_size": features // scale.shape[-1]}
+    kind = rows[1].inputs[0].dtype
+    weights = emitter.node("DequantizeLinear", [packed, scales], kind, [loops, features, outputs], attributes)
+    weight = emitter.node("Gather", [weights, rows[0].inputs[1]], kind, [features, outputs], {"axis": 0})  # type: ignore[list-item]
+    turned_back = emitter.node("Transpose", [weight], kind, [outputs, features], {"perm": [1, 0]})
+    producer = turned_back.producer()
+    assert producer is not None
+    producer.metadata_props[TURNED] = "yes"
+    emitter.finish(turned_back)
+    for row in rows:
+        if row is not None and row.graph is not None and not row.outputs[0].uses():
+            graph.remove(row, safe=True)
+
+
 def lower_linears(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
     """Replaces `Linear(x, weight [N, K], bias)` by `MatMul` and `Add`; `nodes` are all of them.
 

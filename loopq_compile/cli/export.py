@@ -15,10 +15,10 @@ def export_command(
     program: Annotated[str, typer.Argument(metavar="DIR", help="Folder written by `loopq-compile compile`.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for model.onnx and the tokenizer.")],
     target: Annotated[
-        str, typer.Option(help="qdq: standard ONNX operators alone, which any runtime can read.")
+        str, typer.Option(help="qdq: standard operators, for any runtime; onnxruntime: packed products.")
     ] = "qdq",
     form: Annotated[
-        str, typer.Option(help="unrolled: every loop has its own nodes; weights are stored once.")
+        str, typer.Option(help="unrolled: every loop has its nodes; rolled: one Loop, its count an input.")
     ] = "unrolled",
     json: Json = False,
 ) -> None:

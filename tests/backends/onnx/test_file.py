@@ -147,8 +147,7 @@ def test_a_directory_without_permission(program, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "onnxruntime"}, "not in this version"),
-        ({"form": "rolled"}, "not in this version"),
+        ({"target": "onxruntime"}, "Did you mean 'onnxruntime'"),
         ({"target": "qqd"}, "Did you mean 'qdq'"),
         ({"form": "unroled"}, "Did you mean"),
         ({"cache": True}, "cache"),
@@ -182,5 +181,5 @@ def test_float64_is_refused(tmp_path) -> None:
 
 
 def test_targets_of_this_version() -> None:
-    assert exporter.TARGETS == ("qdq",)
-    assert exporter.FORMS == ("unrolled",)
+    assert exporter.TARGETS == ("qdq", "onnxruntime")
+    assert exporter.FORMS == ("unrolled", "rolled")

@@ -1,0 +1,106 @@
+"""Form `rolled`: what was translated between `LoopBegin` and `LoopEnd` becomes the body of an ONNX `Loop`.
+
+Only nodes that depend on the loop's state or number move: dequantized weights and whatever else is the same in every
+iteration are computed once, in front. So no `DequantizeLinear` stands beside a `MatMul` in the body, which ONNX Runtime
+1.31 would fuse there and then fail to find the weight.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from loopq_compile.backends.onnx.emit import Emitter, constant, replace_value
+from loopq_compile.backends.onnx.translate import DOMAIN, EXTENT
+
+LOOPS = "loops"
+"""Name of the input with the loop count."""
+
+
+def lower_rows(graph: ir.Graph) -> None:
+    """Replaces `Row(table, row)` by `Gather`; rows of an integer weight are taken behind its `DequantizeLinear`."""
+    for node in [node for node in graph if node.domain == DOMAIN and node.op_type == "Row"]:
+        table, row = node.inputs
+        assert table is not None and row is not None
+        emitter = Emitter(graph, node)
+        emitter.finish(emitter.node("Gather", [table, row], table.dtype, node.outputs[0].shape, {"axis": 0}))
+
+
+def roll(graph: ir.Graph) -> None:
+    """Puts a `Loop` in place of every pair of marks. The first loop's count is a new graph input, `LOOPS`."""
+    extent = next((value for value in graph.inputs if value.name == EXTENT), None)
+    if extent is None:
+        return
+    loops = ir.Value(name=LOOPS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    graph.inputs[list(graph.inputs).index(extent)] = loops
+    for end in [node for node in graph if node.op_type == "LoopEnd" and node.domain == DOMAIN]:
+        number = end.attributes["number"].as_int()
+        begin = next(
+            node
+            for node in graph
+            if node.op_type == "LoopBegin" and node.domain == DOMAIN and node.attributes["number"].as_int() == number
+        )
+        _roll(graph, begin, end, loops)
+    if extent.uses():
+        _spell_out(graph, extent, loops)
+
+
+def _roll(graph: ir.Graph, begin: ir.Node, end: ir.Node, loops: ir.Value) -> None:
+    inside = _between(graph, begin, end)
+    iteration = ir.Value(name="iteration", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    proceed = ir.Value(name="proceed", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    last = constant(graph, f"last_row_{begin.attributes['rows'].as_int() - 1}", begin.attributes["rows"].as_int() - 1)
+    row = ir.Value(type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    nodes = [ir.node("Min", [iteration, last], outputs=[row])]
+    ir.convenience.replace_all_uses_with(begin.outputs[0], row)
+    state = [ir.Value(name=f"state_{i}", type=x.type, shape=x.shape) for i, x in enumerate(begin.outputs[1:])]
+    for old, new in zip(begin.outputs[1:], state, strict=True):
+        ir.convenience.replace_all_uses_with(old, new)
+    results = [proceed, *end.inputs]
+    emitter = Emitter(graph, end)
+    count = loops
+    if begin.attributes["number"].as_int():
+        count = constant(graph, f"count_{begin.name}", begin.attributes["count"].as_int())
+    elif skipped := begin.attributes["skipped"].as_int():
+        count = emitter.node("Sub", [loops, constant(graph, "skipped", skipped)], ir.DataType.INT64, [])
+    outputs = []
+    tail = []
+    for value in results:
+        assert value is not None
+        copy = ir.Value(type=value.type, shape=value.shape)
+        tail.append(ir.node("Identity", [value], outputs=[copy]))
+        outputs.append(copy)
+    initial = list(begin.inputs)
+    finals = [ir.Value(type=x.type, shape=x.shape) for x in end.outputs]
+    graph.remove(inside)
+    body = ir.Graph([iteration, proceed, *state], outputs, nodes=[*nodes, *inside, *tail], name="body")
+    loop = ir.node("Loop", [count, None, *initial], {"body": body}, outputs=finals)
+    graph.insert_before(end, [loop])
+    for old, new in zip(end.outputs, finals, strict=True):
+        replace_value(old, new)
+    graph.remove(end, safe=True)
+    graph.remove(begin, safe=True)
+
+
+def _between(graph: ir.Graph, begin: ir.Node, end: ir.Node) -> list[ir.Node]:
+    """The nodes that depend on what `begin` gives, in order."""
+    values = set(begin.outputs)
+    found = []
+    for node in graph:
+        if node is not end and node is not begin and any(value in values for value in node.inputs):
+            found.append(node)
+            values.update(node.outputs)
+        if node is end:
+            break
+    return found
+
+
+def _spell_out(graph: ir.Graph, extent: ir.Value, loops: ir.Value) -> None:
+    """A vector of as many entries as there are loops, for shape arithmetic that asks how many."""
+    first = next(iter(graph))
+    shape = ir.Value(type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
+    vector = ir.Value(type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([LOOPS]))
+    one = constant(graph, "shape_of_one", np.array([1], dtype=np.int64))
+    nodes = [ir.node("Reshape", [loops, one], outputs=[shape]), ir.node("ConstantOfShape", [shape], outputs=[vector])]
+    graph.insert_before(first, nodes)
+    ir.convenience.replace_all_uses_with(extent, vector)

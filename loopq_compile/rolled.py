@@ -1,0 +1,54 @@
+"""`RolledLoop`: the iterations of a loop as one module, which a rolled graph calls as a `call_module` node.
+
+PyTorch's own operators come near and miss: `scan` slices every table it is given, weights among them, and stops where
+the tables end; `while_loop` cannot collect what its iterations return. Here the body is a graph of its own that reads
+tables by a row number, and what it reads beyond its state, it is given as arguments: the program stays the only owner
+of its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+class RolledLoop(nn.Module):
+    """Runs `body` again and again, each time on the state that the previous iteration left.
+
+    Args:
+        body: a graph `(row, *state, *shared) -> (*state, *collected)` without tensors of its own. `row` is an integer.
+        count: number of iterations, at least 1.
+        rows: rows of the tables that the body reads. Iterations beyond that read the last row (LoopQ appendix C.2).
+        skipped: iterations that stand in front of the loop, because they are not like the others.
+        number: which of the program's loops this is (`LoopTag.loops[0]`).
+    """
+
+    def __init__(self, body: fx.GraphModule, count: int, rows: int, skipped: int = 0, number: int = 0) -> None:
+        super().__init__()
+        self.body, self.count, self.rows, self.skipped, self.number = body, count, rows, skipped, number
+
+    def forward(self, state: Sequence[Tensor], shared: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The state behind the last iteration, then everything collected, `[count, ...]` each.
+
+        Args:
+            state: what the first iteration starts from.
+            shared: tensors and sizes that all iterations read.
+        """
+        current, collected = list(state), []
+        for iteration in range(self.count):
+            results = self.body(min(iteration, self.rows - 1), *current, *shared)
+            current = list(results[: len(current)])
+            collected.append(results[len(current) :])
+        return (*current, *(torch.stack(values) for values in zip(*collected, strict=True)))
+
+    def extra_repr(self) -> str:
+        return f"count={self.count}, rows={self.rows}, skipped={self.skipped}"
+
+
+def rolled_loops(graph_module: fx.GraphModule) -> list[RolledLoop]:
+    """The rolled loops that a graph calls, in order; none before `roll-loops`."""
+    modules = [graph_module.get_submodule(str(n.target)) for n in graph_module.graph.nodes if n.op == "call_module"]
+    return [module for module in modules if isinstance(module, RolledLoop)]

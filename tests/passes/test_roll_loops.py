@@ -1,0 +1,115 @@
+"""`roll-loops`: equal to the unrolled program bit by bit, for every shape of loop; and clear about what it refuses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import loopq_compile as lq
+from loopq_compile.passes.roll_loops import RollLoops
+from loopq_compile.pipeline import Pipeline
+from loopq_compile.program import Program
+from loopq_compile.rolled import rolled_loops
+from loopq_compile.state import attach_state, copy_graph, get_state, set_tensor
+from tests import zoo
+from tests.tiny import tiny_program, tokens
+
+REFUSED = {"zamba": "rms_norm_3", "two-shared": "rms_norm_5", "skip": "rms_norm"}
+PEELED = {"inject-later": 1, "transition": 1}
+NO_LOOP = {name for name, animal in zoo.ZOO.items() if animal.structure == "no loop"}
+
+
+def rolled(program: Program) -> Program:
+    copied = copy_graph(program.graph_module)
+    attach_state(copied, replace(get_state(program.graph_module), log=[]))
+    return Program(Pipeline([RollLoops()]).run(copied))
+
+
+def same(first: object, second: object) -> bool:
+    pairs = zip(pytree.tree_leaves(first), pytree.tree_leaves(second), strict=True)
+    return all(a.equal(b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.ZOO if name not in REFUSED and name not in NO_LOOP])
+def test_every_shape_of_loop_is_equal_to_the_last_bit(name: str) -> None:
+    before = zoo.tagged(name)
+    after = rolled(before)
+    inputs = zoo.example(zoo.model_of(name), 3, 9)
+    assert same(before(*inputs), after(*inputs))
+    loops = rolled_loops(after.graph_module)
+    assert [loop.count + loop.skipped for loop in loops] == [loop.count for loop in before.loops.loops]
+    assert loops[0].skipped == PEELED.get(name, 0)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_rolled_is_named(name: str) -> None:
+    with pytest.raises(lq.LoopQError, match=rf"loop \d is not like the others: node '{REFUSED[name]}' .*unrolled"):
+        rolled(zoo.tagged(name))
+
+
+@pytest.mark.parametrize("name", sorted(NO_LOOP))
+def test_a_program_without_loops_stays_as_it_is(name: str) -> None:
+    before = zoo.tagged(name)
+    after = rolled(before)
+    assert len(after.graph_module.graph.nodes) == len(before.graph_module.graph.nodes)
+    assert not after.log[-1].modified
+
+
+@pytest.mark.parametrize("activation", ["static", "dynamic"])
+def test_scales_per_loop_are_read_by_row(activation: str) -> None:
+    before = tiny_program("w4a4", "las", activation)
+    after = rolled(before)
+    assert same(before(tokens(7, 3, 11)), after(tokens(7, 3, 11)))
+    (loop,) = rolled_loops(after.graph_module)
+    rows = [node for node in loop.body.graph.nodes if node.target is torch.ops.aten.select.int]
+    assert len(rows) == 4 and all(row.args[2].name == "row" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def learned() -> Program:
+    """Transforms and weights per loop, and adapters that change something."""
+    from tests.tiny import tiny_model
+
+    data = [tokens(seed) for seed in range(3)]
+    program = lq.compile(tiny_model(3), tokens(), scheme="w4a4", method="loopq", calibration=data, steps=2)
+    tensors = dict(program.graph_module.named_buffers())
+    for part in ("gain", "shift", "mix"):
+        set_tensor(program.graph_module, f"adapter.0.{part}", torch.randn_like(tensors[f"adapter.0.{part}"]) / 9)
+    return program
+
+
+def test_adapters_transforms_and_weights_per_loop(learned: Program) -> None:
+    after = rolled(learned)
+    assert same(learned(tokens(7, 3, 11)), after(tokens(7, 3, 11)))
+    tables = dict(after.graph_module.named_buffers())
+    gate = tables["adapter.0.gate_entry"]
+    assert gate.flatten().tolist()[0] == 0 and len(gate) == 3, "the first loop's row leaves the state as it is"
+    stacked = [name for name in tables if name.endswith("codes_loops")]
+    assert stacked and all(tables[name].shape[0] == 3 for name in stacked)
+
+
+def test_rows_beyond_the_last_hold(learned: Program) -> None:
+    after = rolled(learned)
+    (loop,) = rolled_loops(after.graph_module)
+    loop.count = 2
+    two = after(tokens())["logits"]
+    loop.count = 5
+    five = after(tokens())
+    assert five["gates"].shape[-1] == 5
+    assert five["logits"].isfinite().all() and not five["logits"].equal(two)
+
+
+def test_a_rolled_program_prints_and_survives_saving(learned: Program, tmp_path) -> None:
+    after = rolled(learned)
+    text = str(after)
+    assert "self.loop_0([embedding], [" in text and "def body(row, state_0, " in text
+    after.save(tmp_path / "program")
+    loaded = lq.load(tmp_path / "program")
+    assert same(loaded(tokens(5)), after(tokens(5)))
+    assert str(loaded).count("\n") == text.count("\n")
+
+
+def test_a_second_run_changes_nothing() -> None:
+    after = rolled(zoo.tagged("gated-stack"))
+    assert not RollLoops()(after.graph_module).modified
