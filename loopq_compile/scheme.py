@@ -37,7 +37,8 @@ class Scheme:
         activation_range: how calibration turns statistics into ranges: "minmax", "percentile" or "mse".
         signed_scales: scales of weights, and dynamic ones of activations, have the sign that makes a group's entry of
             largest magnitude the integer `q_min`, one further out than `q_max`: the step is finer. False for scales
-            that are all positive, as LoopQ eq. 4 has them. Static scales of activations are positive in both cases.
+            that are all positive, as LoopQ eq. 4 has them. Static scales of activations, and 8 bits, have positive
+            scales in both cases.
         percentile: share of magnitudes inside the range, in percent, for `activation_range="percentile"`.
         skip: names or `fnmatch` patterns of linears to leave in floating point, on top of the defaults (LM heads,
             gates of at most 8 outputs, linears that do not see the input tokens such as time embeddings).
@@ -93,8 +94,11 @@ class Scheme:
         return self.activation_bits < 16
 
     def limit(self, bits: int) -> int:
-        """The integer that a group's entry of largest magnitude becomes: `q_min` with signed scales, else `q_max`."""
-        return quantized_range(bits)[0 if self.signed_scales else 1]
+        """The integer that a group's entry of largest magnitude becomes: `q_min` with signed scales, else `q_max`.
+
+        At 8 bits one integer more gains nothing, and runtimes that compute in int8 have positive scales.
+        """
+        return quantized_range(bits)[0 if self.signed_scales and bits < 8 else 1]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
