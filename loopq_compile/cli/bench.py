@@ -119,6 +119,45 @@ def quality_command(
             say(f"wrote {path}")
 
 
+@app.command("loops")
+def loops_command(
+    model: Model = "bundled",
+    repeat: Annotated[
+        str | None,
+        typer.Option("--repeat", metavar="FIRST-LAST", help="Layers of a Hugging Face model that run as often."),
+    ] = None,
+    values: Annotated[str, typer.Option("--values", metavar="LIST", help="Numbers of loops.")] = "2,4,8,16",
+    scheme: Annotated[str, typer.Option("--scheme", help="Weights are rounded to nearest, without data.")] = "w4a8",
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of the call that is timed.")] = 16,
+    targets: Annotated[str, typer.Option("--targets", help="Of the export.")] = "qdq,onnxruntime",
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """How exported files grow with the number of loops: nodes, bytes, time to open, memory, time of a call."""
+    from loopq_compile.bench.loops import growth
+    from loopq_compile.scheme import Scheme
+
+    def with_loops(count: int) -> Any:
+        loaded = _load_model(model, None, False, f"{repeat}x{count}" if repeat else None).model
+        if repeat is None:
+            if not hasattr(loaded, "loops"):
+                raise LoopQError(f"{model} has no number of loops to set; name layers to repeat: --repeat FIRST-LAST.")
+            loaded.loops = count
+        return loaded
+
+    report = growth(with_loops, _whole_numbers("--values", values), Scheme.parse(scheme), length, names(targets))
+    about = {"model": f"{model}@{repeat}" if repeat else model}
+    say = note(json)
+    if json:
+        typer.echo(report.to_json(**about), nl=False)
+    else:
+        console().print(table(report.columns, report.rows, text_columns=report.text_columns, title=report.title))
+        say("\n".join(["", *report.notes]))
+    if out is not None:
+        for path in report.write(out, **about):
+            say(f"wrote {path}")
+
+
 def _load_model(model: str, tokenizer: str | None, trust_remote_code: bool, repeat: str | None) -> Any:
     loaded = load(model, tokenizer, trust_remote_code, repeat)
     if loaded.kind != "model":
