@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from loopq_compile.cli.common import (
     text_source,
 )
 from loopq_compile.errors import LoopQError
+
+if TYPE_CHECKING:
+    from loopq_compile.bench.report import Report
 
 app = typer.Typer(no_args_is_help=True, help="Measure methods and schemes against each other.")
 
@@ -146,7 +149,11 @@ def loops_command(
         return loaded
 
     report = growth(with_loops, _whole_numbers("--values", values), Scheme.parse(scheme), length, names(targets))
-    about = {"model": f"{model}@{repeat}" if repeat else model}
+    _show(report, out, json, model=f"{model}@{repeat}" if repeat else model)
+
+
+def _show(report: Report, out: Path | None, json: bool, **about: Any) -> None:
+    """Prints a report, for people or machines, and writes it into `out`."""
     say = note(json)
     if json:
         typer.echo(report.to_json(**about), nl=False)
@@ -235,17 +242,9 @@ def _add(name: str, help: str, *own: str) -> None:
         )
         cells = Cells(out / "cells" if out else None, fresh)
         report = REPORTS[name](Study(loaded.model, loaded.tokenizer, tokens, settings, cells, say), selection)
-        about = {"model": settings.model, "text": source, "tokens": len(tokens), "calibration": calibration}
-        if json:
-            typer.echo(report.to_json(**about), nl=False)
-        else:
-            console().print(table(report.columns, report.rows, text_columns=report.text_columns, title=report.title))
-            say("\n".join(["", *report.notes]))
-        if out is not None:
-            for path in report.write(out, **about):
-                say(f"wrote {path}")
-            if not has_matplotlib():
-                say("no picture: it needs matplotlib, pip install 'loopq-compile[plot]'")
+        _show(report, out, json, model=settings.model, text=source, tokens=len(tokens), calibration=calibration)
+        if report.draw is not None and out is not None and not has_matplotlib():
+            say("no picture: it needs matplotlib, pip install 'loopq-compile[plot]'")
 
     command.__doc__ = (
         f"{help}\n\n    With --out, finished cells are kept: a run that was cut off goes on where it stood."
