@@ -45,9 +45,13 @@ turning them at full rate undid the solver in one step (measured)."""
 _FRONT: tuple[PassBase, ...] = (TagLoops(), CanonicalizeLinears(), AnnotateLinears())
 
 
-def symmetric() -> Pipeline:
-    """Round to nearest; activation ranges are shared by all loops. Data-free with dynamic scales."""
-    return Pipeline([*_FRONT, *_quantization(), *_back()], "symmetric")
+def symmetric(*, transforms: bool = False) -> Pipeline:
+    """Round to nearest; activation ranges are shared by all loops. Data-free with dynamic scales.
+
+    Args:
+        transforms: put the transforms in front that learned methods start from; calibration data are needed then.
+    """
+    return Pipeline([*_FRONT, *(_transforms() if transforms else []), *_quantization(), *_back()], "symmetric")
 
 
 def smoothquant() -> Pipeline:
@@ -118,7 +122,13 @@ def loopq_paper() -> Pipeline:
 
 
 def loopq(
-    *, las: bool = True, slt: bool = True, cta: bool = True, trajectory: bool = True, rounding: bool = True
+    *,
+    las: bool = True,
+    slt: bool = True,
+    cta: bool = True,
+    trajectory: bool = True,
+    rounding: bool = True,
+    transforms: bool = True,
 ) -> Pipeline:
     """LoopQ and what was measured to help beyond the paper (see CONTRIBUTING): learned rounding of weights that starts
     from second-order solutions.
@@ -129,8 +139,11 @@ def loopq(
         cta: adapters between loops.
         trajectory: states at the ends of loops count in the loss, not predictions alone.
         rounding: weights may move by a learned offset before they are rounded.
+        transforms: of activations and weights; without them `slt` has nothing to select.
     """
-    return _loopq("loopq", las=las, slt=slt, cta=cta, trajectory=trajectory, rounding=rounding)
+    slt = slt and transforms
+    options = {"las": las, "slt": slt, "cta": cta, "trajectory": trajectory, "transforms": transforms}
+    return _loopq("loopq", **options, rounding=rounding)
 
 
 def _loopq(
@@ -140,13 +153,15 @@ def _loopq(
     slt: bool = True,
     cta: bool = True,
     trajectory: bool = True,
+    transforms: bool = True,
     rounding: bool,
     final_share: float | None = None,
 ) -> Pipeline:
     def calibrate(share: float, kinds: Iterable[str]) -> Calibrate:
         return Calibrate(share, LEARNED_STEPS, kinds, trajectory, final_share)
 
-    passes: list[PassBase] = [*_FRONT, *_transforms(), CollectRanges(), QuantizeWeights(True, rounding)]
+    passes: list[PassBase] = [*_FRONT, *(_transforms() if transforms else [])]
+    passes += [CollectRanges(), QuantizeWeights(True, rounding)]
     passes += [InsertActivationQdq(), *([InsertLas()] if las else []), SetRanges()]
     passes += [InsertAdapters()] if cta else []
     share = _FIRST_SHARE if rounding else 1.0

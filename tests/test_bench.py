@@ -186,6 +186,18 @@ def test_ablations_ask_for_the_parts_of_loopq(shared: Study, monkeypatch: pytest
     assert report.rows[1 + labels.index("without SLT")][-1] == ""
 
 
+def test_weight_solvers_are_compared_without_and_behind_transforms() -> None:
+    quick = Study(tiny_ouro(3), tokenizer(), TOKENS, replace(QUICK, options={"steps": 5}))
+    report = tables.solvers(quick, Selection([], [Scheme.parse("w4a8", activation="dynamic")]))
+    perplexity = {row[0]: row[3] for row in report.rows[1:]}
+    assert list(perplexity) == [
+        *("rtn", "gptq", "loaq", "rtn behind transforms", "gptq behind transforms", "loaq behind transforms"),
+        *("loopq without transforms", "loopq"),
+    ]
+    assert not [row[-1] for row in report.rows[1:] if row[-1]]
+    assert len(set(perplexity.values())) == len(perplexity), "two rows are the same program"
+
+
 def test_errors_along_the_trajectory_start_at_zero(shared: Study) -> None:
     values = shared.measure(Run("las", DYNAMIC))["trajectory"]
     states = [point for point in values if point["kind"] == "state"]

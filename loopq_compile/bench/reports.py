@@ -13,6 +13,7 @@ REPORTS: dict[str, Callable[[Study, Selection], Report]] = {
     "table1": tables.table1,
     "table2": tables.table2,
     "table5": tables.table5,
+    "solvers": tables.solvers,
     "fig1": figures.fig1,
     "fig2": figures.fig2,
     "fig3": figures.fig3,

@@ -46,7 +46,10 @@ class Run:
 
     def __str__(self) -> str:
         samples = f"{self.samples} samples" if self.samples else ""
-        others = " ".join(f"{name}={value:.3g}" for name, value in self.options.items())
+        others = " ".join(
+            f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in self.options.items()
+        )
         return " ".join(filter(None, (self.setting, samples, others, f"seed {self.seed}")))
 
 

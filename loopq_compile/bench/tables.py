@@ -1,15 +1,18 @@
-"""Tables 1, 2 and 5 of the LoopQ paper: methods by schemes, an ablation, parameters and memory."""
+"""Tables 1, 2 and 5 of the LoopQ paper (methods by schemes, an ablation, parameters and memory), and one of weight
+solvers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean
+from typing import Any
 
 from loopq_compile.bench import plots
 from loopq_compile.bench.cells import Values
 from loopq_compile.bench.report import Report, spread
 from loopq_compile.bench.settings import Run, Selection
 from loopq_compile.bench.study import Study
+from loopq_compile.options import SOLVERS
 
 METHODS = ("symmetric", "smoothquant", "quarot", "spinquant", "flatquant", "flatquant-e2e", "loopq-paper", "loopq")
 """All methods of table 1, simplest first."""
@@ -48,19 +51,38 @@ def table1(study: Study, selection: Selection) -> Report:
 
 def table2(study: Study, selection: Selection) -> Report:
     """Ablation of LoopQ: what each of its parts is worth."""
-    columns = ("variant", "scheme", "scales", *QUALITY, "note")
+    rows = [("loopq", {"flags": flags, "label": label}) for label, flags in ABLATIONS.items()]
+    return _variants(study, selection, "table2", "Ablation of LoopQ", rows)
+
+
+def solvers(study: Study, selection: Selection) -> Report:
+    """Ways to choose the integers of weights, without and behind transforms; learned rounding last."""
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for flags, suffix in (({}, ""), ({"transforms": True}, " behind transforms")):
+        for solver in SOLVERS:
+            options = {"weight_solver": solver}
+            rows.append(("symmetric", {"flags": flags, "options": options, "label": solver + suffix}))
+    rows += [("loopq", {"flags": {"transforms": False}, "label": "loopq without transforms"}), ("loopq", {})]
+    return _variants(study, selection, "solvers", "Weight solvers", rows)
+
+
+def _variants(
+    study: Study, selection: Selection, name: str, title: str, rows: Sequence[tuple[str, dict[str, Any]]]
+) -> Report:
+    """A table with a row for every method and its arguments of `Run`, for every scheme."""
+    columns = ("variant", "scheme", "scales", *QUALITY, "calibrate s", "note")
     measured = []
     for scheme in selection.schemes:
-        for label, flags in ABLATIONS.items():
-            runs = [Run("loopq", scheme, seed, flags=flags, label=label) for seed in selection.seeds]
+        for method, arguments in rows:
+            runs = [Run(method, scheme, seed, **arguments) for seed in selection.seeds]
             measured.append((runs[0], [study.measure(run) for run in runs]))
-    rows = [_base_row(study, len(columns))]
-    rows += [(*_setting(run), *_quality(found), failures(found)) for run, found in measured]
+    lines = [_base_row(study, len(columns))]
+    lines += [(*_setting(run), *_quality(found), _cost(found)[2], failures(found)) for run, found in measured]
     return Report(
-        "table2",
-        f"Ablation of LoopQ: {study.settings.model}",
+        name,
+        f"{title}: {study.settings.model}",
         columns,
-        rows,
+        lines,
         _data(study, measured),
         lambda figure: plots.bars(figure, _perplexities(measured), "perplexity", study.full_precision()["perplexity"]),
         text_columns=3,

@@ -47,6 +47,9 @@ Seeds = Annotated[str, typer.Option("--seeds", help="Comma-separated; with sever
 Budget = Annotated[
     int | None, typer.Option("--budget", min=1, help="Optimizer steps of learned methods; by default their own number.")
 ]
+WeightSolver = Annotated[
+    str | None, typer.Option("--weight-solver", help="rtn, gptq or loaq for all methods; by default each its own.")
+]
 Numbers = Annotated[
     str,
     typer.Option(
@@ -196,6 +199,7 @@ def _add(name: str, help: str, *own: str) -> None:
         budget: Budget = None,
         batch_rows: Annotated[int, typer.Option(min=1, help="Calibration samples in a step of learned methods.")] = 4,
         precision: Annotated[str, typer.Option(help="Of learned methods: float32 or bfloat16.")] = "float32",
+        weight_solver: WeightSolver = None,
         text: TextFile = None,
         length: Length = 256,
         stride: Stride = 128,
@@ -237,7 +241,9 @@ def _add(name: str, help: str, *own: str) -> None:
             sample_length=sample_length,
             length=length,
             stride=stride,
-            options={"batch_rows": batch_rows, "precision": precision} | ({"steps": budget} if budget else {}),
+            options={"batch_rows": batch_rows, "precision": precision}
+            | ({"steps": budget} if budget else {})
+            | ({"weight_solver": weight_solver} if weight_solver else {}),
             cache=out / "calibration" if out else None,
         )
         cells = Cells(out / "cells" if out else None, fresh)
@@ -267,6 +273,7 @@ for _name, _help, *_own in (
         *("loopq", "w4a4", _BOTH),
     ),
     ("table5", "Parameters and memory by part; what differs from loop to loop.", _E2E, "w4a4", _DYNAMIC),
+    ("solvers", "Ways to choose the integers of weights, without and behind transforms.", "loopq", "w4a8", _DYNAMIC),
     ("fig1", "Activation ranges by loop; how errors grow along the trajectory.", "symmetric", "w4a4", _BOTH),
     ("fig2", "Relative error along the whole unrolled trajectory, by method.", _ALL, "w4a4", _DYNAMIC),
     ("fig3", "Scores of groups, and which get transforms for every loop.", "loopq", "w4a4", _DYNAMIC),
