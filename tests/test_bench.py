@@ -188,7 +188,7 @@ def test_ablations_ask_for_the_parts_of_loopq(shared: Study, monkeypatch: pytest
 
 def test_weight_solvers_are_compared_without_and_behind_transforms() -> None:
     quick = Study(tiny_ouro(3), tokenizer(), TOKENS, replace(QUICK, options={"steps": 5}))
-    report = tables.solvers(quick, Selection([], [Scheme.parse("w4a8", activation="dynamic")]))
+    report = tables.solvers(quick, Selection(["symmetric", "loopq"], [Scheme.parse("w4a8", activation="dynamic")]))
     perplexity = {row[0]: row[3] for row in report.rows[1:]}
     assert list(perplexity) == [
         *("rtn", "gptq", "loaq", "rtn behind transforms", "gptq behind transforms", "loaq behind transforms"),

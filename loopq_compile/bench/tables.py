@@ -56,14 +56,18 @@ def table2(study: Study, selection: Selection) -> Report:
 
 
 def solvers(study: Study, selection: Selection) -> Report:
-    """Ways to choose the integers of weights, without and behind transforms; learned rounding last."""
+    """Ways to choose the integers of weights, without and behind transforms; learned rounding last.
+
+    The selection's methods are "symmetric", for the solvers alone, and "loopq", which learns the rounding.
+    """
     rows: list[tuple[str, dict[str, Any]]] = []
     for flags, suffix in (({}, ""), ({"transforms": True}, " behind transforms")):
         for solver in SOLVERS:
             options = {"weight_solver": solver}
             rows.append(("symmetric", {"flags": flags, "options": options, "label": solver + suffix}))
     rows += [("loopq", {"flags": {"transforms": False}, "label": "loopq without transforms"}), ("loopq", {})]
-    return _variants(study, selection, "solvers", "Weight solvers", rows)
+    chosen = [(method, arguments) for method, arguments in rows if method in selection.methods]
+    return _variants(study, selection, "solvers", "Weight solvers", chosen)
 
 
 def _variants(

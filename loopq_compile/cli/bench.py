@@ -273,7 +273,11 @@ for _name, _help, *_own in (
         *("loopq", "w4a4", _BOTH),
     ),
     ("table5", "Parameters and memory by part; what differs from loop to loop.", _E2E, "w4a4", _DYNAMIC),
-    ("solvers", "Ways to choose the integers of weights, without and behind transforms.", "loopq", "w4a8", _DYNAMIC),
+    (
+        "solvers",
+        "Ways to choose the integers of weights, without and behind transforms.",
+        *("symmetric,loopq", "w4a8", _DYNAMIC),
+    ),
     ("fig1", "Activation ranges by loop; how errors grow along the trajectory.", "symmetric", "w4a4", _BOTH),
     ("fig2", "Relative error along the whole unrolled trajectory, by method.", _ALL, "w4a4", _DYNAMIC),
     ("fig3", "Scores of groups, and which get transforms for every loop.", "loopq", "w4a4", _DYNAMIC),
