@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, fx
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import LoopStructure
 from loopq_compile.scheme import Scheme
-from loopq_compile.state import LogEntry, get_state
+from loopq_compile.state import LogEntry, attach_state, copy_graph, get_state
 
 if TYPE_CHECKING:
     from loopq_compile.backends.onnx import OnnxExport
@@ -76,7 +77,13 @@ class Program:
         return summarize(self.graph_module)
 
     def export_onnx(
-        self, directory: str | os.PathLike[str], *, target: str = "qdq", form: str = "unrolled", cache: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        target: str = "qdq",
+        form: str = "unrolled",
+        cache: bool = False,
+        last_token: bool = False,
     ) -> OnnxExport:
         """Writes `model.onnx` into `directory`.
 
@@ -85,17 +92,43 @@ class Program:
             target: "qdq", standard operators alone; "onnxruntime", packed products of ONNX Runtime (`MatMulNBits`).
             form: "unrolled", each loop has its nodes; "rolled", one `Loop` whose count is the input `loops`. Weights
                 are stored once in both.
-            cache: key-value cache; not in this version.
+            cache: prefill and decode in one file: inputs `attention_mask` `[batch, past + sequence]` (padding stands on
+                the left), `past_key_values.N.key` and `.value` `[batch, heads, past, size]`, outputs `present.N.key`
+                and `.value`, for every loop and layer; in form "rolled" for every layer, the loops as first dimension.
+            last_token: with a cache, `logits` for the last token alone, which saves the head's work on prompts.
 
         Returns:
             Path, size and node counts of what was written.
 
         Raises:
-            LoopQError: the target or form is unknown, the program cannot be rolled, or the directory cannot be written.
+            LoopQError: the target or form is unknown, the program cannot be rolled or cached, or the directory cannot
+                be written.
         """
         from loopq_compile.backends.onnx import export
 
-        return export(self.graph_module, directory, target=target, form=form, cache=cache)
+        return export(self.graph_module, directory, target=target, form=form, cache=cache, last_token=last_token)
+
+    def with_cache(self, *, stacked: bool = False, last_token: bool = False) -> Program:
+        """This program with a key-value cache: a call takes new tokens and what earlier calls left, and returns a dict.
+
+        Inputs are `input_ids` `[batch, sequence]`, `attention_mask` `[batch, past + sequence]` (0 on padding, which
+        stands on the left), and for every attention that runs, number `N`, `past_key_values.N.key` and `.value`
+        `[batch, heads, past, size]`; results are the program's own and `present.N.key`, `.value`, which the next call
+        takes. `past` is 0 for a prompt. `loopq_compile.generation` feeds it.
+
+        Args:
+            stacked: one cache for all iterations of a loop's layer, `[loops, batch, heads, past, size]`.
+            last_token: `logits` for the last token alone.
+
+        Raises:
+            LoopQError: the model's attention is not recognised, is not causal, or tokens mix elsewhere.
+        """
+        from loopq_compile.passes.add_cache import AddCache
+        from loopq_compile.pipeline import Pipeline
+
+        copied = copy_graph(self.graph_module)
+        attach_state(copied, replace(get_state(self.graph_module), log=list(self.log)))
+        return Program(Pipeline([AddCache(stacked=stacked, last_token=last_token)]).run(copied))
 
     def lower(self, backend: str, **options: Any) -> Any:
         """An executable made by `backend` ("reference" or "onnx"); see `loopq_compile.backends`."""
