@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.decoding import CachedDecoder, Decoder, RecomputingDecoder, has_cache, with_empty_cache
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import LoopStructure
 from loopq_compile.scheme import Scheme
@@ -30,14 +32,17 @@ class Program:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         get_state(graph_module)
         self.graph_module = graph_module
+        self._decoding: tuple[Any, Program | None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the graph without gradients.
+        """Runs the graph without gradients. With a key-value cache, a call that brings none reads a prompt.
 
         Raises:
             LoopQError: the arguments do not fit the captured signature.
         """
         signature = get_state(self.graph_module).signature
+        if has_cache(signature) and len(args) <= len(signature.parameters):
+            args, kwargs = (), with_empty_cache(signature, args, kwargs, self.loops.count)
         inputs = signature.bind(args, kwargs)
         try:
             with torch.no_grad():
@@ -141,27 +146,25 @@ class Program:
         input_ids: Tensor,
         max_new_tokens: int = 32,
         *,
+        attention_mask: Tensor | None = None,
         do_sample: bool = False,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
     ) -> Tensor:
-        """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.generate`."""
+        """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.generate`.
+
+        With a key-value cache where the model can have one (`with_cache`), by reading all again where it cannot.
+        """
         from loopq_compile.generation import generate
 
-        first, *others = [spec.name for spec in get_state(self.graph_module).signature.inputs]
-        if others not in ([], ["attention_mask"]):
-            raise LoopQError(f"generate feeds token ids and an attention mask; this program also takes {others}.")
-
-        def run(ids: Tensor) -> Any:
-            return self(**{first: ids}, **{name: torch.ones_like(ids) for name in others})
-
         return generate(
-            run,
+            self,
             input_ids,
             max_new_tokens,
+            attention_mask=attention_mask,
             do_sample=do_sample,
             temperature=temperature,
             top_k=top_k,
@@ -169,6 +172,39 @@ class Program:
             seed=seed,
             eos_token_id=eos_token_id,
         )
+
+    def decoder(self) -> Decoder:
+        """What `generate` asks for the next token.
+
+        Raises:
+            LoopQError: the program takes more than token ids and an attention mask.
+        """
+        signature = get_state(self.graph_module).signature
+        if has_cache(signature):
+            return CachedDecoder(self, signature, self.loops.count)
+        first, *others = [spec.name for spec in signature.inputs]
+        if others not in ([], ["attention_mask"]):
+            raise LoopQError(f"generate feeds token ids and an attention mask; this program also takes {others}.")
+        cached = self._cached()
+        if cached is not None:
+            return cached.decoder()
+
+        def run(ids: Tensor, *mask: Tensor) -> Any:
+            return self(**{first: ids}, **dict(zip(others, mask, strict=True)))
+
+        return RecomputingDecoder(run, takes_mask=bool(others))
+
+    def _cached(self) -> Program | None:
+        """The program with a cache, None if it cannot have one; made anew when a pass has changed graph or tensors."""
+        tensors = [*self.graph_module.parameters(), *self.graph_module.buffers()]
+        key = (self.graph_module.code, tuple(map(id, tensors)))
+        if self._decoding is None or self._decoding[0] != key:
+            try:
+                cached = self.with_cache(last_token=True)
+            except LoopQError:
+                cached = None
+            self._decoding = (key, cached)
+        return self._decoding[1]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the program into `directory`: JSON and safetensors; see `loopq_compile.artifact`."""

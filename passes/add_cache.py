@@ -12,6 +12,7 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from loopq_compile.decoding import PAST_PREFIX, PRESENT_PREFIX, has_cache
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import get_tag, set_tag
 from loopq_compile.passes.attention import Attention, find_attention, find_stem
@@ -33,8 +34,6 @@ from loopq_compile.signature import LOOPS_AXIS, PAST, TOTAL, InputSpec, result_n
 from loopq_compile.state import CompilerState
 
 _aten = torch.ops.aten
-PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
-"""What names of cache inputs and outputs begin with; a number and `.key` or `.value` follow."""
 
 
 class AddCache(Pass):
@@ -69,7 +68,7 @@ class AddCache(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
-        if any(spec.name.startswith(PAST_PREFIX) for spec in state.signature.inputs):
+        if has_cache(state.signature):
             return PassResult(graph_module, False)
         regions = find_regions(graph_module)
         attention = find_attention(regions)

@@ -22,6 +22,11 @@ def test_quantized_files(form: str, target: str, tmp_path) -> None:
     check_decoding(program, run, run.signature, tolerance=1e-4)
     heads = "batch, 2, past, 16" if form == "unrolled" else "loops, batch, 2, past, 16"
     assert report.inputs[2] == f"past_key_values.0.key: FLOAT[{heads}]"
+    tokens = ids(2, 6)
+    mask = torch.ones_like(tokens)
+    mask[0, :2] = 0
+    assert torch.equal(run.generate(tokens, 5, attention_mask=mask), program.generate(tokens, 5, attention_mask=mask))
+    torch.testing.assert_close(run(tokens)["logits"], program(tokens)["logits"], rtol=1e-3, atol=1e-3)
     assert ("Loop" in report.nodes) == (form == "rolled")
 
 
