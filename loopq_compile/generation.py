@@ -1,74 +1,70 @@
-"""Text generation by recomputation: the whole sequence runs again for every new token."""
+"""Text generation: sampling, and a decoder that gives logits step by step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loopq_compile.decoding import Decoder, RecomputingDecoder, logits_of
 from loopq_compile.errors import LoopQError
 
-
-def logits_of(output: Any) -> Tensor:
-    """The logits `[batch, sequence, vocabulary]` in what a model, a program or an ONNX file returns.
-
-    Raises:
-        LoopQError: there is no such tensor.
-    """
-    found = output
-    if not isinstance(found, Tensor):
-        found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if found is None and isinstance(output, tuple | list) and output:
-        found = output[0]
-    if not isinstance(found, Tensor) or found.ndim != 3:
-        raise LoopQError(
-            f"The model returns {type(output).__name__} without logits [batch, sequence, vocabulary]; text cannot be "
-            "scored or generated with it."
-        )
-    return found
+__all__ = ["generate", "logits_of", "stream"]
 
 
 def stream(
-    model: Callable[[Tensor], Any],
+    model: Callable[..., Any],
     input_ids: Tensor,
     max_new_tokens: int,
     *,
+    attention_mask: Tensor | None = None,
     do_sample: bool = False,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
-    """Yields the next token of every sequence, `[batch]`, `max_new_tokens` times or until all have ended."""
+    """Yields the next token of every sequence, `[batch]`, `max_new_tokens` times or until all have ended.
+
+    A model with a method `decoder()` (a `Program`, an `OnnxExecutable`) is asked for one, which uses a key-value cache
+    where it can; any other reads the whole text again for every token.
+    """
     _check(input_ids, max_new_tokens, temperature, top_k, top_p)
+    mask = _checked_mask(input_ids, attention_mask)
+    decoder: Decoder = model.decoder() if hasattr(model, "decoder") else RecomputingDecoder(model)
     generator = torch.Generator().manual_seed(seed)
+    ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ()))
     ended = torch.zeros(len(input_ids), dtype=torch.bool)
-    for _ in range(max_new_tokens):
-        logits = logits_of(model(input_ids))[:, -1].float().cpu()
+    new = input_ids
+    for step in range(max_new_tokens):
+        logits = decoder(new, mask).float().cpu()
         if do_sample:
             token = torch.multinomial(_filtered(logits / temperature, top_k, top_p), 1, generator=generator)[:, 0]
         else:
             token = logits.argmax(-1)
-        if eos_token_id is not None:
-            token = torch.where(ended, torch.full_like(token, eos_token_id), token)
-            ended |= token == eos_token_id
+        if len(ends):
+            token = torch.where(ended, torch.full_like(token, int(ends[0])), token)
+            ended |= torch.isin(token, ends)
         yield token
-        if ended.all():
+        if ended.all() or step + 1 == max_new_tokens:
             return
-        input_ids = torch.cat([input_ids, token.to(input_ids).unsqueeze(1)], 1)
+        new = token.to(input_ids).unsqueeze(1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
 
 
-def generate(model: Callable[[Tensor], Any], input_ids: Tensor, max_new_tokens: int = 32, **options: Any) -> Tensor:
+def generate(model: Callable[..., Any], input_ids: Tensor, max_new_tokens: int = 32, **options: Any) -> Tensor:
     """Continues token ids; parameter names are Hugging Face's.
 
     Args:
         model: maps ids `[batch, sequence]` to logits: a model, a program, or an ONNX executable.
-        input_ids: `[batch, sequence]`, sequences of one length.
+        input_ids: `[batch, sequence]`, sequences of one length, shorter ones padded on the left.
         max_new_tokens: number of tokens to add.
-        options: `do_sample`, `temperature`, `top_k`, `top_p`, `seed`, `eos_token_id`. Greedy without `do_sample`.
+        options: `attention_mask` `[batch, sequence]`, 0 on padding; `do_sample`, `temperature`, `top_k`, `top_p`,
+            `seed`; `eos_token_id`, one or several, which end a sequence (the first fills up sequences that have ended).
+            Greedy without `do_sample`.
 
     Returns:
         Ids `[batch, sequence + new]`, the given ones included.
@@ -78,6 +74,18 @@ def generate(model: Callable[[Tensor], Any], input_ids: Tensor, max_new_tokens: 
     """
     tokens = list(stream(model, input_ids, max_new_tokens, **options))
     return torch.cat([input_ids, *(token.to(input_ids).unsqueeze(1) for token in tokens)], 1)
+
+
+def _checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    if attention_mask is None:
+        return torch.ones_like(input_ids)
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise LoopQError(f"attention_mask must have the shape of input_ids, {list(input_ids.shape)}; got {shape}.")
+    mask = (attention_mask != 0).to(input_ids)
+    if not mask[:, -1].all():
+        raise LoopQError("Padding must stand on the left: the last column of attention_mask has zeros.")
+    return mask
 
 
 def _check(input_ids: Any, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -83,7 +83,9 @@ def _rolled_to_json(node: fx.Node) -> dict[str, Any]:
     loop = owner.get_submodule(str(node.target)) if owner is not None else None
     if not isinstance(loop, RolledLoop):
         raise LoopQError(f"Node {node.name!r} calls the module {node.target!r}, which a saved program cannot hold.")
-    numbers = {"count": loop.count, "rows": loop.rows, "skipped": loop.skipped, "number": loop.number}
+    numbers: dict[str, Any] = {"count": loop.count, "rows": loop.rows, "skipped": loop.skipped, "number": loop.number}
+    if loop.scanned:
+        numbers["scanned"] = list(loop.scanned)
     return {**numbers, "body": graph_to_json(loop.body.graph)}
 
 

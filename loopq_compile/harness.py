@@ -113,7 +113,7 @@ class LanguageModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts that continue the contexts up to the first of their stop strings. The sequence is read again for every
-        token, as `Program.generate` does."""
+        token."""
         answers = []
         arguments = [request.args for request in requests]
         for context, options in arguments if disable_tqdm else progress(arguments, "writing answers", len(arguments)):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.decoding import CachedDecoder, Decoder, RecomputingDecoder, has_cache, with_empty_cache
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import LoopStructure
 from loopq_compile.scheme import Scheme
-from loopq_compile.state import LogEntry, get_state
+from loopq_compile.state import LogEntry, attach_state, copy_graph, get_state
 
 if TYPE_CHECKING:
     from loopq_compile.backends.onnx import OnnxExport
@@ -29,14 +32,17 @@ class Program:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         get_state(graph_module)
         self.graph_module = graph_module
+        self._decoding: tuple[Any, Program | None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the graph without gradients.
+        """Runs the graph without gradients. With a key-value cache, a call that brings none reads a prompt.
 
         Raises:
             LoopQError: the arguments do not fit the captured signature.
         """
         signature = get_state(self.graph_module).signature
+        if has_cache(signature) and len(args) <= len(signature.parameters):
+            args, kwargs = (), with_empty_cache(signature, args, kwargs, self.loops.count)
         inputs = signature.bind(args, kwargs)
         try:
             with torch.no_grad():
@@ -76,7 +82,13 @@ class Program:
         return summarize(self.graph_module)
 
     def export_onnx(
-        self, directory: str | os.PathLike[str], *, target: str = "qdq", form: str = "unrolled", cache: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        target: str = "qdq",
+        form: str = "unrolled",
+        cache: bool = False,
+        last_token: bool = False,
     ) -> OnnxExport:
         """Writes `model.onnx` into `directory`.
 
@@ -85,17 +97,43 @@ class Program:
             target: "qdq", standard operators alone; "onnxruntime", packed products of ONNX Runtime (`MatMulNBits`).
             form: "unrolled", each loop has its nodes; "rolled", one `Loop` whose count is the input `loops`. Weights
                 are stored once in both.
-            cache: key-value cache; not in this version.
+            cache: prefill and decode in one file: inputs `attention_mask` `[batch, past + sequence]` (padding stands on
+                the left), `past_key_values.N.key` and `.value` `[batch, heads, past, size]`, outputs `present.N.key`
+                and `.value`, for every loop and layer; in form "rolled" for every layer, the loops as first dimension.
+            last_token: with a cache, `logits` for the last token alone, which saves the head's work on prompts.
 
         Returns:
             Path, size and node counts of what was written.
 
         Raises:
-            LoopQError: the target or form is unknown, the program cannot be rolled, or the directory cannot be written.
+            LoopQError: the target or form is unknown, the program cannot be rolled or cached, or the directory cannot
+                be written.
         """
         from loopq_compile.backends.onnx import export
 
-        return export(self.graph_module, directory, target=target, form=form, cache=cache)
+        return export(self.graph_module, directory, target=target, form=form, cache=cache, last_token=last_token)
+
+    def with_cache(self, *, stacked: bool = False, last_token: bool = False) -> Program:
+        """This program with a key-value cache: a call takes new tokens and what earlier calls left, and returns a dict.
+
+        Inputs are `input_ids` `[batch, sequence]`, `attention_mask` `[batch, past + sequence]` (0 on padding, which
+        stands on the left), and for every attention that runs, number `N`, `past_key_values.N.key` and `.value`
+        `[batch, heads, past, size]`; results are the program's own and `present.N.key`, `.value`, which the next call
+        takes. `past` is 0 for a prompt. `loopq_compile.generation` feeds it.
+
+        Args:
+            stacked: one cache for all iterations of a loop's layer, `[loops, batch, heads, past, size]`.
+            last_token: `logits` for the last token alone.
+
+        Raises:
+            LoopQError: the model's attention is not recognised, is not causal, or tokens mix elsewhere.
+        """
+        from loopq_compile.passes.add_cache import AddCache
+        from loopq_compile.pipeline import Pipeline
+
+        copied = copy_graph(self.graph_module)
+        attach_state(copied, replace(get_state(self.graph_module), log=list(self.log)))
+        return Program(Pipeline([AddCache(stacked=stacked, last_token=last_token)]).run(copied))
 
     def lower(self, backend: str, **options: Any) -> Any:
         """An executable made by `backend` ("reference" or "onnx"); see `loopq_compile.backends`."""
@@ -108,27 +146,25 @@ class Program:
         input_ids: Tensor,
         max_new_tokens: int = 32,
         *,
+        attention_mask: Tensor | None = None,
         do_sample: bool = False,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
     ) -> Tensor:
-        """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.generate`."""
+        """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.generate`.
+
+        With a key-value cache where the model can have one (`with_cache`), by reading all again where it cannot.
+        """
         from loopq_compile.generation import generate
 
-        first, *others = [spec.name for spec in get_state(self.graph_module).signature.inputs]
-        if others not in ([], ["attention_mask"]):
-            raise LoopQError(f"generate feeds token ids and an attention mask; this program also takes {others}.")
-
-        def run(ids: Tensor) -> Any:
-            return self(**{first: ids}, **{name: torch.ones_like(ids) for name in others})
-
         return generate(
-            run,
+            self,
             input_ids,
             max_new_tokens,
+            attention_mask=attention_mask,
             do_sample=do_sample,
             temperature=temperature,
             top_k=top_k,
@@ -136,6 +172,39 @@ class Program:
             seed=seed,
             eos_token_id=eos_token_id,
         )
+
+    def decoder(self) -> Decoder:
+        """What `generate` asks for the next token.
+
+        Raises:
+            LoopQError: the program takes more than token ids and an attention mask.
+        """
+        signature = get_state(self.graph_module).signature
+        if has_cache(signature):
+            return CachedDecoder(self, signature, self.loops.count)
+        first, *others = [spec.name for spec in signature.inputs]
+        if others not in ([], ["attention_mask"]):
+            raise LoopQError(f"generate feeds token ids and an attention mask; this program also takes {others}.")
+        cached = self._cached()
+        if cached is not None:
+            return cached.decoder()
+
+        def run(ids: Tensor, *mask: Tensor) -> Any:
+            return self(**{first: ids}, **dict(zip(others, mask, strict=True)))
+
+        return RecomputingDecoder(run, takes_mask=bool(others))
+
+    def _cached(self) -> Program | None:
+        """The program with a cache, None if it cannot have one; made anew when a pass has changed graph or tensors."""
+        tensors = [*self.graph_module.parameters(), *self.graph_module.buffers()]
+        key = (self.graph_module.code, tuple(map(id, tensors)))
+        if self._decoding is None or self._decoding[0] != key:
+            try:
+                cached = self.with_cache(last_token=True)
+            except LoopQError:
+                cached = None
+            self._decoding = (key, cached)
+        return self._decoding[1]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the program into `directory`: JSON and safetensors; see `loopq_compile.artifact`."""

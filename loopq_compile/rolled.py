@@ -24,10 +24,20 @@ class RolledLoop(nn.Module):
         rows: rows of the tables that the body reads. Iterations beyond that read the last row (LoopQ appendix C.2).
         skipped: iterations that stand in front of the loop, because they are not like the others.
         number: which of the program's loops this is (`LoopTag.loops[0]`).
+        scanned: which shared values the body gets one entry of, that of its iteration: key-value caches `[loops, ...]`.
     """
 
-    def __init__(self, body: fx.GraphModule, count: int, rows: int, skipped: int = 0, number: int = 0) -> None:
+    def __init__(
+        self,
+        body: fx.GraphModule,
+        count: int,
+        rows: int,
+        skipped: int = 0,
+        number: int = 0,
+        scanned: Sequence[int] = (),
+    ) -> None:
         super().__init__()
+        self.scanned = tuple(scanned)
         self.body, self.count, self.rows, self.skipped, self.number = body, count, rows, skipped, number
 
     def forward(self, state: Sequence[Tensor], shared: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -39,7 +49,8 @@ class RolledLoop(nn.Module):
         """
         current, collected = list(state), []
         for iteration in range(self.count):
-            results = self.body(min(iteration, self.rows - 1), *current, *shared)
+            given = [x[iteration] if i in self.scanned else x for i, x in enumerate(shared)]
+            results = self.body(min(iteration, self.rows - 1), *current, *given)
             current = list(results[: len(current)])
             collected.append(results[len(current) :])
         return (*current, *(torch.stack(values) for values in zip(*collected, strict=True)))

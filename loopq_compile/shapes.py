@@ -46,7 +46,6 @@ def symbolic_inputs(signature: Signature) -> list[Tensor]:
     """Fake tensors for the inputs; dimensions of one name share a symbol."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False, allow_non_fake_inputs=True)
     sizes: dict[str, Any] = {}
-    inputs = []
     for spec in signature.inputs:
         example = torch.zeros(
             [size if isinstance(size, int) else 5 + len(size) for size in spec.shape], dtype=spec.dtype
@@ -54,22 +53,28 @@ def symbolic_inputs(signature: Signature) -> list[Tensor]:
         dynamic = [DimDynamic.STATIC if isinstance(size, int) else DimDynamic.DYNAMIC for size in spec.shape]
         fake = mode.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic))
         for name, size in zip(spec.shape, fake.shape, strict=True):
-            if isinstance(name, str):
+            if isinstance(name, str) and " + " not in name:
                 sizes.setdefault(name, size)
-        with mode:
-            shape = [sizes.get(name, name) if isinstance(name, str) else name for name in spec.shape]
-            inputs.append(torch.empty(shape, dtype=spec.dtype))
-    return inputs
+    with mode:
+        return [
+            torch.empty([_named_size(size, sizes) for size in spec.shape], dtype=spec.dtype)
+            for spec in signature.inputs
+        ]
+
+
+def _named_size(size: int | str, sizes: dict[str, Any]) -> Any:
+    """A size, or the symbol (or the sum of symbols) that a name stands for."""
+    return sum(sizes[part] for part in size.split(" + ")) if isinstance(size, str) else size
 
 
 def symbol_names(graph_module: fx.GraphModule) -> dict[str, str]:
     """Names of the exporter's symbols: `{"s72": "batch", ...}`."""
-    specs = {spec.name: spec for spec in get_state(graph_module).signature.inputs}
+    inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     names: dict[str, str] = {}
-    for node in graph_module.graph.nodes:
+    for node, spec in zip(inputs, get_state(graph_module).signature.inputs, strict=True):
         value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, Tensor) and node.target in specs:
-            for size, name in zip(value.shape, specs[str(node.target)].shape, strict=True):
+        if isinstance(value, Tensor):
+            for size, name in zip(value.shape, spec.shape, strict=True):
                 if isinstance(name, str) and not isinstance(size, int):
                     names[str(size)] = name
     return names

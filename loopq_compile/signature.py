@@ -16,10 +16,20 @@ from torch.utils import _pytree as pytree
 
 from loopq_compile.errors import LoopQError, did_you_mean
 
+PAST = "past"
+"""Dimension of the tokens in a key-value cache, the only one that may be 0."""
+LOOPS_AXIS = "loops"
+"""Dimension of the iterations of a loop that share a cache."""
+TOTAL = f"{PAST} + sequence"
+"""Dimension of all tokens, cached and new ones."""
+
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One tensor input of a graph. Dimensions are sizes, or names such as "batch" for those that may vary."""
+    """One tensor input of a graph. Dimensions are sizes, or names such as "batch" for those that may vary.
+
+    A name may be a sum of others, such as "past + sequence".
+    """
 
     name: str
     dtype: torch.dtype
@@ -93,6 +103,13 @@ class Signature:
                 if isinstance(name, str) and seen.setdefault(name, (spec.name, size))[1] != size:
                     other, expected = seen[name]
                     raise LoopQError(f"Inputs disagree on {name!r}: {other} has {expected}, {spec.name} has {size}.")
+        for name, (owner, size) in seen.items():
+            parts = name.split(" + ")
+            if len(parts) > 1 and all(part in seen for part in parts):
+                sizes = [seen[part][1] for part in parts]
+                if size != sum(sizes):
+                    made = " + ".join(map(str, sizes))
+                    raise LoopQError(f"{owner} has {name!r} = {size}, the other inputs make it {made}.")
 
 
 def _checked(spec: InputSpec, value: Any) -> Tensor:
@@ -108,7 +125,7 @@ def _checked(spec: InputSpec, value: Any) -> Tensor:
     if not fits:
         hint = " Add a batch dimension: x.unsqueeze(0)." if len(sizes) == len(spec.shape) - 1 else ""
         raise LoopQError(f"Input {spec.name!r} has shape {list(sizes)}; the program takes {spec}.{hint}")
-    if 0 in sizes:
+    if any(size == 0 and want != PAST for want, size in zip(spec.shape, sizes, strict=True)):
         raise LoopQError(f"Input {spec.name!r} is empty: shape {list(sizes)}.")
     return value.to(spec.dtype)
 

@@ -9,6 +9,7 @@ What a body node reads is, in every iteration, one of these:
 - the same value in all iterations: shared, an argument of the body;
 - different constants: rows of a table. Rows of one stored table are read from it; different weights are stacked, a
   dequantized one as integers and scales; everything else is computed now;
+- a row of an input for each iteration, `past[t]`: a key-value cache, of which the body gets its iteration's entry;
 - different values that do not depend on the loop: stacked in front of it.
 """
 
@@ -46,13 +47,14 @@ class Mismatch(LoopQError):
 
 @dataclass
 class Shared:
-    """What the body gets beside its state: a `node` of the graph around it, a new table of `values`, or a `stack` of
-    nodes to be made in front of the loop."""
+    """What the body gets beside its state: a `node` of the graph around it (`scanned`: its entry for the iteration), a
+    new table of `values`, or a `stack` of nodes to be made in front of the loop."""
 
     name: str
     node: fx.Node | None = None
     values: Tensor | None = None
     stack: tuple[fx.Node, ...] = ()
+    scanned: bool = False
 
 
 @dataclass
@@ -159,9 +161,18 @@ class _Matcher:
             return self._constant(values)
         if all(value is first for value in values) and first not in self.depends:
             return self._shared(first, Shared(first.name, node=first))
+        if self._is_scanned(values):
+            return self._shared(("scanned", first), Shared(first.args[0].name, node=first.args[0], scanned=True))
         if len(values) > 1 and not any(value in self.depends for value in values):
             return self._row(("stack", *values), Shared(f"{first.name}_rows", stack=tuple(values)))
         return self._state(readers, values)
+
+    def _is_scanned(self, values: Sequence[fx.Node]) -> bool:
+        """Whether iteration `t` reads entry `t` of an input."""
+        table = values[0].args[0] if values[0].target is _aten.select.int else None
+        if not isinstance(table, fx.Node) or table.op != "placeholder" or self.skipped:
+            return False
+        return all(v.target is _aten.select.int and v.args == (table, 0, t) for t, v in enumerate(values))
 
     def _state(self, readers: Sequence[fx.Node], values: Sequence[fx.Node]) -> fx.Node:
         adapted = [value in self.match.adapters for value in values]

@@ -84,7 +84,8 @@ def _roll(graph_module: fx.GraphModule, match: Match, number: int, skipped: int)
             node.target = node.name  # the argument's name in code, which must not be that of another node
     body = fx.GraphModule({}, match.body)
     name = f"loop_{number}"
-    graph_module.add_module(name, RolledLoop(body, len(members), len(members), skipped, number))
+    scanned = [position for position, (value, _) in enumerate(match.shared) if value.scanned]
+    graph_module.add_module(name, RolledLoop(body, len(members), len(members), skipped, number, scanned))
     shared = [_outer_value(graph_module, shared, behind) for shared, _ in match.shared]
     initial = [start for _, start in match.initial]
     with graph.inserting_before(behind):
@@ -165,6 +166,8 @@ def _joined(graph: fx.Graph, user: fx.Node, nodes: list[fx.Node], stack: fx.Node
     dim: Any = user.args[1] if len(user.args) > 1 else 0
     is_cat = user.target is _aten.cat.default
     dim %= value.ndim if is_cat else value.ndim + 1
+    if dim == 0 and not is_cat:
+        return stack
     order = list(range(1, value.ndim + 1))
     order.insert(dim, 0)
     with graph.inserting_before(user):

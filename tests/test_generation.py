@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from loopq_compile.decoding import CachedDecoder
 from loopq_compile.errors import LoopQError
 from loopq_compile.generation import generate, logits_of, stream
+from loopq_compile.program import Program
+from loopq_compile.state import copy_graph
+from tests.backends.onnx import graphs
+from tests.decoding import captured
 from tests.tiny import VOCABULARY, tiny_program, tokens
 
 TABLE = 3 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1))
@@ -105,3 +110,69 @@ def test_logits_are_found_in_every_kind_of_output() -> None:
 def test_bad_options(ids: Tensor, options: dict[str, float], message: str) -> None:
     with pytest.raises(LoopQError, match=message):
         generate(model, ids, **options)
+
+
+def test_several_tokens_end_a_sequence() -> None:
+    def counting(ids: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot((ids + 1) % 8, 8).float()
+
+    made = generate(counting, torch.tensor([[1], [4]]), 20, eos_token_id=[5, 3])
+    assert made.tolist() == [[1, 2, 3], [4, 5, 5]]
+
+
+def test_a_program_reads_its_prompt_once() -> None:
+    program = tiny_program()
+    decoder = program.decoder()
+    assert isinstance(decoder, CachedDecoder)
+    ids = tokens(2, batch=2, length=6)
+    first = decoder(ids, torch.ones_like(ids))
+    second = decoder(ids[:, :1], torch.ones(2, 7, dtype=torch.int64))
+    whole = program(torch.cat([ids, ids[:, :1]], 1))["logits"]
+    torch.testing.assert_close(first, whole[:, -2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(second, whole[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_padded_on_the_left_say_what_they_say_alone() -> None:
+    _, program = captured("loopformer")
+    ids = tokens(4, batch=2, length=9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    together = program.generate(ids, 6, attention_mask=mask)
+    assert torch.equal(together[:1], program.generate(ids[:1], 6))
+    assert torch.equal(together[1:, 4:], program.generate(ids[1:, 4:], 6))
+
+
+def test_a_program_that_cannot_have_a_cache_recomputes() -> None:
+    program = Program(graphs.captured(graphs.Recurrent()))
+    ids = graphs.tokens(2, 5)
+    made = program.generate(ids, 3)
+    for _ in range(3):
+        ids = torch.cat([ids, program(ids)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(made, ids)
+    with pytest.raises(LoopQError, match="cannot be padded"):
+        program.generate(ids, 3, attention_mask=torch.tensor([[0, *[1] * 7], [1] * 8]))
+
+
+def test_a_changed_program_gets_another_cache() -> None:
+    program = Program(copy_graph(captured("tiny")[1].graph_module))
+    ids = tokens(5, batch=1, length=4)
+    before = program.generate(ids, 1)
+    head = program.graph_module.get_submodule("head")
+    head.weight = torch.nn.Parameter(-head.weight.detach(), requires_grad=False)
+    expected = torch.cat([ids, program(ids)["logits"][:, -1:].argmax(-1)], 1)
+    after = program.generate(ids, 1)
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 4, dtype=torch.int64), r"the shape of input_ids, \[2, 5\]; got \[2, 4\]"),
+        (torch.tensor([[1] * 5, [1, 1, 1, 0, 0]]), "on the left"),
+        ("none", "got str"),
+    ],
+)
+def test_bad_masks(mask: object, message: str) -> None:
+    with pytest.raises(LoopQError, match=message):
+        tiny_program().generate(PROMPT, 1, attention_mask=mask)  # type: ignore[arg-type]

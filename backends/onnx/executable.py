@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
+from loopq_compile.backends.onnx.decoder import OnnxDecoder
 from loopq_compile.backends.onnx.loop import LOOPS
+from loopq_compile.decoding import Decoder, RecomputingDecoder, has_cache, with_empty_cache
 from loopq_compile.errors import LoopQError
 
 
@@ -57,7 +59,8 @@ class OnnxExecutable:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The program's result for the same call.
 
-        A rolled file also takes `loops=`, the number of loops, by default that of the program.
+        A rolled file also takes `loops=`, the number of loops, by default that of the program. A file with a key-value
+        cache takes `attention_mask` and `past_key_values.N.key`, `.value`; a call without them reads a prompt.
 
         Takes PyTorch tensors or numpy arrays, and returns PyTorch tensors unless all inputs are numpy arrays. The
         result has the model's own structure; if its class is not importable here, it is a tuple (or one tensor).
@@ -68,7 +71,10 @@ class OnnxExecutable:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor | np.ndarray)]
         as_numpy = bool(given) and all(isinstance(value, np.ndarray) for value in given)
         loops = kwargs.pop(LOOPS, None) if LOOPS in self.input_names else None
-        tensors = self.signature.bind([_tensor(value) for value in args], {k: _tensor(v) for k, v in kwargs.items()})
+        args, kwargs = tuple(_tensor(value) for value in args), {k: _tensor(v) for k, v in kwargs.items()}
+        if has_cache(self.signature) and len(args) <= len(self.signature.parameters):
+            args, kwargs = (), with_empty_cache(self.signature, args, kwargs, self._loop_count(loops))
+        tensors = self.signature.bind(args, kwargs)
         feed = {
             spec.name: tensor.detach().cpu().contiguous().numpy()
             for spec, tensor in zip(self.signature.inputs, tensors, strict=True)
@@ -83,12 +89,62 @@ class OnnxExecutable:
             raise LoopQError(f"ONNX Runtime failed on {sizes}: {str(error)[:400]}") from error
         return self._convention.restore(results if as_numpy else [torch.from_numpy(value) for value in results])
 
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int = 32, *, loops: int | None = None, **options: Any
+    ) -> Tensor:
+        """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.generate`.
+
+        A file with a key-value cache reads the prompt once; any other reads all again for every token.
+
+        Args:
+            loops: number of loops of a rolled file.
+            options: as there.
+        """
+        from loopq_compile.generation import generate
+
+        return generate(_Loops(self, loops), input_ids, max_new_tokens, **options)
+
+    def decoder(self, loops: int | None = None) -> Decoder:
+        """What `generate` asks for the next token.
+
+        Raises:
+            LoopQError: the file takes more than token ids and an attention mask.
+        """
+        extra = {} if loops is None else {LOOPS: loops}
+        if has_cache(self.signature):
+            return OnnxDecoder(self.session, self.signature, self._loop_count(loops) if self._is_rolled else None)
+        first, *others = [spec.name for spec in self.signature.inputs]
+        if others not in ([], ["attention_mask"]):
+            raise LoopQError(f"generate feeds token ids and an attention mask; this file also takes {others}.")
+
+        def run(ids: Tensor, *mask: Tensor) -> Any:
+            return self(**{first: ids}, **dict(zip(others, mask, strict=True)), **extra)
+
+        return RecomputingDecoder(run, takes_mask=bool(others))
+
+    @property
+    def _is_rolled(self) -> bool:
+        return LOOPS in self.input_names
+
     def _loop_count(self, loops: Any) -> int:
         if loops is None:
             return int(self.program_info["loops"])
         if not isinstance(loops, int) or isinstance(loops, bool) or loops < 1:
             raise LoopQError(f"loops must be a whole number from 1 on; got {loops!r}.")
         return loops
+
+
+class _Loops:
+    """A file with its loop count chosen, for `generate`."""
+
+    def __init__(self, executable: OnnxExecutable, loops: int | None) -> None:
+        self.executable, self.loops = executable, loops
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.executable(*args, **kwargs)
+
+    def decoder(self) -> Decoder:
+        return self.executable.decoder(self.loops)
 
 
 def _tensor(value: Any) -> Any:

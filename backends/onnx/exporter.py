@@ -24,8 +24,11 @@ from loopq_compile.backends.onnx.simplify import simplify
 from loopq_compile.backends.onnx.translate import DOMAIN, translate
 from loopq_compile.backends.onnx.write import EXTERNAL_DATA_THRESHOLD, check_destination, write_model
 from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.passes.add_cache import AddCache
+from loopq_compile.passes.base import Pass
 from loopq_compile.passes.roll_loops import RollLoops
 from loopq_compile.pipeline import Pipeline
+from loopq_compile.rolled import rolled_loops
 from loopq_compile.state import CompilerState, attach_state, copy_graph, get_state, get_tensor
 
 TARGETS = ("qdq", "onnxruntime")
@@ -40,6 +43,7 @@ def export(
     target: str = "qdq",
     form: str = "unrolled",
     cache: bool = False,
+    last_token: bool = False,
     overwrite: bool = True,
     external_data_threshold: int = EXTERNAL_DATA_THRESHOLD,
 ) -> OnnxExport:
@@ -56,7 +60,10 @@ def export(
             with 8-bit integers where activations are quantized.
         form: "unrolled", every loop has its own nodes; "rolled", a `Loop` whose count is the input `loops` (int64,
             scalar). Loops beyond the calibrated ones read the last rows of all tables.
-        cache: a key-value cache as inputs and outputs; not in this version.
+        cache: the file reads prompts and decodes with a key-value cache: inputs `attention_mask` `[batch, past +
+            sequence]` and `past_key_values.N.key`, `.value` `[batch, heads, past, size]`, outputs `present.N.key`,
+            `.value`, for every loop and layer; in form "rolled" for every layer, with the loops in front.
+        last_token: with a cache: `logits` are those of the last token, `[batch, 1, vocabulary]`.
         overwrite: replace a `model.onnx` that is there already.
         external_data_threshold: bytes of weights above which they go to `model.onnx.data`.
 
@@ -64,10 +71,18 @@ def export(
         LoopQError: an unknown or not yet available option, an operator without translation, or a directory that
             cannot be written.
     """
-    _check_options(graph_module, directory, target, form, cache)
+    _check_options(graph_module, directory, target, form, cache, last_token)
     check_destination(Path(directory), overwrite=overwrite)
+    if form == "rolled":
+        _check_rollable(graph_module)
+    passes: list[Pass] = []
+    if cache:
+        passes.append(AddCache(stacked=form == "rolled", last_token=last_token))
+    if form == "rolled":
+        passes.append(RollLoops())
+    graph_module = _rewritten(graph_module, passes) if passes else graph_module
     state = get_state(graph_module)
-    prepared = prepare(_rolled(graph_module) if form == "rolled" else graph_module)
+    prepared = prepare(graph_module)
     names = output_names(state.signature, prepared.outputs)
     model = translate(prepared, state.signature, names, OPSET)
     simplify(model)
@@ -76,23 +91,33 @@ def export(
     roll(model.graph)
     _clean_up(model)
     name_everything(model, prepared.origins)
-    _describe_program(model, state, prepared.outputs, target=target, form=form)
+    _describe_program(model, state, prepared.outputs, target=target, form=form, cache=cache)
     files = write_model(model, Path(directory), threshold=external_data_threshold)
     return describe(model, files, target=target, form=form)
 
 
-def _rolled(graph_module: fx.GraphModule) -> fx.GraphModule:
+def _check_rollable(graph_module: fx.GraphModule) -> None:
     state = get_state(graph_module)
     if not state.loops.loops:
         raise LoopQError("This program has no loop to roll; use form='unrolled'.")
     if any(spec.name == LOOPS for spec in state.signature.inputs):
         raise LoopQError(f"The model has an input {LOOPS!r} of its own, which the rolled form needs; rename it.")
+
+
+def _rewritten(graph_module: fx.GraphModule, passes: list[Pass]) -> fx.GraphModule:
+    """A copy of the graph behind `passes`."""
     copied = copy_graph(graph_module)
-    attach_state(copied, replace(state, log=[]))
-    return Pipeline([RollLoops()]).run(copied)
+    attach_state(copied, replace(get_state(graph_module), log=[]))
+    rewritten = Pipeline(passes).run(copied)
+    if any(isinstance(item, AddCache) for item in passes) and any(loop.skipped for loop in rolled_loops(rewritten)):
+        raise LoopQError(
+            "The first iteration of this loop is not like the others and stays in front of it; its cache cannot be one "
+            "of the loop's: use form='unrolled'."
+        )
+    return rewritten
 
 
-def _check_options(graph_module: Any, directory: Any, target: str, form: str, cache: bool) -> None:
+def _check_options(graph_module: Any, directory: Any, target: str, form: str, cache: bool, last_token: bool) -> None:
     if not isinstance(graph_module, fx.GraphModule):
         raise LoopQError(f"export takes the graph module of a program; got {type(graph_module).__name__}.")
     if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
@@ -109,8 +134,8 @@ def _check_options(graph_module: Any, directory: Any, target: str, form: str, ca
         raise LoopQError(
             f"{half[0]!r} is in half precision; ONNX files of this version are float32: compile model.float()."
         )
-    if cache:
-        raise LoopQError("cache=True is not in this version: ONNX files compute the whole sequence anew.")
+    if last_token and not cache:
+        raise LoopQError("last_token=True is for files with a key-value cache: give cache=True.")
 
 
 def _clean_up(model: ir.Model) -> None:
@@ -121,7 +146,9 @@ def _clean_up(model: ir.Model) -> None:
     model.ir_version = _IR_VERSION
 
 
-def _describe_program(model: ir.Model, state: CompilerState, outputs: list[Any], *, target: str, form: str) -> None:
+def _describe_program(
+    model: ir.Model, state: CompilerState, outputs: list[Any], *, target: str, form: str, cache: bool
+) -> None:
     model.producer_name, model.producer_version = "loopq_compile", _version()
     model.doc_string = None
     model.metadata_props[METADATA_KEY] = to_json(state.signature, outputs)
@@ -134,6 +161,7 @@ def _describe_program(model: ir.Model, state: CompilerState, outputs: list[Any],
             "structure": state.loops.describe(),
             "target": target,
             "form": form,
+            "cache": cache,
             # The count that the tables were calibrated for, and what to feed where the model asks for one.
             **({"loops_input": LOOPS, "loops_default": state.loops.count} if form == "rolled" else {}),
         }

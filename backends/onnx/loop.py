@@ -53,8 +53,9 @@ def _roll(graph: ir.Graph, begin: ir.Node, end: ir.Node, loops: ir.Value) -> Non
     row = ir.Value(type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     nodes = [ir.node("Min", [iteration, last], outputs=[row])]
     ir.convenience.replace_all_uses_with(begin.outputs[0], row)
-    state = [ir.Value(name=f"state_{i}", type=x.type, shape=x.shape) for i, x in enumerate(begin.outputs[1:])]
-    for old, new in zip(begin.outputs[1:], state, strict=True):
+    ir.convenience.replace_all_uses_with(begin.outputs[1], iteration)
+    state = [ir.Value(name=f"state_{i}", type=x.type, shape=x.shape) for i, x in enumerate(begin.outputs[2:])]
+    for old, new in zip(begin.outputs[2:], state, strict=True):
         ir.convenience.replace_all_uses_with(old, new)
     results = [proceed, *end.inputs]
     emitter = Emitter(graph, end)

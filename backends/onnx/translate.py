@@ -26,7 +26,7 @@ from loopq_compile.backends.onnx.decompose import DECOMPOSITIONS
 from loopq_compile.backends.onnx.prepare import Prepared
 from loopq_compile.errors import LoopQError
 from loopq_compile.rolled import rolled_loops
-from loopq_compile.signature import InputSpec, Signature
+from loopq_compile.signature import LOOPS_AXIS, PAST, TOTAL, InputSpec, Signature
 
 DOMAIN = "loopq"
 """Domain of the opaque nodes `Quantize`, `Dequantize`, `DynamicScale` and `Linear`."""
@@ -35,7 +35,7 @@ EXTENT = "loops_extent"
 """Input that stands for the loop count while a rolled graph is translated: a vector of as many entries."""
 
 _EXAMPLE_LOOPS = 13
-_EXAMPLE_SIZES = {"batch": 2, "sequence": 16}
+_EXAMPLE_SIZES = {"batch": 2, "sequence": 16, PAST: 11, TOTAL: 27, LOOPS_AXIS: _EXAMPLE_LOOPS}
 _aten, _loopq = torch.ops.aten, torch.ops.loopq
 
 
@@ -141,8 +141,13 @@ class _Interpreter(fx.Interpreter):
         state, shared = args
         about = {"number": loop.number, "count": loop.count, "rows": loop.rows, "skipped": loop.skipped}
         dtypes, shapes = [x.dtype for x in state], [x.shape for x in state]
-        row, *current = _opaques("LoopBegin", state, about, [torch.int64, *dtypes], [(), *shapes])
-        results = _Interpreter(loop.body, self.extent).run(row, *current, *shared)
+        integers = [torch.int64, torch.int64]
+        row, iteration, *current = _opaques("LoopBegin", state, about, [*integers, *dtypes], [(), (), *shapes])
+        given = [
+            _opaque("Row", (x, iteration), {}, x.dtype, x.shape[1:]) if i in loop.scanned else x
+            for i, x in enumerate(shared)
+        ]
+        results = _Interpreter(loop.body, self.extent).run(row, *current, *given)
         collected = results[len(current) :]
         count = self.extent.shape[0] if loop.number == 0 else loop.count
         if loop.number == 0 and loop.skipped:

@@ -20,6 +20,12 @@ def export_command(
     form: Annotated[
         str, typer.Option(help="unrolled: every loop has its nodes; rolled: one Loop, its count an input.")
     ] = "unrolled",
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Key-value cache: the file reads a prompt once and then token by token.")
+    ] = False,
+    last_token: Annotated[
+        bool, typer.Option("--last-token", help="With --cache: compute logits for the last token alone.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write a compiled program as an ONNX file.
@@ -31,7 +37,7 @@ def export_command(
     loaded = load(program)
     if loaded.kind != "program":
         raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile {program} --out DIR` first.")
-    report = loaded.model.export_onnx(out, target=target, form=form)
+    report = loaded.model.export_onnx(out, target=target, form=form, cache=cache, last_token=last_token)
     save_tokenizer(loaded.tokenizer, out)
     if json:
         print_json(

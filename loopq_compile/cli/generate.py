@@ -26,6 +26,9 @@ def generate_command(
     top_k: Annotated[int | None, typer.Option(help="Draw from the K most likely tokens only.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the most likely tokens that add up to P only.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End behind this text; may be given repeatedly.")
+    ] = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on behind the end-of-text token.")] = False,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -33,7 +36,8 @@ def generate_command(
 ) -> None:
     """Continue a text, with a model, a compiled program or an ONNX file.
 
-    Tokens appear as they are made. The whole text is computed again for every token (there is no cache yet).
+    Tokens appear as they are made. Compiled programs, and ONNX files written with `export --cache`, read the prompt
+    once and then one token at a time; models, and files without a cache, read the whole text again for every token.
 
     Example: loopq-compile generate bundled --prompt "Return the" --do-sample --top-p 0.9
     """
@@ -60,9 +64,13 @@ def generate_command(
         tokens: list[int] = []
         if not json:
             typer.echo(prompt, nl=False)
+        made = ""
         for piece in pieces(loaded.tokenizer, ids[0].tolist(), (int(step[0]) for step in steps), tokens):
+            made += piece
             if not json:
                 typer.echo(piece, nl=False)
+            if any(text in made for text in stop or ()):
+                break
     if json:
         text = loaded.tokenizer.decode(tokens)  # type: ignore[union-attr]
         seconds = round(time.perf_counter() - start, 3)

@@ -150,7 +150,7 @@ def test_a_directory_without_permission(program, tmp_path) -> None:
         ({"target": "onxruntime"}, "Did you mean 'onnxruntime'"),
         ({"target": "qqd"}, "Did you mean 'qdq'"),
         ({"form": "unroled"}, "Did you mean"),
-        ({"cache": True}, "cache"),
+        ({"cache": True}, "no attention"),
     ],
 )
 def test_options_that_are_refused(options, message, program, tmp_path) -> None:

@@ -1,0 +1,65 @@
+"""Decoding with an exported file that has a key-value cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loopq_compile.backends.onnx.loop import LOOPS
+from loopq_compile.decoding import empty_cache, present_name
+from loopq_compile.errors import LoopQError
+from loopq_compile.signature import Signature
+
+_LOGITS = "logits"
+
+
+class OnnxDecoder:
+    """Runs new tokens alone. Caches stay inside ONNX Runtime: what one call returns is bound as the next one's input,
+    and of the other outputs only the logits are computed.
+
+    Args:
+        session: an `onnxruntime.InferenceSession` of a file with a cache.
+        signature: its calling convention.
+        loops: iterations of a rolled file, None for an unrolled one.
+
+    Raises:
+        LoopQError: the file returns no `logits`.
+    """
+
+    def __init__(self, session: Any, signature: Signature, loops: int | None) -> None:
+        if _LOGITS not in [value.name for value in session.get_outputs()]:
+            raise LoopQError("The file has no output called logits; text cannot be generated with it.")
+        self.session, self.signature, self.loops = session, signature, loops
+        self.past: dict[str, Any] | None = None
+
+    def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits `[batch, vocabulary]` of the token behind the last; see `loopq_compile.decoding.Decoder`.
+
+        Raises:
+            LoopQError: ONNX Runtime fails, for instance on a token id that is out of range.
+        """
+        from onnxruntime import OrtValue
+
+        ids, mask, *caches = self.signature.inputs
+        if self.past is None:
+            empty = {spec.name: empty_cache(spec, len(new_ids), self.loops or 1) for spec in caches}
+            self.past = {name: OrtValue.ortvalue_from_numpy(value.numpy()) for name, value in empty.items()}
+        binding = self.session.io_binding()
+        for spec, value in ((ids, new_ids), (mask, attention_mask)):
+            binding.bind_cpu_input(spec.name, value.detach().cpu().to(spec.dtype).contiguous().numpy())
+        if self.loops is not None:
+            binding.bind_cpu_input(LOOPS, np.array(self.loops, dtype=np.int64))
+        binding.bind_output(_LOGITS)
+        for name, cache in self.past.items():
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_output(present_name(name))
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:
+            raise LoopQError(f"ONNX Runtime failed on {list(new_ids.shape)} tokens: {str(error)[:400]}") from error
+        logits, *presents = binding.get_outputs()
+        self.past = dict(zip(self.past, presents, strict=True))
+        return torch.from_numpy(logits.numpy()[:, -1])

@@ -1,0 +1,122 @@
+"""Decoders: what gives the logits of the next token, step by step, for `loopq_compile.generation`.
+
+One reads the whole text again for every token; the other keeps keys and values of what it has read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from loopq_compile.errors import LoopQError
+from loopq_compile.signature import LOOPS_AXIS, PAST, InputSpec, Signature
+
+PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
+"""What names of cache inputs and outputs begin with; a number and `.key` or `.value` follow."""
+
+
+class Decoder(Protocol):
+    """Reads a prompt with the first call, and what was appended to it with each further one."""
+
+    def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits `[batch, vocabulary]` of the token behind the last.
+
+        Args:
+            new_ids: `[batch, new]`, the tokens that no call has had yet.
+            attention_mask: `[batch, total]`, all tokens so far; 0 on padding, which stands on the left.
+        """
+        ...
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits `[batch, sequence, vocabulary]` in what a model, a program or an ONNX file returns.
+
+    Raises:
+        LoopQError: there is no such tensor.
+    """
+    found = output
+    if not isinstance(found, Tensor):
+        found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if found is None and isinstance(output, tuple | list) and output:
+        found = output[0]
+    if not isinstance(found, Tensor) or found.ndim != 3:
+        raise LoopQError(
+            f"The model returns {type(output).__name__} without logits [batch, sequence, vocabulary]; text cannot be "
+            "scored or generated with it."
+        )
+    return found
+
+
+class RecomputingDecoder:
+    """Runs the whole sequence for every token.
+
+    Args:
+        model: maps ids `[batch, sequence]` (and, if `takes_mask`, an attention mask) to logits.
+    """
+
+    def __init__(self, model: Callable[..., Any], *, takes_mask: bool = False) -> None:
+        self.model, self.takes_mask = model, takes_mask
+        self.ids: Tensor | None = None
+
+    def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        self.ids = new_ids if self.ids is None else torch.cat([self.ids, new_ids], 1)
+        if not self.takes_mask and not attention_mask.all():
+            raise LoopQError("This model has no attention mask, so rows of a batch cannot be padded.")
+        output = self.model(self.ids, attention_mask) if self.takes_mask else self.model(self.ids)
+        return logits_of(output)[:, -1]
+
+
+class CachedDecoder:
+    """Runs new tokens alone, and hands on the keys and values of those before.
+
+    Args:
+        run: a program with a key-value cache, called by keyword.
+        signature: its calling convention.
+        loops: iterations of a loop whose caches stand in one tensor.
+    """
+
+    def __init__(self, run: Callable[..., Any], signature: Signature, loops: int = 1) -> None:
+        self.run, self.signature, self.loops = run, signature, loops
+        self.past: dict[str, Tensor] | None = None
+
+    def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        ids, mask, *caches = self.signature.inputs
+        if self.past is None:
+            self.past = {spec.name: empty_cache(spec, len(new_ids), self.loops) for spec in caches}
+        result = self.run(**{ids.name: new_ids, mask.name: attention_mask}, **self.past)
+        self.past = {name: result[present_name(name)] for name in self.past}
+        return logits_of(result)[:, -1]
+
+
+def has_cache(signature: Signature) -> bool:
+    """Whether a program takes keys and values of earlier calls."""
+    return any(spec.name.startswith(PAST_PREFIX) for spec in signature.inputs)
+
+
+def with_empty_cache(
+    signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any], loops: int
+) -> dict[str, Any]:
+    """The arguments of a call by name; where it brings no keys and values, it reads a prompt: the cache is empty, and
+    without an attention mask nothing is padding."""
+    given = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
+    ids, mask, *caches = signature.inputs
+    tokens = given.get(ids.name)
+    if isinstance(tokens, Tensor) and tokens.ndim == 2 and not any(spec.name in given for spec in caches):
+        given.update({spec.name: empty_cache(spec, len(tokens), loops) for spec in caches})
+        if given.get(mask.name) is None:
+            given[mask.name] = torch.ones(tokens.shape, dtype=mask.dtype)
+    return given
+
+
+def present_name(name: str) -> str:
+    """The output whose value the input `name` takes in the next call."""
+    return PRESENT_PREFIX + name.removeprefix(PAST_PREFIX)
+
+
+def empty_cache(spec: InputSpec, batch: int, loops: int) -> Tensor:
+    """The cache before the first token."""
+    sizes = {"batch": batch, PAST: 0, LOOPS_AXIS: loops}
+    return torch.zeros([sizes[size] if isinstance(size, str) else size for size in spec.shape], dtype=spec.dtype)

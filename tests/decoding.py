@@ -1,0 +1,145 @@
+"""Small causal models, and what checks that a key-value cache changes no logits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import loopq_compile as lq
+from loopq_compile.capture import capture
+from loopq_compile.generation import logits_of
+from loopq_compile.models import LoopFormer, LoopFormerConfig, Ouro, OuroConfig, repeat_layers
+from loopq_compile.passes.tag_loops import TagLoops
+from loopq_compile.signature import Signature
+from tests.tiny import TinyLoopedLM, tiny_model
+
+VOCABULARY = 64
+
+
+def ids(batch: int = 2, length: int = 10, seed: int = 0) -> Tensor:
+    """Random token ids."""
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def ouro() -> nn.Module:
+    """Norm and gate in the loop, grouped queries, rotary tables, a padding mask of its own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return Ouro(OuroConfig(vocab_size=VOCABULARY, num_key_value_heads=2, total_ut_steps=3, **sizes))
+
+
+def loopformer() -> nn.Module:
+    """Learned positions, no mask."""
+    config = LoopFormerConfig(block_size=32, vocab_size=VOCABULARY, n_layer=1, n_head=4, n_embd=32, intermediate_dim=64)
+    return LoopFormer(config, steps=(0.5, 0.3, 0.2))
+
+
+def llama(attention: str = "sdpa") -> nn.Module:
+    """A Hugging Face model with grouped queries, its middle layer run twice."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation=attention,
+    )
+    return repeat_layers(transformers.LlamaForCausalLM(config), 1, 1, 2)
+
+
+class SlicedPositions(nn.Module):
+    """Keys come from another layer than queries; positions are `table[:length]`; the mask is a stored triangle."""
+
+    def __init__(self, visible: int = 0) -> None:
+        super().__init__()
+        self.embed, self.table = nn.Embedding(VOCABULARY, 16), nn.Parameter(torch.randn(24, 16))
+        self.q, self.kv, self.head = nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(16, VOCABULARY)
+        self.register_buffer("triangle", torch.ones(24, 24, dtype=torch.bool).tril(visible))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        x = self.embed(input_ids) + self.table[:length]
+        for _ in range(2):
+            k, v = self.kv(x).chunk(2, -1)
+            scores = self.q(x) @ k.transpose(1, 2) / 4
+            x = x + F.softmax(scores.masked_fill(~self.triangle[:length, :length], -1e9), -1) @ v
+        return self.head(x)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "ouro": (ouro, False),
+    "ouro-mask": (ouro, True),
+    "loopformer": (loopformer, False),
+    "llama": (llama, False),
+    "llama-mask": (llama, True),
+    "llama-eager": (functools.partial(llama, "eager"), True),
+    "sliced": (SlicedPositions, False),
+    "tiny": (TinyLoopedLM, False),
+}
+"""By name: the model, and whether it is captured with an attention mask."""
+
+
+@functools.cache
+def captured(name: str) -> tuple[nn.Module, lq.Program]:
+    """A model with weights from a fixed seed, and its program, tagged and not quantized."""
+    torch.manual_seed(0)
+    make, masked = MODELS[name]
+    model = make().eval()
+    example: dict[str, Any] = {"input_ids": ids()}
+    if masked:
+        example["attention_mask"] = torch.ones_like(ids())
+    graph_module = capture(model, example)
+    TagLoops()(graph_module)
+    graph_module.recompile()
+    return model, lq.Program(graph_module)
+
+
+@functools.cache
+def quantized(scheme: str = "w4a8") -> lq.Program:
+    """The tiny looped model in a scheme; shared, so do not change it."""
+    return lq.compile(tiny_model(), ids(), scheme=scheme, method="symmetric")
+
+
+def decode(
+    run: Callable[..., dict[str, Tensor]],
+    signature: Signature,
+    tokens: Tensor,
+    mask: Tensor,
+    chunks: Sequence[int],
+    loops: int = 3,
+) -> Tensor:
+    """Logits of all tokens, read `chunks` at a time through the cache."""
+    sizes = {"batch": len(tokens), "past": 0, "loops": loops}
+    past = {s.name: torch.zeros([sizes.get(d, d) for d in s.shape]) for s in signature.inputs[2:]}
+    logits, at = [], 0
+    for length in chunks:
+        result = run(input_ids=tokens[:, at : at + length], attention_mask=mask[:, : at + length], **past)
+        past = {name: result[name.replace("past_key_values", "present")] for name in past}
+        logits.append(result["logits"])
+        at += length
+    return torch.cat(logits, 1)
+
+
+def check_decoding(
+    model: Callable[..., Any], run: Callable[..., Any], signature: Signature, tolerance: float = 1e-5, loops: int = 3
+) -> None:
+    """Compares decoding in steps of several sizes with `model` on all tokens: full rows, and one padded on the left."""
+    tokens = ids()
+    mask = torch.ones_like(tokens)
+    with torch.no_grad():
+        whole, alone = logits_of(model(tokens)), logits_of(model(tokens[1:, 4:]))
+    given = decode(run, signature, tokens, mask, [5, 1, 1, 3], loops)
+    scale = float(whole.abs().max())
+    assert (given - whole).abs().max() < tolerance * scale
+    mask[1, :4] = 0
+    given = decode(run, signature, tokens, mask, [6, 1, 1, 2], loops)
+    assert given.isfinite().all()
+    assert (given[0] - whole[0]).abs().max() < tolerance * scale
+    assert (given[1, 4:] - alone[0]).abs().max() < tolerance * scale
