@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format types wheel clean
+.PHONY: demo test nightly lint format types wheel clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loopq_compile needs Python 3.11 or newer; call make PYTHON=/path/to/python3.11")'
@@ -19,6 +19,10 @@ demo: $(READY)
 # One thread per worker: two workers with a thread each are faster here than one with two, and leave results the same.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+
+# Property-based tests with 1,000 random cases each; takes hours.
+nightly: $(READY)
+	OMP_NUM_THREADS=1 LOOPQ_CASES=1000 $(BIN)/python -m pytest -q -n 2 --dist load tests/test_artifact.py tests/test_capture_random.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

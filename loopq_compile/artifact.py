@@ -1,9 +1,11 @@
-"""Saved programs: a folder with `program.json` (graph, loops, scheme, log) and `tensors.safetensors`."""
+"""Saved programs: a folder with `program.json` (graph, loops, scheme, log), `tensors.safetensors` and `manifest.json`.
+
+Files are data from anywhere: nothing is unpickled or executed, and whatever is wrong with them is one `LoopQError`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,17 +18,35 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
 import loopq_compile
-from loopq_compile.errors import LoopQError
+from loopq_compile.conform import conform
+from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.folders import replacing_folder
 from loopq_compile.graph_json import graph_from_json, graph_to_json, rolled_from_json
 from loopq_compile.loops import LoopStructure, LoopTag
+from loopq_compile.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    FileRecord,
+    check_files,
+    check_name,
+    check_regular,
+    check_version,
+    digest,
+    first_line,
+    read_json,
+    write_manifest,
+)
+from loopq_compile.passes.verify import verify_tags
+from loopq_compile.pipeline import MADE_BY
 from loopq_compile.scheme import Scheme
 from loopq_compile.shapes import infer_shapes
 from loopq_compile.signature import signature_from_dict, signature_to_dict
 from loopq_compile.state import CompilerState, LogEntry, Site, attach_state, get_state, get_tensor
 
-FORMAT, FORMAT_VERSION = "loopq_compile.program", 1
+FORMAT = "loopq_compile.program"
 GRAPH_FILE, TENSOR_FILE = "program.json", "tensors.safetensors"
+_LARGEST_HEADER = 100_000_000
+"""Bytes; safetensors itself refuses larger ones."""
 
 
 def save(
@@ -40,18 +60,23 @@ def save(
         extra_files: text files by name to put beside it, such as `tokenizer.json`.
 
     Raises:
-        LoopQError: the folder cannot be written, or the graph holds something that files cannot name.
+        LoopQError: the folder cannot be written, the graph holds something that files cannot name, or a tensor NaN.
     """
     description = _describe(graph_module)
+    tensors = _stored_tensors(graph_module, description["packed"])
+    check_values(graph_module.graph, tensors)
+    description["tensors"] = {name: _kind(tensor) for name, tensor in tensors.items()}
+    extra = {check_name(name): text for name, text in (extra_files or {}).items()}
     with replacing_folder(directory, GRAPH_FILE) as folder:
         try:
-            save_file(_stored_tensors(graph_module, description["packed"]), folder / TENSOR_FILE)
+            save_file(tensors, folder / TENSOR_FILE)
         except SafetensorError as error:
             raise LoopQError(f"Cannot write {directory}: {error}") from error
-        description["sha256"] = _digest(folder / TENSOR_FILE)
+        description["sha256"] = digest(folder / TENSOR_FILE)[1]
         (folder / GRAPH_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
-        for name, text in (extra_files or {}).items():
+        for name, text in extra.items():
             (folder / name).write_text(text, encoding="utf-8")
+        write_manifest(folder)
 
 
 def read(directory: str | os.PathLike[str]) -> fx.GraphModule:
@@ -61,26 +86,73 @@ def read(directory: str | os.PathLike[str]) -> fx.GraphModule:
         LoopQError: the folder is no program, was written by a newer version, or is damaged.
     """
     folder = Path(directory)
-    try:
-        data = json.loads((folder / GRAPH_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoopQError(f"{folder} is no saved program: it has no {GRAPH_FILE}.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LoopQError(f"{folder / GRAPH_FILE} cannot be read: {error}.") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    if not (folder / GRAPH_FILE).is_file():
+        raise LoopQError(f"{folder} is no saved program: it has no {GRAPH_FILE}.")
+    records = check_files(folder, (GRAPH_FILE, TENSOR_FILE))
+    data = read_json(folder / GRAPH_FILE)
+    if data.get("format") != FORMAT:
         raise LoopQError(f"{folder / GRAPH_FILE} is not a loopq_compile program.")
-    if data.get("version") != FORMAT_VERSION:
-        raise LoopQError(
-            f"{folder} has format version {data.get('version')!r} (written by loopq_compile "
-            f"{data.get('loopq_compile')}); this version reads {FORMAT_VERSION}. Update loopq_compile."
-        )
+    check_version(folder, data)
+    if records is None and data["version"] > 1:
+        raise LoopQError(f"{folder} is damaged: it has no {MANIFEST_FILE}.")
     tensors = _read_tensors(folder, data)
     try:
         return _rebuild(data, tensors)
     except LoopQError as error:
-        raise LoopQError(f"{folder} is damaged: {error}") from error
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise LoopQError(f"{folder / GRAPH_FILE} is damaged: {type(error).__name__}: {error}.") from error
+        raise LoopQError(f"{folder} is damaged: {first_line(error)}.") from error
+    except Exception as error:  # data from anywhere: whatever PyTorch says of a nonsensical graph
+        raise LoopQError(f"{folder / GRAPH_FILE} is damaged: {type(error).__name__}: {first_line(error)}.") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """What `verify` found in a folder where nothing is wrong.
+
+    Args:
+        directory: the folder.
+        version: of the format.
+        files: that the manifest lists; those of version 1 without a manifest.
+        unlisted: names of other things in the folder, which nothing reads.
+        description: model, loops, scheme and method in one line.
+        nodes, tensors: how many the program has.
+    """
+
+    directory: str
+    version: int
+    files: tuple[FileRecord, ...]
+    unlisted: tuple[str, ...]
+    description: str
+    nodes: int
+    tensors: int
+
+
+def verify(directory: str | os.PathLike[str]) -> Verified:
+    """Reads a program as `read` does, and proves its loop tags: every file whole, every table finite, the graph valid.
+
+    Raises:
+        LoopQError: as `read`, or a node inside a loop has lost its tag.
+    """
+    folder = Path(directory)
+    graph_module = read(folder)
+    try:
+        verify_tags(graph_module)
+    except InternalError as error:
+        raise LoopQError(f"{folder} is damaged: {first_line(error)}.") from error
+    state, data = get_state(graph_module), read_json(folder / GRAPH_FILE)
+    records = check_files(folder, ())
+    if records is None:
+        records = {name: FileRecord(name, *digest(folder / name)) for name in (GRAPH_FILE, TENSOR_FILE)}
+    here = {path.name for path in folder.iterdir()} - set(records) - {MANIFEST_FILE}
+    scheme = f"; {state.scheme.name} {state.scheme.activation}, method {state.method}" if state.scheme else ""
+    return Verified(
+        directory=str(folder),
+        version=data["version"],
+        files=tuple(records.values()),
+        unlisted=tuple(sorted(here)),
+        description=f"{state.model_name}: {state.loops.describe()}{scheme}",
+        nodes=len(graph_module.graph.nodes),
+        tensors=sum(node.op == "get_attr" for node in graph_module.graph.nodes),
+    )
 
 
 def _describe(graph_module: fx.GraphModule) -> dict[str, Any]:
@@ -88,6 +160,7 @@ def _describe(graph_module: fx.GraphModule) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
+        "readable_from": FORMAT_VERSION,
         "loopq_compile": loopq_compile.__version__,
         "torch": torch.__version__,
         "model": state.model_name,
@@ -133,46 +206,101 @@ def _stored_tensors(graph_module: fx.GraphModule, packed: Mapping[str, list[int]
 
 
 def _unpack(stored: Tensor, shape: list[int]) -> Tensor:
+    if stored.dtype != torch.uint8:
+        raise LoopQError(f"packed integers must be uint8, not {stored.dtype}")
     codes = torch.stack([stored & 15, stored >> 4], -1).flatten(-2).to(torch.int8)
     return torch.where(codes > 7, codes - 16, codes).reshape(shape)
 
 
+def _kind(tensor: Tensor) -> list[Any]:
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+
+
+def check_values(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses NaN everywhere and infinities in what quantization added; masks of a model may well hold infinities.
+
+    Raises:
+        LoopQError: names the tensor.
+    """
+    tables = {str(node.target) for node in graph.nodes if node.op == "get_attr" and _is_table(node)}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        finite = torch.isfinite(tensor).all()
+        if not finite and (name in tables or torch.isnan(tensor).any()):
+            raise LoopQError(f"tensor {name!r} holds {'NaN' if torch.isnan(tensor).any() else 'infinite values'}")
+
+
+def _is_table(node: fx.Node) -> bool:
+    """Whether a stored tensor came with quantization: ranges, clip ratios, scales, transforms, adapters."""
+    made = any(node.meta.get(key) for key in ("loopq_group", "loopq_transform", "loopq_learn", MADE_BY))
+    return made or str(node.target).endswith(("_scale", "_clip"))
+
+
 def _read_tensors(folder: Path, data: Mapping[str, Any]) -> dict[str, Tensor]:
     path = folder / TENSOR_FILE
+    check_regular(path)
     try:
-        if _digest(path) != data.get("sha256"):
+        _check_header(path)
+        if digest(path)[1] != data.get("sha256"):
             raise LoopQError(f"{path} does not match {GRAPH_FILE}: it was changed or cut off.")
         tensors = load_file(path)
+        for name, kind in data.get("tensors", {}).items():
+            if name not in tensors or _kind(tensors[name]) != kind:
+                found = _kind(tensors[name]) if name in tensors else "missing"
+                raise LoopQError(f"{path} is damaged: tensor {name!r} should be {kind} and is {found}.")
         return {
             name: _unpack(tensor, data["packed"][name]) if name in data["packed"] else tensor
             for name, tensor in tensors.items()
         }
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise LoopQError(f"{path} cannot be read: {error}.") from error
+    except LoopQError:
+        raise
+    except Exception as error:  # data from anywhere; safetensors and torch raise many kinds
+        raise LoopQError(f"{path} cannot be read: {first_line(error)}.") from error
+
+
+def _check_header(path: Path) -> None:
+    """A safetensors file begins with the length of its header, eight bytes, little-endian."""
+    with path.open("rb") as file:
+        length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+    if length > min(_LARGEST_HEADER, max(0, size - 8)):
+        raise LoopQError(
+            f"{path} is damaged: its header claims {length:,} bytes, of a file of {size:,} (at most "
+            f"{_LARGEST_HEADER:,} are allowed)."
+        )
 
 
 def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphModule:
     graph = graph_from_json(data["nodes"])
-    missing = [node.target for node in graph.nodes if node.op == "get_attr" and node.target not in tensors]
-    if missing:
-        raise LoopQError(f"tensor {missing[0]!r} is missing.")
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in tensors:
+            raise LoopQError(f"tensor {node.target!r} is missing")
+    check_values(graph, tensors)
     graph_module = fx.GraphModule({**tensors, **rolled_from_json(data["nodes"])}, graph)
     state = CompilerState(
         signature=signature_from_dict(data["signature"]),
-        model_name=data["model"],
+        model_name=str(data["model"]),
         loops=LoopStructure.from_dict(data["loops"]),
         tags=None if data["tags"] is None else {name: LoopTag(*map(tuple, tag)) for name, tag in data["tags"].items()},
-        scheme=Scheme(**data["scheme"]) if data["scheme"] else None,
-        method=data["method"],
-        sites={site["weight"]: Site(**{**site, "shape": tuple(site["shape"])}) for site in data["sites"]},
-        log=[LogEntry(**entry) for entry in data["log"]],
+        scheme=Scheme(**_known(Scheme, data["scheme"])) if data["scheme"] else None,
+        method=str(data["method"]),
+        sites={site["weight"]: _site(site) for site in data["sites"]},
+        log=[LogEntry(**_known(LogEntry, entry)) for entry in data["log"]],
     )
+    for part in (state.loops, *(state.tags or {}).values(), *state.sites.values(), *state.log):
+        conform(part)
     attach_state(graph_module, state)
     graph_module.graph.lint()
     infer_shapes(graph_module)
     return graph_module
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _site(data: Mapping[str, Any]) -> Site:
+    fields = _known(Site, data)
+    return Site(**{**fields, "shape": tuple(fields["shape"])})
+
+
+def _known(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that this version knows: newer ones add fields that older readers may ignore (`readable_from`)."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in data.items() if name in names}

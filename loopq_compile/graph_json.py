@@ -58,12 +58,21 @@ def graph_from_json(data: list[dict[str, Any]]) -> fx.Graph:
         function = _lookup(target) if kind == "call_function" else target
         node = graph.create_node(kind, function, tuple(args), kwargs, name=entry["name"])
         nodes[entry["name"]] = node
-        node.meta.update({key: entry[key] for key in _KEPT if key in entry})
+        for key in _KEPT:
+            if key in entry:
+                node.meta[key] = _checked(entry, key)
         if "tag" in entry:
             set_tag(node, LoopTag(*map(tuple, entry["tag"])))
         if entry.get("module"):
             node.meta["nn_module_stack"] = {entry["module"]: (entry["module"], "")}
     return graph
+
+
+def _checked(entry: dict[str, Any], key: str) -> Any:
+    kind = int if key == "loopq_bits" else str
+    if not isinstance(entry[key], kind):
+        raise LoopQError(f"Node {entry['name']!r} has {entry[key]!r} as {key}")
+    return entry[key]
 
 
 def rolled_from_json(data: list[dict[str, Any]]) -> dict[str, RolledLoop]:

@@ -169,14 +169,44 @@ def signature_from_dict(data: Mapping[str, Any]) -> Signature:
     Raises:
         LoopQError: the output type belongs to a package that is not installed.
     """
+    _check_outputs(data["outputs"])
     text = json.dumps(data["outputs"])
     _import_output_types(text)
     try:
         outputs = pytree.treespec_loads(text)
     except (NotImplementedError, ValueError) as error:
         raise LoopQError(f"the program returns a type that is not known here: {error}") from error
-    inputs = tuple(InputSpec(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in data["inputs"])
+    inputs = tuple(_input_from_json(*entry) for entry in data["inputs"])
     return Signature(tuple(data["parameters"]), inputs, dict(data["constants"]), outputs)
+
+
+def _input_from_json(name: str, dtype: str, shape: list[int | str]) -> InputSpec:
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise LoopQError(f"input {name!r} has the unknown type {dtype!r}")
+    if not all(isinstance(size, str) or 0 < size < 1 << 24 for size in shape):
+        raise LoopQError(f"input {name!r} has the impossible shape {shape}")
+    return InputSpec(str(name), found, tuple(shape))
+
+
+def _check_outputs(value: Any) -> None:
+    """PyTorch imports the modules that a file names for enumerations and default factories; none is needed here.
+
+    Raises:
+        LoopQError: the structure names a module.
+    """
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError):
+            _check_outputs(json.loads(value))
+    elif isinstance(value, Mapping):
+        module, name = value.get("default_factory_module", "builtins"), value.get("default_factory_name", "list")
+        if "__enum__" in value or module != "builtins" or name not in ("list", "dict", "set", "int", "float", "str"):
+            raise LoopQError("its output structure names code to import, which is refused")
+        for item in value.values():
+            _check_outputs(item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_outputs(item)
 
 
 def _import_output_types(text: str) -> None:

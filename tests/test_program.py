@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import loopq_compile as lq
+from loopq_compile.manifest import write_manifest
 from loopq_compile.operators import ops
 from loopq_compile.printer import print_transition
 from tests.tiny import tiny_model, tiny_program, tokens
@@ -122,6 +123,7 @@ def edit(folder, change):
     data = json.loads((folder / "program.json").read_text())
     change(data)
     (folder / "program.json").write_text(json.dumps(data))
+    write_manifest(folder)  # as whoever wants to do harm would
 
 
 def set_operator(data):
@@ -138,11 +140,11 @@ def drop_tensor(data):
 
 DAMAGES = {
     "truncated tensors": (damage_cut, "changed or cut off"),
-    "broken json": (damage_json, "cannot be read"),
+    "broken json": (damage_json, "does not match manifest.json"),
     "no tensors": (lambda folder: os.remove(folder / "tensors.safetensors"), "cannot be read"),
     "no program": (lambda folder: os.remove(folder / "program.json"), "no saved program"),
     "another format": (lambda folder: edit(folder, lambda d: d.update(format="x")), "not a loopq_compile program"),
-    "a newer version": (lambda folder: edit(folder, lambda d: d.update(version=99)), "Update loopq_compile"),
+    "a newer version": (lambda f: edit(f, lambda d: d.update(version=99, readable_from=99)), "Update loopq_compile"),
     "a function of Python": (lambda folder: edit(folder, set_operator), "os.system"),
     "an operator that reads files": (lambda folder: edit(folder, set_file_reader), "from_file"),
     "a missing tensor": (lambda folder: edit(folder, drop_tensor), "'elsewhere' is missing"),

@@ -1,0 +1,194 @@
+"""The manifest of a saved program: which files belong to it, how long they are, and their SHA-256.
+
+Reading starts here. Names must be plain file names, files must be regular and inside the folder, so that nothing
+outside of it is ever opened, and hashes are compared before anything is parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import loopq_compile
+from loopq_compile.errors import LoopQError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = "loopq_compile.artifact"
+FORMAT_VERSION = 2
+"""Version 1 had no manifest. A reader takes every version whose `readable_from` is not above its own."""
+_LARGEST_JSON = 1 << 30
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a program: its name, its size in bytes, and its SHA-256 in hexadecimal."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes `manifest.json` about all other files of `folder`.
+
+    Raises:
+        OSError: a file cannot be read or the manifest cannot be written.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST_FILE)
+    content = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "readable_from": FORMAT_VERSION,
+        "loopq_compile": loopq_compile.__version__,
+        "files": {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)[1]} for name in names
+        },
+    }
+    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def check_files(folder: Path, needed: Iterable[str]) -> dict[str, FileRecord] | None:
+    """Compares every file of a program with its manifest.
+
+    Args:
+        folder: of the program.
+        needed: names that the manifest must list.
+
+    Returns:
+        Records by file name; None if there is no manifest, as version 1 had it.
+
+    Raises:
+        LoopQError: the manifest is damaged or from a newer version, a file is missing, no regular file inside the
+            folder, or not what was written.
+    """
+    path = folder / MANIFEST_FILE
+    if not os.path.lexists(path):
+        return None
+    data = read_json(path)
+    if data.get("format") != FORMAT or not isinstance(data.get("files"), dict):
+        raise LoopQError(f"{path} is not the manifest of a loopq_compile program.")
+    check_version(folder, data)
+    records = {name: _record(path, name, entry) for name, entry in data["files"].items()}
+    for name in needed:
+        if name not in records:
+            raise LoopQError(f"{path} is damaged: it does not list {name}.")
+    for record in records.values():
+        _compare(folder, record)
+    return records
+
+
+def check_version(folder: Path, data: dict[str, Any]) -> None:
+    """Refuses what only a newer version can read.
+
+    Raises:
+        LoopQError: names both versions and says what to do.
+    """
+    version = data.get("version")
+    oldest = data.get("readable_from", version)
+    if not isinstance(version, int) or not isinstance(oldest, int):
+        raise LoopQError(f"{folder} is damaged: its format version is {version!r}, not a number.")
+    if oldest > FORMAT_VERSION:
+        raise LoopQError(
+            f"{folder} has format version {version} (written by loopq_compile {_short(data.get('loopq_compile'))}); "
+            f"this version reads up to {FORMAT_VERSION}. Update loopq_compile."
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a program.
+
+    Raises:
+        LoopQError: there is no such regular file, it is too large, or it holds something else.
+    """
+    check_regular(path)
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise LoopQError(f"{path} is larger than {_LARGEST_JSON >> 20} MiB; no program is described in so much.")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an absurd number
+        raise LoopQError(f"{path} cannot be read: {first_line(error)}.") from error
+    if not isinstance(data, dict):
+        raise LoopQError(f"{path} is damaged: it must hold a JSON object.")
+    return data
+
+
+def check_regular(path: Path) -> None:
+    """Refuses everything but a regular file: links may lead out of the folder, and pipes never end.
+
+    Raises:
+        LoopQError: says what stands there.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError as error:
+        raise LoopQError(f"{path} cannot be read: {error.strerror}.") from error
+    if not stat.S_ISREG(mode):
+        kind = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise LoopQError(f"{path} is {kind}; programs hold regular files alone. Copy the file itself there.")
+
+
+def check_name(name: object) -> str:
+    """`name`, if it is a plain file name.
+
+    Raises:
+        LoopQError: it is a path, hidden, or has characters that file systems treat specially.
+    """
+    plain = isinstance(name, str) and 0 < len(name) < 128 and not name.startswith(".") and name.isprintable()
+    if not plain or any(c in str(name) for c in '/\\:*?"<>|'):
+        raise LoopQError(f"{_short(name)} is no plain file name; a program lists files of its own folder alone.")
+    return str(name)
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """Size and SHA-256 of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), found
+
+
+def first_line(error: object) -> str:
+    """The first line of an error, cut to a length that people read."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300].rstrip(".")
+
+
+def _record(path: Path, name: str, entry: Any) -> FileRecord:
+    try:
+        check_name(name)
+    except LoopQError as error:
+        raise LoopQError(f"{path} is refused: {error}") from error
+    size, found = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(size, int) or not isinstance(found, str):
+        raise LoopQError(f"{path} is damaged: {name} has no size or no sha256.")
+    return FileRecord(name, size, found)
+
+
+def _compare(folder: Path, record: FileRecord) -> None:
+    path = folder / record.name
+    check_regular(path)
+    try:
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise LoopQError(
+                f"{path} does not match {MANIFEST_FILE}: it has {size:,} bytes, not {record.bytes:,}; it was changed "
+                "or cut off."
+            )
+        if digest(path)[1] != record.sha256:
+            raise LoopQError(f"{path} does not match {MANIFEST_FILE}: its SHA-256 differs; it was changed or cut off.")
+    except OSError as error:
+        raise LoopQError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
