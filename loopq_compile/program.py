@@ -118,12 +118,17 @@ class Program:
         """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.generate`."""
         from loopq_compile.generation import generate
 
-        first, *others = [spec.name for spec in get_state(self.graph_module).signature.inputs]
-        if others not in ([], ["attention_mask"]):
-            raise LoopQError(f"generate feeds token ids and an attention mask; this program also takes {others}.")
+        specs = get_state(self.graph_module).signature.inputs
+        first, *others = [spec.name for spec in specs]
+        if not set(others) <= {"attention_mask", "position_ids"} or specs[0].dtype.is_floating_point:
+            raise LoopQError(
+                "generate feeds token ids, an attention mask and position ids; this program takes "
+                f"{[spec.name for spec in specs]}."
+            )
 
         def run(ids: Tensor) -> Any:
-            return self(**{first: ids}, **{name: torch.ones_like(ids) for name in others})
+            known = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(ids.shape[1])[None]}
+            return self(**{first: ids}, **{name: known[name].to(ids) for name in others})
 
         return generate(
             run,
