@@ -65,7 +65,9 @@ def _causal_lm_example(model: nn.Module, names: list[str]) -> dict[str, Any]:
             "torch.randint(0, vocab_size, (2, 16))."
         )
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (EXAMPLE_BATCH, EXAMPLE_LENGTH), generator=generator)
+    chunk = getattr(model.config, "chunk_size", None)  # scans in chunks branch on whether there are several
+    length = chunk + 1 if isinstance(chunk, int) and chunk >= EXAMPLE_LENGTH else EXAMPLE_LENGTH
+    ids = torch.randint(0, vocabulary, (EXAMPLE_BATCH, length), generator=generator)
     device = next((p.device for p in model.parameters()), ids.device)
     return {"input_ids": ids.to(device)} | ({"use_cache": False} if "use_cache" in names else {})
 

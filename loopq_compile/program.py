@@ -43,6 +43,16 @@ class Program:
                 return signature.restore(self.graph_module(*inputs))
         except IndexError as error:
             raise LoopQError(f"An index in the inputs is out of range, such as a token id: {error}.") from error
+        except RuntimeError as error:
+            if "size" not in str(error) and "shape" not in str(error):
+                raise
+            sizes = ", ".join(
+                f"{spec.name} {list(value.shape)}" for spec, value in zip(signature.inputs, inputs, strict=True)
+            )
+            raise LoopQError(
+                f"The program cannot run on {sizes}: {error} The model's code took another branch for the example "
+                "it was captured from; a model that works in chunks needs an example longer than one and no multiple of it."
+            ) from error
 
     @property
     def loops(self) -> LoopStructure:

@@ -73,7 +73,7 @@ class Signature:
             if name not in self.parameters:
                 raise LoopQError(f"The program has no argument {name!r}.{did_you_mean(name, self.parameters)}")
             given[name] = value
-        tensors = []
+        tensors: list[Tensor] = []
         for spec in self.inputs:
             if given.get(spec.name) is None:
                 raise LoopQError(f"Input {spec.name!r} is missing; this program was captured with {self.describe()}.")
