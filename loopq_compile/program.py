@@ -51,7 +51,7 @@ class Program:
             )
             raise LoopQError(
                 f"The program cannot run on {sizes}: {error} The model's code took another branch for the example "
-                "it was captured from; a model that works in chunks needs an example longer than one, no multiple of it."
+                "it was captured from; models that work in chunks need an example longer than one, no multiple of it."
             ) from error
 
     @property
