@@ -40,21 +40,22 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    eos_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every sequence, `[batch]`, `max_new_tokens` times or until all have ended."""
     _check(input_ids, max_new_tokens, temperature, top_k, top_p)
     generator = torch.Generator().manual_seed(seed)
     ended = torch.zeros(len(input_ids), dtype=torch.bool)
+    ends = torch.tensor([] if eos_token_id is None else eos_token_id, dtype=torch.int64).flatten()
     for _ in range(max_new_tokens):
         logits = logits_of(model(input_ids))[:, -1].float().cpu()
         if do_sample:
             token = torch.multinomial(_filtered(logits / temperature, top_k, top_p), 1, generator=generator)[:, 0]
         else:
             token = logits.argmax(-1)
-        if eos_token_id is not None:
-            token = torch.where(ended, torch.full_like(token, eos_token_id), token)
-            ended |= token == eos_token_id
+        if len(ends):
+            token = torch.where(ended, ends[0], token)
+            ended |= torch.isin(token, ends)
         yield token
         if ended.all():
             return

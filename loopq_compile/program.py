@@ -123,7 +123,7 @@ class Program:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
-        eos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
     ) -> Tensor:
         """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.generate`."""
         from loopq_compile.generation import generate
