@@ -143,7 +143,7 @@ print((peak - before) / size)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from Linux's /proc")
 def test_loading_and_packing_stay_near_one_copy(folder: Path, tmp_path: Path) -> None:
-    """A model of 25 million parameters, stored in bfloat16, loaded in float32: at most 1.3 times its 100 MB (1.36 without release)."""
+    """A model of 25 million parameters, stored in bfloat16, loaded in float32: at most 1.3 times its 100 MB."""
     config = transformers.LlamaConfig(
         vocab_size=2048, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8
     )
