@@ -82,6 +82,13 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         hint = " Load it first." if isinstance(model, str) else ""
         raise LoopQError(f"model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    devices |= {str(parameter.device) for parameter in model.parameters()} - {"meta"}
+    if len(devices) > 1:
+        raise LoopQError(
+            f"model is spread over {', '.join(sorted(devices))} (device_map), and a graph runs on one device: load it "
+            "without device_map, on the CPU if no accelerator has the memory; torch.bfloat16 halves what it needs."
+        )
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -33,12 +33,14 @@ def compile(
     scheme: str | Scheme = "w4a4",
     method: str | Pipeline = "loopq",
     calibration: Any = None,
+    release_model: bool = False,
     **options: Any,
 ) -> Program:
     """Captures `model`, finds its loops, and quantizes it.
 
     Args:
-        model: the module; it is not changed, and its weights are shared where they stay in floating point.
+        model: the module; it is not changed (see `release_model`), and its weights are shared where they stay in
+            floating point.
         example_inputs: a tensor, a tuple of positional or a dict of keyword inputs; batch and sequence become dynamic.
             Hugging Face causal language models need none.
         scheme: "w4a4", any "w{2..8}a{2..8,16}", or a `Scheme`.
@@ -46,6 +48,8 @@ def compile(
         calibration: iterable of token tensors `[batch, sequence]` (or tuples, dicts of inputs). May be left out for
             `method="symmetric"` and "quarot" with dynamic scales, and for weight-only schemes, which then round to
             nearest.
+        release_model: free the model's weights one by one as their integers are stored, which keeps memory near one
+            copy of the model. Neither the model nor anything that shares its weights can be used afterwards.
         options: fields of `Scheme` to change, such as `group_size=64` or `skip=("*.o_proj",)`, and of
             `CalibrationOptions`, such as `steps=300`, `seed=1`, `weight_solver="gptq"` or `checkpoint="folder"`.
 
@@ -74,6 +78,7 @@ def compile(
         )
         pipeline = get_pipeline("symmetric")
     graph_module = capture(model, example_inputs)
+    get_state(graph_module).release_model = release_model
     return quantize(graph_module, scheme, pipeline, calibration, calibration_options)
 
 

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.signature import NO_CACHE, is_cache
 
-EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
+EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 17
 """Sizes of examples made here; the exporter specialises dimensions of size 1, and equal sizes are ambiguous."""
+
+PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "labels")
+"""Arguments of Hugging Face models of which each token has an entry: `[batch, sequence]`, embeddings with features."""
 
 Dimensions = dict[str, dict[int, str]]
 """Names of the dimensions that may vary, by input: `{"input_ids": {0: "batch", 1: "sequence"}}`."""
@@ -41,6 +45,8 @@ def bind_example(model: nn.Module, example_inputs: Any) -> tuple[list[str], dict
         raise LoopQError(
             f"example_inputs must be a tensor, a tuple or a dict of tensors; got {type(example_inputs).__name__}."
         )
+    if any(is_cache(name, value) for name, value in arguments.items()):
+        raise LoopQError(NO_CACHE)
     for name, value in arguments.items():
         if not isinstance(value, Tensor | None | bool | int | float | str):
             raise LoopQError(f"example input {name!r} must be a tensor or a plain value; got {type(value).__name__}.")
@@ -59,7 +65,9 @@ def _causal_lm_example(model: nn.Module, names: list[str]) -> dict[str, Any]:
             "torch.randint(0, vocab_size, (2, 16))."
         )
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (EXAMPLE_BATCH, EXAMPLE_LENGTH), generator=generator)
+    chunk = getattr(model.config, "chunk_size", None)  # scans in chunks branch on whether there are several
+    length = chunk + 1 if isinstance(chunk, int) and chunk >= EXAMPLE_LENGTH else EXAMPLE_LENGTH
+    ids = torch.randint(0, vocabulary, (EXAMPLE_BATCH, length), generator=generator)
     device = next((p.device for p in model.parameters()), ids.device)
     return {"input_ids": ids.to(device)} | ({"use_cache": False} if "use_cache" in names else {})
 
@@ -77,7 +85,7 @@ def main_input(arguments: Mapping[str, Any]) -> str:
         raise LoopQError(
             f"example input {name!r} has shape {list(value.shape)}; a batch dimension is needed: x.unsqueeze(0)."
         )
-    return "input_ids" if "input_ids" in integer else (integer or deep)[0]
+    return next((name for name in PER_TOKEN[:2] if name in deep), (integer or deep)[0])
 
 
 def name_dimensions(arguments: Mapping[str, Any]) -> Dimensions:
@@ -120,7 +128,7 @@ def dynamic_shapes(arguments: Mapping[str, Any], named: Dimensions) -> dict[str,
     main = main_input(arguments)
     shapes: dict[str, Any] = {}
     for name, value in arguments.items():
-        tokens = name == main and not value.is_floating_point()
+        tokens = name == main and (name in PER_TOKEN or not value.is_floating_point())
         shapes[name] = None
         if isinstance(value, Tensor):
             shapes[name] = {i: Dim.DYNAMIC if dim == "batch" or tokens else Dim.AUTO for i, dim in named[name].items()}
@@ -128,11 +136,16 @@ def dynamic_shapes(arguments: Mapping[str, Any], named: Dimensions) -> dict[str,
 
 
 def read_shapes(values: Mapping[str, Tensor], named: Dimensions, main: str) -> dict[str, tuple[int | str, ...]]:
-    """Shapes of the captured inputs, with the names of dimensions that vary. `values` are the exporter's tensors."""
+    """Shapes of the captured inputs, with the names of dimensions that vary. `values` are the exporter's tensors.
+
+    What has an entry per token takes the names it had in the example; the exporter, who lets a mask of another batch
+    be broadcast and labels be of any length, has symbols of their own for them.
+    """
     known = {str(values[main].shape[i]): dim for i, dim in named[main].items()}
 
     def read(name: str, i: int, size: int | torch.SymInt) -> int | str:
         expression = str(size)  # "s70", or "16" where the model turned out to need this size
-        return int(expression) if expression.isdigit() else known.get(expression, f"{name}_{i}")
+        other = named[name].get(i) if name in PER_TOKEN else None
+        return int(expression) if expression.isdigit() else known.get(expression, other or f"{name}_{i}")
 
     return {name: tuple(read(name, i, size) for i, size in enumerate(value.shape)) for name, value in values.items()}

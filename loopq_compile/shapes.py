@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -35,7 +36,7 @@ def infer_shapes(graph_module: fx.GraphModule) -> None:
     if any(value is None for value in inputs):
         inputs = symbolic_inputs(get_state(graph_module).signature)
     mode = inputs[0].fake_mode  # type: ignore[union-attr]
-    with torch.no_grad():
+    with torch.no_grad(), enable_python_dispatcher():  # PyTorch's C++ has no symbolic sizes for `pad`
         FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
     names = symbol_names(graph_module)
     for node in graph_module.graph.nodes:

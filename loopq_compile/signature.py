@@ -22,6 +22,15 @@ LOOPS_AXIS = "loops"
 """Dimension of the iterations of a loop that share a cache."""
 TOTAL = f"{PAST} + sequence"
 """Dimension of all tokens, cached and new ones."""
+NO_CACHE = (
+    "A program takes no key-value cache (past_key_values) and reads the whole sequence in every call; leave it out "
+    "(use_cache=False)."
+)
+
+
+def is_cache(name: str, value: Any) -> bool:
+    """Whether an argument is a key-value cache of a Hugging Face model; releases differ in what they call it."""
+    return value is not None and (name == "past_key_values" or hasattr(value, "get_seq_length"))
 
 
 @dataclass(frozen=True)
@@ -65,17 +74,19 @@ class Signature:
         if len(args) > len(self.parameters):
             raise LoopQError(f"Got {len(args)} positional arguments, the program takes {len(self.parameters)}.")
         given = dict(zip(self.parameters, args, strict=False))
+        if any(is_cache(name, value) for name, value in [*given.items(), *kwargs.items()]):
+            raise LoopQError(NO_CACHE)
         for name, value in kwargs.items():
             if name in given:
                 raise LoopQError(f"Argument {name!r} is given twice.")
             if name not in self.parameters:
                 raise LoopQError(f"The program has no argument {name!r}.{did_you_mean(name, self.parameters)}")
             given[name] = value
-        tensors = []
+        tensors: list[Tensor] = []
         for spec in self.inputs:
             if given.get(spec.name) is None:
                 raise LoopQError(f"Input {spec.name!r} is missing; this program was captured with {self.describe()}.")
-            tensors.append(_checked(spec, given.pop(spec.name)))
+            tensors.append(_checked(spec, self._broadcast(spec, given.pop(spec.name), tensors)))
         for name, value in given.items():
             captured = self.constants.get(name)
             if value is not None and (isinstance(value, Tensor) or value != captured):
@@ -95,6 +106,13 @@ class Signature:
         """Such as `(input_ids: int64[batch, sequence], use_cache=False)`."""
         constants = [f"{name}={value!r}" for name, value in self.constants.items() if value is not None]
         return f"({', '.join([*map(str, self.inputs), *constants])})"
+
+    def _broadcast(self, spec: InputSpec, value: Any, others: Sequence[Tensor]) -> Any:
+        """`value`, one row of it (positions, a mask) for all rows of the first input."""
+        batch = others and self.inputs[0].shape[:1] == spec.shape[:1] == ("batch",)
+        if batch and isinstance(value, Tensor) and value.shape[:1] == (1,):
+            return value.expand(len(others[0]), *value.shape[1:])
+        return value
 
     def _check_shared_dimensions(self, tensors: Sequence[Tensor]) -> None:
         seen: dict[str, tuple[str, int]] = {}

@@ -61,6 +61,7 @@ class CompilerState:
         teacher: the captured graph as it was, with the same node names; None where nothing asks for it.
         targets: what the teacher said of calibration batches, by number, for later phases that watch the same nodes.
         statistics: what `collect-ranges` measured, by group and row of its per-loop table.
+        release_model: free the captured model's weights one by one as their integers are stored.
         results: what passes found out, as plain values for JSON, by topic.
         log: one entry per pass.
     """
@@ -77,6 +78,7 @@ class CompilerState:
     teacher: fx.GraphModule | None = None
     targets: dict[tuple[str, ...], dict[int, Any]] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
+    release_model: bool = False
     results: dict[str, Any] = field(default_factory=dict)
     log: list[LogEntry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from loopq_compile.memory import trim
 from loopq_compile.state import get_tensor
+
+_LARGE = 1 << 20
+"""Entries of a value behind which freed memory is given back to the system."""
 
 
 def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -53,8 +57,11 @@ def evaluate(graph_module: fx.GraphModule, targets: Iterable[fx.Node]) -> Iterat
                 del values[argument]
         if node in wanted:
             yield node, values[node]
+        large = values[node].numel() >= _LARGE if isinstance(values[node], Tensor) else False
         if not readers[node]:
             del values[node]
+        if large and node in wanted:
+            trim()
 
 
 def root_weight(end: fx.Node) -> fx.Node:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.memory import release
 from loopq_compile.operators import ops
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.constants import chain_name, constant_nodes, evaluate
 from loopq_compile.passes.insert import add_constant
+from loopq_compile.state import get_tensor
 
 
 class PackWeights(Pass):
@@ -21,6 +23,8 @@ class PackWeights(Pass):
     scale)` with constants `<weight>_codes` (int8) and `<weight>_scale`, or `<weight>_loop<row>_codes` for a weight with
     a transform per loop. The floating-point weight and what else nothing reads any more leave the graph.
 
+    With `state.release_model`, the memory of a weight is freed as soon as its integers are there.
+
     Does nothing to activations: their quantize nodes read values that are not constant.
     """
 
@@ -30,8 +34,11 @@ class PackWeights(Pass):
         quantized = [n for n in graph.nodes if n.target is ops.quantize.default and n in constant]
         scales = {n.args[1] for n in quantized if n.args[1].op != "get_attr"}
         names = _names(graph_module, quantized)
-        for node, value in evaluate(graph_module, [*quantized, *scales]):
+        targets = {*quantized, *scales}
+        done_with = _last_readers(graph, constant, targets) if self.state(graph_module).release_model else {}
+        for node, value in evaluate(graph_module, targets):
             _replace(graph_module, node, f"{names[node]}_{'scale' if node in scales else 'codes'}", value)
+            release(get_tensor(graph_module, str(root.target)) for root in done_with.get(node, ()))
         if quantized:
             graph.eliminate_dead_code()
             _drop_unused(graph_module)
@@ -48,6 +55,29 @@ def _names(graph_module: fx.GraphModule, quantized: list[fx.Node]) -> dict[fx.No
         names[node] = name if seen[name] == 1 else f"{name}_{seen[name]}"
         names.setdefault(node.args[1], names[node])  # type: ignore[arg-type]
     return names
+
+
+def _last_readers(graph: fx.Graph, constant: set[fx.Node], targets: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """By target the stored tensors that it is the last to read; those that anything else reads are left out."""
+    stored: dict[fx.Node, set[fx.Node]] = {}
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in constant:
+            below = [stored[argument] for argument in node.all_input_nodes]
+            stored[node] = {node} if node.op == "get_attr" else set().union(*below)
+        if node in targets:
+            last |= dict.fromkeys(stored[node], node)
+    stack, kept = [node for node in graph.nodes if node.op == "output"], set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        if node not in kept and node not in targets:
+            kept.add(node)
+            stack.extend(node.all_input_nodes)
+    done_with: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for root, target in last.items():
+        if root not in kept:
+            done_with[target].append(root)
+    return done_with
 
 
 def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,8 +77,8 @@ def _report(name: str, job: Job, data: list[Values]) -> Report:
         rows.append((x["runs"], x["form"], size, *numbers))
     notes = [
         "Tokens a second, one thread, the best of "
-        f"{job.repeats} runs. Prefill: one prompt of so many tokens, logits of the last. Decode: steps of 1, {job.steps} of "
-        f"them behind {job.context} tokens of context, all rows of the batch counted.",
+        f"{job.repeats} runs. Prefill: one prompt of so many tokens, logits of the last. Decode: {job.steps} steps of 1 "
+        f"token behind {job.context} tokens of context, all rows of the batch counted.",
         "Memory is what opening and running add to the resident size of a process of its own.",
     ]
     return Report("speed", f"Speed of {name}", columns, rows, data, text_columns=2, notes=notes)

@@ -1,8 +1,8 @@
-"""`python -m loopq_compile.bench.speed_session JSON`: how fast one model reads and writes text, in a process of its own.
+"""`python -m loopq_compile.bench.speed_session JSON`: how fast one model reads and writes text.
 
-Takes a `Job` as JSON and prints JSON: `load_ms`; `memory`, the bytes that loading and running added to the resident size;
-`prefill`, tokens a second by length of a prompt; `decode`, tokens a second by batch. One thread; the best of several
-runs, because a machine is never quite free.
+A process of its own measures one model. It takes a `Job` as JSON and prints JSON: `load_ms`; `memory`, the bytes that loading and
+running added to the resident size; `prefill`, tokens a second by length of a prompt; `decode`, tokens a second by
+batch. One thread; the best of several runs, because a machine is never quite free.
 """
 
 from __future__ import annotations

@@ -37,6 +37,16 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let a Hugging Face repository run its own Python code. Read it first."),
 ]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle", help="Open Hugging Face weights that are not safetensors. Only if you trust their source."
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="Load Hugging Face weights as float32, bfloat16 or float16; ONNX needs float32."),
+]
 TextFile = Annotated[
     str | None,
     typer.Option("--text", metavar="FILE", help="UTF-8 text to score; by default the bundled model's held-out text."),
@@ -113,15 +123,20 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: i
 
 
 def load(
-    name: str, tokenizer_file: str | None = None, trust_remote_code: bool = False, repeat: str | None = None
+    name: str,
+    tokenizer_file: str | None = None,
+    trust_remote_code: bool = False,
+    repeat: str | None = None,
+    allow_pickle: bool = False,
+    dtype: str = "float32",
 ) -> Loaded:
     """`load_model`, with the tokenizer of `tokenizer_file` if one is given, and layers repeated as `repeat` says."""
-    from loopq_compile.loading import Loaded, load_model, read_tokenizer, repeat_in
+    from loopq_compile.loading import load_model, read_tokenizer, repeat_in
 
     tokenizer = read_tokenizer(tokenizer_file) if tokenizer_file else None
-    loaded = load_model(name, trust_remote_code=trust_remote_code)
+    loaded = load_model(name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, dtype=dtype)
     loaded = repeat_in(loaded, repeat) if repeat else loaded
-    return Loaded(loaded.model, tokenizer or loaded.tokenizer)
+    return loaded._replace(tokenizer=tokenizer or loaded.tokenizer)
 
 
 def text_source(file: str | None) -> tuple[str, str]:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from loopq_compile.cli.common import (
+    AllowPickle,
+    Dtype,
     Json,
     Model,
     RepeatLayers,
@@ -71,12 +73,14 @@ def compile_command(
     repeat: RepeatLayers = None,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    dtype: Dtype = "float32",
     json: Json = False,
 ) -> None:
     """Quantize a model and save it as a program.
 
-    The folder holds program.json (the graph, readable), tensors.safetensors and the tokenizer. Look at it with
-    `loopq-compile inspect DIR`, measure it with `eval`, turn it into ONNX with `export`.
+    The folder holds program.json (the graph, readable), tensors.safetensors, the tokenizer and generation settings.
+    Look at it with `loopq-compile inspect DIR`, measure it with `eval`, turn it into ONNX with `export`.
 
     Example: loopq-compile compile bundled --scheme w4a8 --activation static --out my-program
     """
@@ -100,7 +104,7 @@ def compile_command(
         checkpoint=str(checkpoint) if checkpoint else None,
     )
     check_folder(out, GRAPH_FILE)
-    loaded = load(model, tokenizer, trust_remote_code, repeat)
+    loaded = load(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
     if loaded.kind != "model":
         raise LoopQError(f"{model} is quantized already; compile takes a model in floating point.")
     source = calibration or ("docs" if model == BUNDLED else None)
@@ -109,8 +113,11 @@ def compile_command(
         batches = calibration_batches(source, loaded.tokenizer, samples, length, seed, model=loaded.model)
     if batches is not None:
         say(f"calibrating on {sum(map(len, batches))} samples of {length} tokens from {source}")
-    program = compile_model(loaded.model, scheme=wanted, method=method, calibration=batches, **options.to_dict())
-    save(program.graph_module, out, {TOKENIZER_FILE: loaded.tokenizer.to_str()} if loaded.tokenizer else {})
+    program = compile_model(
+        loaded.model, scheme=wanted, method=method, calibration=batches, release_model=True, **options.to_dict()
+    )
+    beside = {TOKENIZER_FILE: loaded.tokenizer.to_str()} if loaded.tokenizer else {}
+    save(program.graph_module, out, beside | dict(loaded.settings))
     _show(program, out, json)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loopq_compile.cli.common import (
+    AllowPickle,
+    Dtype,
     Json,
     Length,
     MaxTokens,
@@ -22,6 +25,9 @@ from loopq_compile.cli.common import (
     table,
     text_source,
 )
+
+if TYPE_CHECKING:
+    from loopq_compile.loading import Loaded
 
 COLUMNS = ("model", "kind", "perplexity", "nll", "KL to first", "top-1 agreement", "tokens", "seconds")
 
@@ -54,6 +60,8 @@ def eval_command(
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of every task; all by default.")] = None,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    dtype: Dtype = "float32",
     json: Json = False,
 ) -> None:
     """Measure perplexity (lower is better): how well models predict a text.
@@ -68,9 +76,12 @@ def eval_command(
 
     Example: loopq-compile eval my-program --tasks hellaswag,winogrande --limit 200
     """
+
+    def loaded_model(name: str) -> Loaded:
+        return load(name, tokenizer, trust_remote_code, _repeat_for(name, repeat), allow_pickle, dtype)
+
     if tasks is not None:
-        loading = (tokenizer, trust_remote_code, repeat)
-        _run_tasks(models, loading, json, tasks=names(tasks), folder=task_folder, fewshot=fewshot, limit=limit)
+        _run_tasks(models, loaded_model, json, tasks=names(tasks), folder=task_folder, fewshot=fewshot, limit=limit)
         return
     from loopq_compile.evaluate import Remembered, evaluate, tokenize
 
@@ -79,7 +90,7 @@ def eval_command(
     teacher: Any = None
     teacher_tokens: Any = None
     for name in models:
-        loaded = load(name, tokenizer, trust_remote_code, _repeat_for(name, repeat))
+        loaded = loaded_model(name)
         if content is None:  # takes seconds; not before the model is there
             content, source = text_source(text)
         tokens = tokenize(loaded.tokenizer, content, max_tokens)
@@ -109,13 +120,12 @@ def _repeat_for(name: str, repeat: str | None) -> str | None:
     return None if compiled else repeat
 
 
-def _run_tasks(models: list[str], loading: tuple[str | None, bool, str | None], json: bool, **options: Any) -> None:
+def _run_tasks(models: list[str], load: Callable[[str], Loaded], json: bool, **options: Any) -> None:
     from loopq_compile.harness import LanguageModel, run_tasks
 
-    tokenizer, trust_remote_code, repeat = loading
     results = {}
     for name in models:
-        loaded = load(name, tokenizer, trust_remote_code, _repeat_for(name, repeat))
+        loaded = load(name)
         results[name] = run_tasks(LanguageModel(loaded.model, loaded.tokenizer), **options)
     if json:
         print_json({"tasks": options["tasks"], "results": results})

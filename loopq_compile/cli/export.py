@@ -32,13 +32,13 @@ def export_command(
 
     The file passes the ONNX checker and runs in ONNX Runtime: try `loopq-compile generate DIR` on it.
     """
-    from loopq_compile.loading import save_tokenizer
+    from loopq_compile.loading import save_beside
 
     loaded = load(program)
     if loaded.kind != "program":
         raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile {program} --out DIR` first.")
     report = loaded.model.export_onnx(out, target=target, form=form, cache=cache, last_token=last_token)
-    save_tokenizer(loaded.tokenizer, out)
+    save_beside(loaded, out)
     if json:
         print_json(
             {

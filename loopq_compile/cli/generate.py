@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json as json_module
 import time
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loopq_compile.cli.common import Json, Model, TokenizerFile, TrustRemoteCode, load, print_json
+from loopq_compile.cli.common import AllowPickle, Dtype, Json, Model, TokenizerFile, TrustRemoteCode, load, print_json
 from loopq_compile.errors import LoopQError
+
+if TYPE_CHECKING:
+    from loopq_compile.loading import Loaded
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|end_of_text|>", "<eos>")
 """What tokenizers call the token that ends a text."""
@@ -32,6 +36,8 @@ def generate_command(
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on behind the end-of-text token.")] = False,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    dtype: Dtype = "float32",
     json: Json = False,
 ) -> None:
     """Continue a text, with a model, a compiled program or an ONNX file.
@@ -46,7 +52,7 @@ def generate_command(
     from loopq_compile.evaluate import tokenize
     from loopq_compile.generation import stream
 
-    loaded = load(model, tokenizer, trust_remote_code)
+    loaded = load(model, tokenizer, trust_remote_code, None, allow_pickle, dtype)
     ids = tokenize(loaded.tokenizer, prompt).unsqueeze(0)
     start = time.perf_counter()
     with torch.no_grad():
@@ -59,7 +65,7 @@ def generate_command(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            eos_token_id=None if ignore_end else end_token(loaded.tokenizer),
+            eos_token_id=None if ignore_end else end_tokens(loaded),
         )
         tokens: list[int] = []
         if not json:
@@ -77,6 +83,14 @@ def generate_command(
         print_json({"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds})
     else:
         typer.echo()
+
+
+def end_tokens(loaded: Loaded) -> list[int] | int | None:
+    """Ids of the tokens that end a text: those of the generation settings, or one that the tokenizer has by name."""
+    settings = json_module.loads(loaded.settings.get("generation_config.json", "{}"))
+    if settings.get("eos_token_id") is not None:
+        return settings["eos_token_id"]
+    return end_token(loaded.tokenizer)
 
 
 def end_token(tokenizer: Any) -> int | None:

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loopq_compile.cli.common import Json, Model, TrustRemoteCode, console, load, note, print_json, table
+from loopq_compile.cli.common import (
+    AllowPickle,
+    Dtype,
+    Json,
+    Model,
+    TrustRemoteCode,
+    console,
+    load,
+    note,
+    print_json,
+    table,
+)
 from loopq_compile.errors import LoopQError
 
 if TYPE_CHECKING:
@@ -25,6 +36,8 @@ def inspect_command(
     dot: Annotated[Path | None, typer.Option("--dot", metavar="FILE", help="The same as Graphviz text.")] = None,
     code: Annotated[bool, typer.Option("--code", help="Print the graph as Python instead of the tables.")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    dtype: Dtype = "float32",
     json: Json = False,
 ) -> None:
     """Show what is inside: loops, linear layers with bits and ranges of every loop, and what each pass did.
@@ -32,7 +45,7 @@ def inspect_command(
     Takes a compiled program, or a model, which is then captured and its loops are found, but not quantized. In the
     picture, linear layers are blue, quantization is orange, weights are grey; point at a node to see more.
     """
-    loaded = load(model, None, trust_remote_code)
+    loaded = load(model, None, trust_remote_code, None, allow_pickle, dtype)
     if loaded.kind == "onnx":
         raise LoopQError(f"{model} is an ONNX file; inspect the program it was exported from, or open it in Netron.")
     program = loaded.model if loaded.kind == "program" else _captured(loaded.model)

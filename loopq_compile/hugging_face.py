@@ -1,0 +1,178 @@
+"""Models of the Hugging Face hub or in its format: refused where opening them could run code or fill the memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.memory import available_memory
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Types that weights can be loaded in, and their bytes."""
+SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Files beside weights and tokenizer.json that say how a model is used; they travel with what is made of it."""
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a Hugging Face model is loaded.
+
+    Args:
+        trust_remote_code: let the repository run its own Python code. Off unless you have read that code.
+        allow_pickle: open weights that are not safetensors, with `torch.load(weights_only=True)`.
+        dtype: of the weights: "float32", "bfloat16", "float16".
+
+    Raises:
+        LoopQError: another dtype.
+    """
+
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise LoopQError(f"Unknown dtype {self.dtype!r}.{did_you_mean(self.dtype, list(DTYPES))}")
+
+
+def load_hugging_face(name: str, options: LoadOptions, **more: Any) -> tuple[Any, Tokenizer | None, dict[str, str]]:
+    """Model, tokenizer (None if there is no fast one) and settings by file name, of a folder or hub id.
+
+    Weights are read tensor by tensor, each into its final type: memory stays near one copy. `more` goes to
+    transformers.
+
+    Raises:
+        LoopQError: there is no such model, it would run code or does not fit into memory, or it cannot be read.
+    """
+    if not options.allow_pickle and not more:
+        _refuse_pickles(name)
+        more["use_safetensors"] = True
+    _check_memory(name, options.dtype)
+    model = _from_pretrained(name, options, **more)
+    more.pop("use_safetensors", None)
+    tokenizer, settings = _tokenizer(name, **more)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        settings[SETTINGS[0]] = generation.to_json_string()
+    return model.eval(), tokenizer, settings
+
+
+def read_settings(folder: Path) -> dict[str, str]:
+    """The settings that travelled into `folder`, by file name."""
+    return {name: (folder / name).read_text(encoding="utf-8") for name in SETTINGS if (folder / name).is_file()}
+
+
+def _refuse_pickles(name: str) -> None:
+    folder = Path(name)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]
+    if pickles:
+        raise LoopQError(_pickle_refusal(name, f"it has {', '.join(pickles[:3])}"))
+
+
+def _pickle_refusal(name: str, reason: str) -> str:
+    return (
+        f"{name} has no weights in safetensors ({reason}); pickled files can run code when they are opened and are "
+        "refused. Take a safetensors version, or, if you trust where it is from, allow it with allow_pickle=True "
+        "(--allow-pickle)."
+    )
+
+
+def _check_memory(name: str, dtype: str) -> None:
+    """Refuses what would have to be spread over several devices (`device_map`) to be loaded."""
+    stored, available = _stored_bytes(name), available_memory()
+    if stored is None or available is None:
+        return
+    needed = stored[0] * DTYPES[dtype] // stored[1]
+    if needed > available:
+        half = f" dtype='bfloat16' (--dtype bfloat16) would need {needed / 2e9:.1f} GB." if DTYPES[dtype] == 4 else ""
+        raise LoopQError(
+            f"{name} needs {needed / 1e9:.1f} GB of memory in {dtype}, {available / 1e9:.1f} GB are free.{half} Models "
+            "spread over devices or disk (device_map) cannot be captured: use a machine with more memory."
+        )
+
+
+def _stored_bytes(name: str) -> tuple[int, int] | None:
+    """Bytes of the weight files, and of one number in them; None if that cannot be known before loading."""
+    folder = Path(name)
+    size: int | None = None
+    try:
+        from transformers.utils import cached_file
+
+        index = cached_file(
+            name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+        )  # fmt: skip
+        if index is not None:
+            size = int(json.loads(Path(index).read_text(encoding="utf-8"))["metadata"]["total_size"])
+        elif folder.is_dir():
+            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        config_file = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
+        config = json.loads(Path(config_file).read_text(encoding="utf-8")) if size and config_file else {}
+    except (ImportError, OSError, ValueError, KeyError, TypeError):
+        return None
+    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return (size, DTYPES.get(stored, 4)) if size else None
+
+
+def _from_pretrained(name: str, options: LoadOptions, **more: Any) -> Any:
+    import torch
+
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError as error:
+        raise LoopQError(
+            f"{name!r} is taken for a Hugging Face model, and those need transformers: pip install 'loopq-compile[hf]'."
+        ) from error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error says what came of them
+    disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, options.dtype), trust_remote_code=options.trust_remote_code, **more
+        )
+    except Exception as error:  # transformers raises many kinds, all of them about what it was asked to load
+        raise LoopQError(_explain(name, str(error))) from error
+
+
+def _explain(name: str, text: str) -> str:
+    if "trust_remote_code" in text:
+        return (
+            f"{name} brings its own Python code, which would run on this machine with all your rights. Read the .py "
+            "files of its repository first; then allow it with trust_remote_code=True (--trust-remote-code)."
+        )
+    if "safetensors" in text:
+        return _pickle_refusal(name, first_line(text))
+    if "connect" in text or "not a local folder" in text or "not a valid model identifier" in text:
+        return f"{name!r} is no file or folder here, and the Hugging Face hub could not give it: {first_line(text)}"
+    return f"{name} cannot be loaded: {first_line(text)}"
+
+
+def _tokenizer(name: str, **more: Any) -> tuple[Tokenizer | None, dict[str, str]]:
+    """The fast tokenizer and its settings; without one texts cannot be scored, tokens can."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
+        fast = tokenizer.backend_tokenizer
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            return fast, read_settings(Path(folder))
+    except Exception:  # no tokenizer at all, a slow one, or one that needs the repository's code
+        return None, {}
+
+
+def first_line(error: object) -> str:
+    """The beginning of a message that may be long."""
+    text = " ".join(line.strip() for line in str(error).splitlines()[:2])
+    return text[:300]

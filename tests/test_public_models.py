@@ -1,0 +1,152 @@
+"""Models with shared layers as others wrote them: ALBERT and Zamba2 of transformers, PyTorch's own encoder layer.
+
+Each is captured unchanged, its loop is found, its w4a4 program runs and is exported. The code of looped models that is
+on no package index is checked by `tests/upstream/check.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loopq_compile import LoopQError
+from loopq_compile.backends.onnx import OnnxExecutable
+from loopq_compile.capture import capture
+from loopq_compile.driver import quantize
+from loopq_compile.generation import logits_of
+from loopq_compile.pipelines import get_pipeline
+from loopq_compile.program import Program
+from loopq_compile.scheme import Scheme
+
+SIZES = ((2, 11), (1, 1), (3, 30))
+
+
+def ids(batch: int, length: int) -> Tensor:
+    """Token ids `[batch, length]`."""
+    return torch.randint(1, 64, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def exact_then_quantized(model: nn.Module, example: Any, **options: Any) -> Program:
+    """The w4a4 program, once the captured one has been found equal to the model, and within half of it afterwards."""
+    graph_module = capture(model, example)
+    expected = {}
+    for size in SIZES:
+        with torch.no_grad():
+            expected[size] = logits_of(model(ids(*size), **options))
+        found = logits_of(Program(graph_module)(ids(*size)))
+        torch.testing.assert_close(found, expected[size], rtol=1e-5, atol=1e-5)
+    program = quantize(graph_module, Scheme.parse("w4a4"), get_pipeline("symmetric"))
+    for size in SIZES:
+        distance = (logits_of(program(ids(*size))) - expected[size]).norm() / expected[size].norm()
+        assert 1e-3 < distance < 0.5
+    return program
+
+
+def differences(program: Program, folder: Path, **options: Any) -> list[float]:
+    """Of the logits of the exported file, in units of the largest logit."""
+    run = OnnxExecutable(program.export_onnx(folder, **options).path, threads=1)
+    pairs = [(logits_of(run(ids(*size))), logits_of(program(ids(*size)))) for size in ((2, 11), (1, 20))]
+    return [float((found - expected).abs().max() / expected.abs().max()) for found, expected in pairs]
+
+
+def albert() -> nn.Module:
+    """One layer, three times."""
+    transformers = pytest.importorskip("transformers", reason="ALBERT is in transformers")
+    torch.manual_seed(0)
+    config = transformers.AlbertConfig(
+        vocab_size=64, embedding_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.AlbertForMaskedLM(config).eval()
+
+
+def test_albert(tmp_path: Path) -> None:
+    program = exact_then_quantized(albert(), None)
+    assert program.loops.describe() == "3 x (albert.encoder.albert_layer_groups)"
+    assert [tuple(site.weight.split(".")[-2:]) for site in program.loops.call_sites].count(("ffn", "weight")) == 1
+    for form in ("unrolled", "rolled"):
+        assert max(differences(program, tmp_path / form, form=form)) < 3e-2
+        assert max(differences(program, tmp_path / f"fast-{form}", target="onnxruntime", form=form)) < 0.1
+
+
+def zamba2(chunk_size: int) -> nn.Module:
+    """A shared attention block in front of each of two Mamba layers."""
+    transformers = pytest.importorskip("transformers", minversion="5", reason="its Zamba2 has another configuration")
+    torch.manual_seed(0)
+    config = transformers.Zamba2Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, layers_block_type=["hybrid", "hybrid"],
+        hybrid_layer_ids=[0, 1], intermediate_size=64, num_attention_heads=2, num_key_value_heads=2, num_mem_blocks=1,
+        adapter_rank=32, use_mem_rope=True, mamba_d_state=8, mamba_ngroups=1, n_mamba_heads=4, mamba_expand=2,
+        chunk_size=chunk_size, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.Zamba2ForCausalLM(config).eval()
+
+
+def test_zamba2(tmp_path: Path) -> None:
+    """Its scan works in chunks of 8 tokens, which no length of the test is a multiple of."""
+    program = exact_then_quantized(zamba2(8), None, use_cache=False)
+    loop = program.loops.main
+    assert loop is not None and loop.count == 2
+    assert {block.removeprefix("model.layers.0.shared_transformer.") for block in loop.blocks} == {
+        "input_layernorm", "self_attn", "pre_ff_layernorm", "feed_forward.gate_up_proj", "feed_forward.down_proj",
+    }  # fmt: skip
+    assert not [site for site in loop.call_sites if "mamba" in site.weight]
+    assert max(differences(program, tmp_path / "onnx")) < 3e-2
+    with pytest.raises(LoopQError, match=r"loop 1 is not like the others.*use form='unrolled'"):
+        program.export_onnx(tmp_path / "rolled", form="rolled")
+
+
+class UniversalTransformer(nn.Module):
+    """`torch.nn.TransformerEncoderLayer` under a causal mask, three times, with a vector for every time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(64, 32), nn.Linear(32, 64)
+        self.layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+        self.time = nn.Parameter(torch.randn(3, 32))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        for vector in self.time:
+            x = self.layer(x + vector, src_mask=mask, is_causal=True)
+        return self.head(x)
+
+
+def test_a_universal_transformer_of_pytorchs_own_layer(tmp_path: Path) -> None:
+    program = exact_then_quantized(UniversalTransformer().eval(), ids(2, 11))
+    assert program.loops.describe() == "3 x (time, layer)"
+    assert len(program.loops.call_sites) >= 4
+    for form in ("unrolled", "rolled"):
+        assert max(differences(program, tmp_path / form, form=form)) < 3e-2
+
+
+class Chunked(nn.Module):
+    """Adds positions chunk by chunk, with a short cut for what fits into one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(64, 16), nn.Parameter(torch.randn(24, 16))
+        self.config: Any = type("Config", (), {"vocab_size": 64, "chunk_size": 24})()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x, size = self.embed(input_ids), self.config.chunk_size
+        if x.shape[1] <= size:
+            return x + self.positions[: x.shape[1]]
+        chunks = nn.functional.pad(x, (0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size))
+        return (chunks + self.positions).flatten(1, 2)[:, : x.shape[1]]
+
+
+def test_models_that_work_in_chunks_need_an_example_longer_than_one() -> None:
+    model = Chunked().eval()
+    chosen, short = Program(capture(model)), Program(capture(model, ids(2, 11)))
+    for length in (1, 24, 25, 60):
+        torch.testing.assert_close(chosen(ids(2, length)), model(ids(2, length)))
+    torch.testing.assert_close(short(ids(2, 24)), model(ids(2, 24)))
+    with pytest.raises(LoopQError, match=r"cannot run on input_ids \[2, 25\].*need an example longer than one"):
+        short(ids(2, 25))
