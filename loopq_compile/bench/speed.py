@@ -76,9 +76,8 @@ def _report(name: str, job: Job, data: list[Values]) -> Report:
         numbers = [f"{x['load_ms']:.0f}", f"{x['memory'] / 1e6:.0f}", *(f"{rate:,.1f}" for rate in rates)]
         rows.append((x["runs"], x["form"], size, *numbers))
     notes = [
-        "Tokens a second, one thread, the best of "
-        f"{job.repeats} runs. Prefill: one prompt of so many tokens, logits of the last. Decode: {job.steps} steps of 1 "
-        f"token behind {job.context} tokens of context, all rows of the batch counted.",
+        f"Tokens a second, one thread, the best of {job.repeats} runs. Prefill: one prompt of so many tokens, logits "
+        f"of the last. Decode: {job.steps} steps of 1 token behind {job.context} tokens of context, all rows counted.",
         "Memory is what opening and running add to the resident size of a process of its own.",
     ]
     return Report("speed", f"Speed of {name}", columns, rows, data, text_columns=2, notes=notes)

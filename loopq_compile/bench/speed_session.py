@@ -1,6 +1,6 @@
 """`python -m loopq_compile.bench.speed_session JSON`: how fast one model reads and writes text.
 
-A process of its own measures one model. It takes a `Job` as JSON and prints JSON: `load_ms`; `memory`, the bytes that loading and
+Runs in a process of its own. Takes a `Job` as JSON and prints JSON: `load_ms`; `memory`, the bytes that loading and
 running added to the resident size; `prefill`, tokens a second by length of a prompt; `decode`, tokens a second by
 batch. One thread; the best of several runs, because a machine is never quite free.
 """
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,8 +95,8 @@ def _main(job: Job) -> None:
     decoder = _load(job)
     loaded = time.perf_counter() - start
     with torch.no_grad():
-        prefill = {length: length / _best(job, lambda n=length: _prefill(decoder(), n)) for length in job.prefill}
-        decode = {batch: batch / _best(job, lambda n=batch: _decode(decoder(), job, n)) for batch in job.decode}
+        prefill = {n: n / _best(job, partial(_prefill, decoder, n)) for n in job.prefill}
+        decode = {n: n / _best(job, partial(_decode, decoder, job, n)) for n in job.decode}
     memory = resident() - before
     print(json.dumps({"load_ms": loaded * 1e3, "memory": memory, "prefill": prefill, "decode": decode}))
 
@@ -108,17 +109,17 @@ def _ids(batch: int, length: int) -> Tensor:
     return torch.randint(5, 500, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
-def _prefill(decoder: Decoder, length: int) -> float:
+def _prefill(make: Callable[[], Decoder], length: int) -> float:
     """Seconds for a prompt of `length` tokens."""
-    ids = _ids(1, length)
+    decoder, ids = make(), _ids(1, length)
     start = time.perf_counter()
     decoder(ids, torch.ones_like(ids))
     return time.perf_counter() - start
 
 
-def _decode(decoder: Decoder, job: Job, batch: int) -> float:
+def _decode(make: Callable[[], Decoder], job: Job, batch: int) -> float:
     """Seconds for one step of `batch` rows."""
-    ids = _ids(batch, job.context)
+    decoder, ids = make(), _ids(batch, job.context)
     mask = torch.ones(batch, job.context + job.steps, dtype=torch.int64)
     decoder(ids, mask[:, : job.context])
     start = time.perf_counter()
@@ -128,5 +129,6 @@ def _decode(decoder: Decoder, job: Job, batch: int) -> float:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    _main(Job(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}))
+    given: dict[str, Any] = json.loads(sys.argv[1])
+    lists: dict[str, Any] = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+    _main(Job(**(given | lists)))
