@@ -99,6 +99,7 @@ class Program:
         form: str = "unrolled",
         cache: bool = False,
         last_token: bool = False,
+        head_bits: int | None = None,
     ) -> OnnxExport:
         """Writes `model.onnx` into `directory`.
 
@@ -111,6 +112,8 @@ class Program:
                 the left), `past_key_values.N.key` and `.value` `[batch, heads, past, size]`, outputs `present.N.key`
                 and `.value`, for every loop and layer; in form "rolled" for every layer, the loops as first dimension.
             last_token: with a cache, `logits` for the last token alone, which saves the head's work on prompts.
+            head_bits: with target "onnxruntime", 4 or 8: bits of the head's weights, which schemes leave in floating
+                point.
 
         Returns:
             Path, size and node counts of what was written.
@@ -121,7 +124,8 @@ class Program:
         """
         from loopq_compile.backends.onnx import export
 
-        return export(self.graph_module, directory, target=target, form=form, cache=cache, last_token=last_token)
+        options: dict[str, Any] = {"cache": cache, "last_token": last_token, "head_bits": head_bits}
+        return export(self.graph_module, directory, target=target, form=form, **options)
 
     def with_cache(self, *, stacked: bool = False, last_token: bool = False) -> Program:
         """This program with a key-value cache: a call takes new tokens and what earlier calls left, and returns a dict.

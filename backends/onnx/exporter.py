@@ -27,6 +27,7 @@ from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.passes.add_cache import AddCache
 from loopq_compile.passes.base import Pass
 from loopq_compile.passes.roll_loops import RollLoops
+from loopq_compile.passes.spell_out_attention import SpellOutAttention
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.rolled import rolled_loops
 from loopq_compile.state import CompilerState, attach_state, copy_graph, get_state, get_tensor
@@ -44,6 +45,7 @@ def export(
     form: str = "unrolled",
     cache: bool = False,
     last_token: bool = False,
+    head_bits: int | None = None,
     overwrite: bool = True,
     external_data_threshold: int = EXTERNAL_DATA_THRESHOLD,
 ) -> OnnxExport:
@@ -64,6 +66,8 @@ def export(
             sequence]` and `past_key_values.N.key`, `.value` `[batch, heads, past, size]`, outputs `present.N.key`,
             `.value`, for every loop and layer; in form "rolled" for every layer, with the loops in front.
         last_token: with a cache: `logits` are those of the last token, `[batch, 1, vocabulary]`.
+        head_bits: target "onnxruntime": 4 or 8 rounds the weights of the language-model head, which schemes leave in
+            floating point, to nearest, and what it reads to 8 bits. In small models the head is much of a step.
         overwrite: replace a `model.onnx` that is there already.
         external_data_threshold: bytes of weights above which they go to `model.onnx.data`.
 
@@ -72,12 +76,14 @@ def export(
             cannot be written.
     """
     _check_options(graph_module, directory, target, form, cache, last_token)
+    if head_bits is not None and (head_bits not in (4, 8) or target != "onnxruntime"):
+        raise LoopQError(f"head_bits must be 4 or 8, with target='onnxruntime'; got {head_bits!r}, target={target!r}.")
     check_destination(Path(directory), overwrite=overwrite)
     if form == "rolled":
         _check_rollable(graph_module)
     passes: list[Pass] = []
     if cache:
-        passes.append(AddCache(stacked=form == "rolled", last_token=last_token))
+        passes += [AddCache(stacked=form == "rolled", last_token=last_token), SpellOutAttention()]
     if form == "rolled":
         passes.append(RollLoops())
     graph_module = _rewritten(graph_module, passes) if passes else graph_module
@@ -86,8 +92,10 @@ def export(
     names = output_names(state.signature, prepared.outputs)
     model = translate(prepared, state.signature, names, OPSET)
     simplify(model)
-    lower = lower_to_contrib if target == "onnxruntime" else lower_to_qdq
-    lower(model, prepared.origins)
+    if target == "onnxruntime":
+        lower_to_contrib(model, prepared.origins, head_bits=head_bits)
+    else:
+        lower_to_qdq(model, prepared.origins)
     roll(model.graph)
     _clean_up(model)
     name_everything(model, prepared.origins)

@@ -6,9 +6,14 @@ third of the time of an export.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes import common
+
+from loopq_compile.backends.onnx.emit import constant, constant_array
 
 _LARGEST_FOLDED = 256
 """Elements of the largest tensor that takes part: a folded weight would be a second copy of it."""
@@ -20,8 +25,36 @@ def simplify(model: ir.Model) -> None:
         model, input_size_limit=_LARGEST_FOLDED, output_size_limit=_LARGEST_FOLDED, onnx_shape_inference=False
     )
     common.IdentityEliminationPass()(model)
+    _state_reshapes(model.graph)
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.OutputFixPass()(model)
     common.RemoveUnusedNodesPass()(model)
+
+
+def _state_reshapes(graph: ir.Graph) -> None:
+    """Gives `Reshape` a constant target wherever one says the same: 0 for a dimension that stays, -1 for one other.
+
+    The exporter computes targets from shapes, four nodes for each; in a decoding step that is most of what runs.
+    """
+    for node in [node for node in graph if node.op_type == "Reshape" and node.domain == ""]:
+        x, target = node.inputs
+        result = node.outputs[0].shape
+        if x is None or x.shape is None or result is None or constant_array(target) is not None:
+            continue
+        sizes = _target(list(x.shape), list(result))
+        if sizes is not None:
+            name = "to_" + "_".join(str(size).replace("-1", "rest") for size in sizes)
+            node.attributes.pop("allowzero", None)  # with which 0 would mean no entries
+            node.replace_input_with(1, constant(graph, name, np.array(sizes, dtype=np.int64)))
+
+
+def _target(before: list[Any], after: list[Any]) -> list[int] | None:
+    sizes: list[int] = []
+    for axis, size in enumerate(after):
+        same = axis < len(before) and not isinstance(size, int) and str(size) == str(before[axis])
+        known = same and getattr(size, "value", None) is not None
+        sizes.append(size if isinstance(size, int) else 0 if known else -1)
+    empty = any(isinstance(size, int) and size == 0 for size in after)
+    return sizes if sizes.count(-1) <= 1 and not empty else None

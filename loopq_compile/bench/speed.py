@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ def speed(
     schemes: Sequence[str] = ("w4a16", "w4a8", "w4a4"),
     forms: Sequence[str] = ("unrolled",),
     job: Job | None = None,
+    head_bits: Sequence[int | None] = (None,),
     torch_dtypes: Sequence[str] = ("float32", "bfloat16"),
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
@@ -37,6 +39,7 @@ def speed(
         model: the model itself, which is exported here.
         schemes: of quantized files, weights rounded to nearest: speed does not depend on the method.
         forms: of the export: "unrolled", "rolled".
+        head_bits: of the head in quantized files, None for floating point.
         job: lengths, batches and repeats; its model is put in here.
         torch_dtypes: in which PyTorch runs the model as it is.
         say: told what is being measured.
@@ -49,13 +52,15 @@ def speed(
     for dtype in torch_dtypes:
         say(f"PyTorch {dtype}")
         data.append({"runs": f"PyTorch {dtype}", "form": "eager", **measure(replace(job, model=name, dtype=dtype))})
+    options: dict[str, Any] = {"target": "onnxruntime", "cache": True, "last_token": True}
     for runs, program in _programs(model, schemes):
-        for form in forms:
-            say(f"{runs}, {form}")
+        for form, head in itertools.product(forms, head_bits if program.scheme else (None,)):
+            what = f"{runs}, head w{head}" if head else runs
+            say(f"{what}, {form}")
             with tempfile.TemporaryDirectory() as folder:
-                made = program.export_onnx(folder, target="onnxruntime", form=form, cache=True, last_token=True)
+                made = program.export_onnx(folder, form=form, head_bits=head, **options)
                 values = measure(replace(job, model=str(made.path), dtype=""))
-            data.append({"runs": runs, "form": form, "bytes": made.bytes, "nodes": made.node_count, **values})
+            data.append({"runs": what, "form": form, "bytes": made.bytes, "nodes": made.node_count, **values})
     return _report(name, job, data)
 
 

@@ -161,6 +161,9 @@ def speed_command(
     repeat: RepeatLayers = None,
     schemes: Schemes = "w4a16,w4a8,w4a4",
     forms: Annotated[str, typer.Option("--forms", help="Of the export: unrolled, rolled.")] = "unrolled",
+    heads: Annotated[
+        str, typer.Option("--head-bits", metavar="LIST", help="Of quantized files: 0 for a head in floating point.")
+    ] = "0,8",
     prefill: Annotated[str, typer.Option("--prefill", metavar="LIST", help="Lengths of prompts.")] = "128,512",
     decode: Annotated[str, typer.Option("--decode", metavar="LIST", help="Batch sizes of decoding.")] = "1,8",
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens in the cache when decoding begins.")] = 128,
@@ -185,8 +188,9 @@ def speed_command(
     loaded = _load_model(model, None, False, repeat).model
     lengths, batches = (_whole_numbers(*pair) for pair in (("--prefill", prefill), ("--decode", decode)))
     job = Job(name, prefill=tuple(lengths), decode=tuple(batches), context=context, steps=steps, repeats=repeats)
-    say = note(True)
-    _show(speed(name, loaded, names(schemes), names(forms), job, names(pytorch), say), out, json, model=name)
+    bits = [number or None for number in _whole_numbers("--head-bits", heads)]
+    report = speed(name, loaded, names(schemes), names(forms), job, bits, torch_dtypes=names(pytorch), say=note(True))
+    _show(report, out, json, model=name)
 
 
 def _show(report: Report, out: Path | None, json: bool, **about: Any) -> None:

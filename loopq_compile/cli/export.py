@@ -26,6 +26,10 @@ def export_command(
     last_token: Annotated[
         bool, typer.Option("--last-token", help="With --cache: compute logits for the last token alone.")
     ] = False,
+    head_bits: Annotated[
+        int | None,
+        typer.Option("--head-bits", help="With --target onnxruntime: 4 or 8 bits for the head."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write a compiled program as an ONNX file.
@@ -37,7 +41,9 @@ def export_command(
     loaded = load(program)
     if loaded.kind != "program":
         raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile {program} --out DIR` first.")
-    report = loaded.model.export_onnx(out, target=target, form=form, cache=cache, last_token=last_token)
+    report = loaded.model.export_onnx(
+        out, target=target, form=form, cache=cache, last_token=last_token, head_bits=head_bits
+    )
     save_beside(loaded, out)
     if json:
         print_json(

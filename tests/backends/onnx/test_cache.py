@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 
 import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable, export
+from loopq_compile.state import attach_state, copy_graph, get_state
 from tests import zoo
 from tests.decoding import captured, check_decoding, decode, ids, quantized
 
@@ -67,3 +69,44 @@ def test_what_is_refused(tmp_path) -> None:
         export(zoo.tagged("inject-later").graph_module, tmp_path, cache=True)
     with pytest.raises(lq.LoopQError, match="cache=True"):
         export(captured("tiny")[1].graph_module, tmp_path, last_token=True)
+
+
+def test_a_step_of_a_file_is_short(tmp_path) -> None:
+    """ONNX Runtime makes one node of each norm, target shapes are constants, and 8-bit activations cost no nodes."""
+    report = export(quantized().graph_module, tmp_path, target="onnxruntime", cache=True)
+    assert "QuantizeLinear" not in report.nodes
+    assert report.nodes.get("Shape", 0) < 6  # a few that all loops share
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(report.path), options, providers=["CPUExecutionProvider"])
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert operators.count("SimplifiedLayerNormalization") == 9  # 3 loops of 2 norms in the block and one behind it
+    assert "Reciprocal" not in operators
+
+
+def test_clipped_activations_keep_their_nodes(tmp_path) -> None:
+    """The same scheme with clip ratios below one rounds differently from ONNX Runtime's own 8 bits."""
+    program = lq.Program(copy_graph(quantized().graph_module))
+    attach_state(program.graph_module, get_state(quantized().graph_module))
+    name = next(n for n, _ in program.graph_module.named_buffers() if n.startswith("activation_clip"))
+    owner, _, leaf = name.rpartition(".")
+    clip = program.graph_module.get_buffer(name)
+    setattr(program.graph_module.get_submodule(owner), leaf, 0.5 * clip)
+    report = export(program.graph_module, tmp_path, target="onnxruntime")
+    assert report.nodes["QuantizeLinear"] == 3  # that group's, once a loop
+    run = OnnxExecutable(report.path, threads=1)
+    expected = program(ids())["logits"]
+    assert (run(ids())["logits"] - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_an_integer_head(tmp_path) -> None:
+    program = quantized()
+    report = export(program.graph_module, tmp_path, target="onnxruntime", cache=True, head_bits=8)
+    assert report.nodes["MatMulNBits"] == 3 * 7 + 1
+    expected = program(ids())["logits"]
+    given = OnnxExecutable(report.path, threads=1)(ids())["logits"]
+    difference = (given - expected).abs().max() / expected.abs().max()
+    assert 1e-5 < difference < 0.02
+    with pytest.raises(lq.LoopQError, match="head_bits must be 4 or 8"):
+        export(program.graph_module, tmp_path, target="qdq", head_bits=8)
