@@ -98,7 +98,7 @@ def insert_kronecker(
     right: fx.Node,
     inverses: Inverses | None = None,
 ) -> None:
-    """Transforms what `group` reads in its `uses` by rows of the tables of Kronecker factors, and the weights by the inverse.
+    """Transforms what `group` reads in its `uses` by rows of the tables of Kronecker factors, weights by the inverse.
 
     Groups that share the tables should share `inverses`, which starts as an empty dict.
     """
