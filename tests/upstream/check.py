@@ -1,9 +1,10 @@
 """Checks of a public looped model's own code, unchanged: `python -m tests.upstream.check CHECKOUT`.
 
 CHECKOUT is a clone of LoopedLMs/ouro_rl (needs transformers 4.57.6), armenjeddi/loopformer, sandyresearch/parcae or
-seal-rg/recurrent-pretraining (Huginn; needs transformers 4.57.6). A tiny model with random weights is captured (logits equal those of the code), its loop is found, it is compiled to w8a8
-(near the code's logits) and w4a4 (a random model is far off: a figure, not a check), and the w4a4 program is compared
-with its ONNX file. The status is 1 if anything differs by more than stated. CONTRIBUTING.md holds the last results.
+seal-rg/recurrent-pretraining (Huginn; needs transformers 4.57.6). A tiny model with random weights is captured (logits
+equal those of the code), its loop is found, it is compiled to w8a8 (near the code's logits) and w4a4 (a random model is
+far off: a figure, not a check), and the w4a4 program is compared with its ONNX file. The status is 1 if anything is off
+by more than stated. CONTRIBUTING.md holds the last results.
 """
 
 from __future__ import annotations
