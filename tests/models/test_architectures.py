@@ -91,7 +91,7 @@ def test_the_w4a4_program_has_the_loop_and_its_onnx_files_agree(model: tuple[str
     forms = ["unrolled", "rolled"]
     if name == "loopformer":
         forms.remove("rolled")
-        with pytest.raises(lq.LoopQError, match="not like the others"):  # its first loop adds nothing to the time, which is zero
+        with pytest.raises(lq.LoopQError, match="not like the others"):  # its first time is a constant
             program.export_onnx(tmp_path, form="rolled")
     runs = {form: OnnxExecutable(program.export_onnx(tmp_path / form, form=form).path, threads=1) for form in forms}
     for batch, length in ((2, 12), (1, 20)):
