@@ -136,6 +136,7 @@ def _insert(
     behind: dict[tuple[fx.Node, int], fx.Node] = {}
     for use in uses:
         x = use.linears[0].args[0]  # not `use.x`: the group may have got a diagonal since
+        assert isinstance(x, fx.Node)
         number = loops.row(use.tag) if rows > 1 else 0
         with inserting(graph, before=use.linears[0], tag=use.tag, site=group):
             transformed = apply(x, number)

@@ -45,7 +45,7 @@ def compile_growth(sizes: Sequence[tuple[int, int]], method: str, scheme: Scheme
     seconds = [_measure(layers, loops, method, scheme, export) for layers, loops in sizes]
     calls = [layers * loops for layers, loops in sizes]
     rows: list[Sequence[str]] = []
-    data = []
+    data: list[dict[str, Any]] = []
     for step in seconds[-1]:
         found = [times.get(step, 0.0) for times in seconds]
         growth = exponent(calls, found)
