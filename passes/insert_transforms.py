@@ -108,7 +108,7 @@ class InsertTransforms(Pass):
             if self.diagonal and "diagonal" not in tables.get(group, {}):
                 inserted = self._add_diagonal(graph_module, group, uses[group], rows)
             if self.matrix:
-                self._add_matrix(graph_module, group, rows)
+                self._add_matrix(graph_module, group, uses[group], rows)
             changed += inserted or self.matrix is not None
         if changed:
             worst = max(condition_numbers(graph_module).values(), default=1.0)
@@ -127,11 +127,11 @@ class InsertTransforms(Pass):
             values = torch.where(stored.abs() > SMALLEST_GAIN, 1 / stored, values)
         _check_order(group, uses)
         learn = "diagonal" if self.learn == "transform" else None
-        insert_diagonal(graph_module, group, add_table(graph_module, group, "diagonal", values.repeat(rows, 1), learn))
+        table = add_table(graph_module, group, "diagonal", values.repeat(rows, 1), learn)
+        insert_diagonal(graph_module, group, uses, table)
         return True
 
-    def _add_matrix(self, graph_module: fx.GraphModule, group: str, rows: int) -> None:
-        uses = group_uses(graph_module)[group]
+    def _add_matrix(self, graph_module: fx.GraphModule, group: str, uses: list[Use], rows: int) -> None:
         _check_order(group, uses)
         width = group_width(graph_module, uses)
         if not self.shared:
@@ -141,7 +141,7 @@ class InsertTransforms(Pass):
         else:
             name, dtype = f"width_{width}", table_type(graph_module, uses)
             factors = self._common[width] = self._tables(graph_module, name, width, rows, dtype)
-        insert_kronecker(graph_module, group, *factors, self._inverses.setdefault(factors[0], {}))
+        insert_kronecker(graph_module, group, uses, *factors, self._inverses.setdefault(factors[0], {}))
 
     def _tables(
         self, graph_module: fx.GraphModule, name: str, width: int, rows: int, dtype: torch.dtype

@@ -75,8 +75,7 @@ class SelectTransforms(Pass):
             return PassResult(graph_module, False)
         scores = sharing_gaps(graph_module, groups)
         chosen = sorted(scores, key=lambda group: -scores[group])[:wanted]
-        for group in chosen:
-            widen(graph_module, group)
+        widen(graph_module, *chosen)
         found["scores"].append(scores)
         found["selected"] += chosen
         found["candidates"] = total
@@ -89,8 +88,7 @@ def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, f
     state = get_state(graph_module)
     relaxed = copy_graph(graph_module)
     attach_state(relaxed, dataclasses.replace(state, results={}))
-    for group in groups:
-        widen(relaxed, group)
+    widen(relaxed, *groups)
     owner = {
         str(node.target): node.meta["loopq_transform"]
         for node in relaxed.graph.nodes

@@ -76,7 +76,7 @@ class SmoothActivations(Pass):
             scale = smoothing_scale(observer.largest[group], _largest_weight(graph_module, found), self.alpha)
             values = (1 / scale).to(table_type(graph_module, found)).unsqueeze(0)
             table = add_table(graph_module, group, "diagonal", values, "diagonal" if self.learn else None)
-            insert_diagonal(graph_module, group, table)
+            insert_diagonal(graph_module, group, found, table)
         state.note(f"{len(uses)} groups, alpha {self.alpha:g}")
         return PassResult(graph_module, True)
 

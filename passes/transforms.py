@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, fx
@@ -70,10 +71,10 @@ def add_table(graph_module: fx.GraphModule, group: str, part: str, values: Tenso
     return table
 
 
-def insert_diagonal(graph_module: fx.GraphModule, group: str, table: fx.Node) -> None:
-    """Multiplies what `group` reads by rows of `table [rows, d]`, and divides the weights by them."""
+def insert_diagonal(graph_module: fx.GraphModule, group: str, uses: list[Use], table: fx.Node) -> None:
+    """Multiplies what `group` reads in its `uses` by rows of `table [rows, d]`, and divides the weights by them."""
     graph = graph_module.graph
-    dtype = _weight(graph_module, group_uses(graph_module)[group]).dtype
+    dtype = _weight(graph_module, uses).dtype
 
     def row(number: int) -> fx.Node:
         chosen = call(graph, _aten.select.int, table, 0, number)
@@ -86,13 +87,18 @@ def insert_diagonal(graph_module: fx.GraphModule, group: str, table: fx.Node) ->
     def inverse(number: int) -> tuple[fx.Node, ...]:
         return (call(graph, _aten.reciprocal.default, row(number)),)
 
-    _insert(graph_module, group, [table], apply, inverse, _aten.mul.Tensor, {})
+    _insert(graph_module, group, uses, [table], apply, inverse, _aten.mul.Tensor, {})
 
 
 def insert_kronecker(
-    graph_module: fx.GraphModule, group: str, left: fx.Node, right: fx.Node, inverses: Inverses | None = None
+    graph_module: fx.GraphModule,
+    group: str,
+    uses: list[Use],
+    left: fx.Node,
+    right: fx.Node,
+    inverses: Inverses | None = None,
 ) -> None:
-    """Transforms what `group` reads by rows of the tables of Kronecker factors, and the weights by the inverse.
+    """Transforms what `group` reads in its `uses` by rows of the tables of Kronecker factors, weights by the inverse.
 
     Groups that share the tables should share `inverses`, which starts as an empty dict.
     """
@@ -109,12 +115,13 @@ def insert_kronecker(
         return tuple(call(graph, _aten.t.default, matrix) for matrix in matrices)
 
     made = {} if inverses is None else inverses
-    _insert(graph_module, group, [left, right], apply, inverse, ops.kronecker.default, made)
+    _insert(graph_module, group, uses, [left, right], apply, inverse, ops.kronecker.default, made)
 
 
 def _insert(
     graph_module: fx.GraphModule,
     group: str,
+    uses: list[Use],
     tables: list[fx.Node],
     apply: Callable[[fx.Node, int], fx.Node],
     inverse: Callable[[int], tuple[fx.Node, ...]],
@@ -124,12 +131,15 @@ def _insert(
     """`apply` in front of each use; `operator(weight, *inverse)` behind each weight, once per row of the tables."""
     graph, loops = graph_module.graph, get_state(graph_module).loops
     rows = get_tensor(graph_module, str(tables[0].target)).shape[0]
-    last = max(tables, key=list(graph.nodes).index)
+    standing = (node for node in graph.nodes if node in tables)  # on top of the graph: not all of it is read
+    *_, last = islice(standing, len(tables))
     behind: dict[tuple[fx.Node, int], fx.Node] = {}
-    for use in group_uses(graph_module)[group]:
+    for use in uses:
+        x = use.linears[0].args[0]  # not `use.x`: the group may have got a diagonal since
+        assert isinstance(x, fx.Node)
         number = loops.row(use.tag) if rows > 1 else 0
         with inserting(graph, before=use.linears[0], tag=use.tag, site=group):
-            transformed = apply(use.x, number)
+            transformed = apply(x, number)
         if number not in inverses:
             with inserting(graph, before=last.next, tag=None, site=group):
                 inverses[number] = inverse(number)

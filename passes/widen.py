@@ -26,31 +26,36 @@ def loop_groups(graph_module: fx.GraphModule) -> dict[str, int]:
     return {group: count for group, count in counts.items() if count > 1 and shared[group]}
 
 
-def widen(graph_module: fx.GraphModule, group: str) -> None:
-    """Gives `group` a transform and weights per iteration, all as the shared ones were; the program's results stay.
+def widen(graph_module: fx.GraphModule, *groups: str) -> None:
+    """Gives `groups` transforms and weights per iteration, all as the shared ones were; the program's results stay.
 
     Tables of the group's transform get a row for each iteration; the chain between weight and linears is repeated with
     clip ratios (or scales) and rounding offsets of its own.
     """
     state = get_state(graph_module)
-    count = loop_groups(graph_module)[group]
-    for table in [node for node in graph_module.graph.nodes if node.meta.get("loopq_transform") == group]:
+    counts = loop_groups(graph_module)
+    order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
+    for table in [node for node in order if node.meta.get("loopq_transform") in groups]:
         values = get_tensor(graph_module, str(table.target))
-        set_tensor(graph_module, str(table.target), values[:1].repeat(count, *[1] * (values.ndim - 1)))
+        rows = counts[table.meta["loopq_transform"]]
+        set_tensor(graph_module, str(table.target), values[:1].repeat(rows, *[1] * (values.ndim - 1)))
         for select in [user for user in table.users if get_tag(user) is not None]:
             select.args = (table, 0, state.loops.row(get_tag(select)))
     for site, linears in site_calls(graph_module):
-        if site.group == group:
+        if site.group in groups:
             chain = weight_chain(linears[0])
             if len(chain) > 1:
                 for linear in linears:
                     row = state.loops.row(get_tag(linear))
-                    linear.replace_input_with(chain[-1], _repeat(graph_module, chain, row))
+                    linear.replace_input_with(chain[-1], _repeat(graph_module, chain, row, order))
     graph_module.graph.eliminate_dead_code()
 
 
-def _repeat(graph_module: fx.GraphModule, chain: list[fx.Node], row: int) -> fx.Node:
-    """A copy of the constant nodes of `chain` that reads `row` of transform tables and has buffers of its own."""
+def _repeat(graph_module: fx.GraphModule, chain: list[fx.Node], row: int, order: dict[fx.Node, int]) -> fx.Node:
+    """A copy of the constant nodes of `chain` that reads `row` of transform tables and has buffers of its own.
+
+    `order` has the positions of the nodes as they were before anything was copied.
+    """
     graph, weight = graph_module.graph, chain[0]
     needed: set[fx.Node] = set()
     stack = [chain[-1]]
@@ -59,10 +64,9 @@ def _repeat(graph_module: fx.GraphModule, chain: list[fx.Node], row: int) -> fx.
         if node not in needed:
             needed.add(node)
             stack.extend(node.all_input_nodes)
-    ordered = [node for node in graph.nodes if node in needed]
     copied: dict[fx.Node, fx.Node] = {}
     behind = chain[-1].next
-    for node in ordered:
+    for node in sorted(needed, key=order.__getitem__):
         if node.op == "get_attr":
             copied[node] = node if node is weight or "loopq_transform" in node.meta else _own(graph_module, node, row)
             continue

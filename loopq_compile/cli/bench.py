@@ -193,6 +193,32 @@ def speed_command(
     _show(report, out, json, model=name)
 
 
+@app.command("compile")
+def compile_command(
+    values: Annotated[
+        str, typer.Option("--values", metavar="LIST", help="Layers x loops, by rising number of layer calls.")
+    ] = "4x4,8x8,16x16,32x32",
+    method: Annotated[str, typer.Option("--method", help="Whose passes are measured.")] = "symmetric",
+    scheme: Annotated[str, typer.Option("--scheme", help="Of the program.")] = "w4a4",
+    export: Annotated[bool, typer.Option("--export", help="Also measure the ONNX files, target qdq.")] = False,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """What compiling costs by number of layer calls: seconds of every pass, and the exponent by which they grow."""
+    from loopq_compile.bench.compile import compile_growth
+    from loopq_compile.scheme import Scheme
+
+    sizes = []
+    for part in names(values):
+        layers, _, loops = part.partition("x")
+        if not (layers.isdigit() and loops.isdigit() and int(layers) and int(loops)):
+            raise LoopQError(f"--values takes layers x loops, such as 4x4,8x8; got {values!r}.")
+        sizes.append((int(layers), int(loops)))
+    if not sizes:
+        raise LoopQError("--values names no size; write for instance 4x4,8x8.")
+    _show(compile_growth(sizes, method, Scheme.parse(scheme), export), out, json, method=method, scheme=scheme)
+
+
 def _show(report: Report, out: Path | None, json: bool, **about: Any) -> None:
     """Prints a report, for people or machines, and writes it into `out`."""
     say = note(json)

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loopq_compile.models.parts import (
+    add_head_and_state,
     causal_attention,
     check_loops,
-    constant_state,
-    forget_rotary_table,
     pair_tables,
     rotate_pairs,
     split_heads,
@@ -123,6 +122,7 @@ class Huginn(nn.Module):
     """
 
     initial_state: Tensor
+    lm_head: nn.Linear
 
     def __init__(self, config: HuginnConfig, loops: int | None = None, seed: int = 0) -> None:
         super().__init__()
@@ -142,12 +142,8 @@ class Huginn(nn.Module):
                 "ln_f": nn.RMSNorm(config.n_embd, eps=config.norm_eps),
             }
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = embedding.weight
         std = config.state_scale * config.embedding_scale * math.sqrt(2 / (5 * config.n_embd))
-        self.register_buffer("initial_state", constant_state(config.n_embd, std, seed), persistent=False)
-        self.register_load_state_dict_pre_hook(forget_rotary_table)
+        add_head_and_state(self, embedding, config.tie_embeddings, config.n_embd, std, seed)
 
     def forward(self, input_ids: Tensor, initial_state: Tensor | None = None) -> Tensor:
         """Logits of all positions.

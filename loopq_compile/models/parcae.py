@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loopq_compile.models.parts import (
+    add_head_and_state,
     causal_attention,
     check_loops,
-    constant_state,
-    forget_rotary_table,
     pair_tables,
     rotate_pairs,
     split_heads,
@@ -280,6 +279,7 @@ class Parcae(nn.Module):
     """
 
     initial_state: Tensor
+    lm_head: nn.Linear
 
     def __init__(self, config: ParcaeConfig, loops: int | None = None, seed: int = 0) -> None:
         super().__init__()
@@ -307,13 +307,8 @@ class Parcae(nn.Module):
                 if _alternates(layer, config.layers)
             }
         )
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = embedding.weight
         std = config.embedding_scale * math.sqrt(2 / (5 * config.n_embd)) if config.state_init == "like-init" else 0.0
-        state = constant_state(config.recurrent_embedding_dimension, std, seed)
-        self.register_buffer("initial_state", state, persistent=False)
-        self.register_load_state_dict_pre_hook(forget_rotary_table)
+        add_head_and_state(self, embedding, config.tie_embeddings, config.recurrent_embedding_dimension, std, seed)
 
     def forward(self, input_ids: Tensor, initial_state: Tensor | None = None) -> Tensor:
         """Logits of all positions.

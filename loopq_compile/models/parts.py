@@ -67,6 +67,22 @@ def constant_state(width: int, std: float, seed: int) -> Tensor:
     return nn.init.trunc_normal_(state, std=std, a=-3 * std, b=3 * std, generator=generator) if std else state.zero_()
 
 
+def add_head_and_state(
+    model: nn.Module, embedding: nn.Embedding, tied: bool, state_width: int, state_std: float, seed: int
+) -> None:
+    """Gives a recurrent-depth `model` what all of them have around their stacks.
+
+    `lm_head`, which is the `embedding` where `tied`; the buffer `initial_state` `[state_width]`, which is no part of
+    checkpoints; and a hook that lets published checkpoints load.
+    """
+    vocabulary, channels = embedding.weight.shape
+    model.lm_head = nn.Linear(channels, vocabulary, bias=False)
+    if tied:
+        model.lm_head.weight = embedding.weight
+    model.register_buffer("initial_state", constant_state(state_width, state_std, seed), persistent=False)
+    model.register_load_state_dict_pre_hook(forget_rotary_table)
+
+
 def forget_rotary_table(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Hook before loading: published checkpoints hold the table `freqs_cis`, which is computed here."""
     state.pop(f"{prefix}freqs_cis", None)

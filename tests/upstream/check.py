@@ -1,9 +1,10 @@
 """Checks of a public looped model's own code, unchanged: `python -m tests.upstream.check CHECKOUT`.
 
-CHECKOUT is a clone of LoopedLMs/ouro_rl (needs transformers 4.57.6), armenjeddi/loopformer or sandyresearch/parcae. A
-tiny model with random weights is captured (logits equal those of the code), its loop is found, it is compiled to w8a8
-(near the code's logits) and w4a4 (a random model is far off: a figure, not a check), and the w4a4 program is compared
-with its ONNX file. The status is 1 if anything differs by more than stated. CONTRIBUTING.md holds the last results.
+CHECKOUT is a clone of LoopedLMs/ouro_rl (needs transformers 4.57.6), armenjeddi/loopformer, sandyresearch/parcae or
+seal-rg/recurrent-pretraining (Huginn; needs transformers 4.57.6). A tiny model with random weights is captured (logits
+equal those of the code), its loop is found, it is compiled to w8a8 (near the code's logits) and w4a4 (a random model is
+far off: a figure, not a check), and the w4a4 program is compared with its ONNX file. The status is 1 if anything is off
+by more than stated. CONTRIBUTING.md holds the last results.
 """
 
 from __future__ import annotations
@@ -72,6 +73,24 @@ def parcae(checkout: Path) -> nn.Module:
     return config.construct_model()
 
 
+def huginn(checkout: Path) -> nn.Module:
+    """The file that the hub's repository has; its package's own imports are left out."""
+    package = types.ModuleType("recpre")
+    package.__path__ = [str(checkout / "recpre")]
+    sys.modules["recpre"] = package
+    code = importlib.import_module("recpre.raven_modeling_minimal")
+    config = importlib.import_module("recpre.raven_config_minimal").RavenConfig(
+        n_embd=32, n_heads=2, n_layers=3, block_size=64, vocab_size=64, padding_multiple=64, intermediate_size=64,
+        n_layers_in_prelude=1, n_layers_in_recurrent_block=1, n_layers_in_coda=1, mean_recurrence=3,
+    )  # fmt: skip
+    return code.RavenForCausalLM(config)
+
+
+def states(ids: Tensor) -> Tensor:
+    """An initial state `[batch, length, 32]` for Huginn, which otherwise draws one for every call."""
+    return torch.randn(*ids.shape, 32, generator=torch.Generator().manual_seed(1))
+
+
 UPSTREAMS = {
     "ouro": Upstream(
         "ouro_rl/modeling/modeling_ouro.py",
@@ -89,6 +108,12 @@ UPSTREAMS = {
         "parcae_lm/models/parcae/parcae.py",
         parcae,
         lambda ids: {"input_ids": ids, "return_logits": True},
+        "3 x (transformer.adapter, transformer.core_block)",
+    ),
+    "huginn": Upstream(
+        "recpre/raven_modeling_minimal.py",
+        huginn,
+        lambda ids: {"input_ids": ids, "input_states": states(ids), "num_steps": 3, "use_cache": False},
         "3 x (transformer.adapter, transformer.core_block)",
     ),
 }

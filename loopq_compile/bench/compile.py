@@ -1,0 +1,133 @@
+"""What compiling costs by number of layer calls: seconds of every pass, and how they grow."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from loopq_compile.bench.report import Report
+from loopq_compile.capture import capture
+from loopq_compile.driver import load, quantize
+from loopq_compile.options import CalibrationOptions
+from loopq_compile.passes.roll_loops import RollLoops
+from loopq_compile.pipeline import Pipeline, pass_name
+from loopq_compile.pipelines import get_pipeline
+from loopq_compile.scheme import Scheme
+
+SIZES = ((4, 4), (8, 8), (16, 16), (32, 32))
+"""Layers and loops: 16, 64, 256 and 1,024 layer calls."""
+LINEAR = 1.25
+"""Exponents up to this count as linear: times below a second are rough."""
+_VOCABULARY, _LENGTH = 64, 8
+
+
+def compile_growth(sizes: Sequence[tuple[int, int]], method: str, scheme: Scheme, export: bool = False) -> Report:
+    """Compiles a small Ouro model (32 channels: what counts is the number of nodes) of each size.
+
+    Args:
+        sizes: layers and loops, by rising number of calls.
+        method: whose passes are measured; what it calibrates takes one step on three batches of 2 x 8 tokens.
+        scheme: of the program.
+        export: also measure the unrolled and rolled ONNX file, target "qdq".
+
+    Returns:
+        One row a step: processor seconds by layer calls, and the exponent `e` of `seconds ~ calls^e` between the last
+        two sizes. A pass that stands in a pipeline several times counts once, with the sum.
+    """
+    seconds = [_measure(layers, loops, method, scheme, export) for layers, loops in sizes]
+    calls = [layers * loops for layers, loops in sizes]
+    rows: list[Sequence[str]] = []
+    data: list[dict[str, Any]] = []
+    for step in seconds[-1]:
+        found = [times.get(step, 0.0) for times in seconds]
+        growth = exponent(calls, found)
+        shown = "" if growth is None else f"{growth:.2f}"
+        rows.append((step, *(f"{value:.2f}" for value in found), shown))
+        data.append({"step": step, "calls": calls, "seconds": found, "exponent": growth})
+    return Report(
+        "compile",
+        f"Seconds of compiling by layer calls, {method}, {scheme.name}",
+        ("step", *(f"{count:,}" for count in calls), "exponent"),
+        rows,
+        data,
+        notes=[
+            f"Processor time, one run. Layers x loops: {', '.join(f'{layers} x {loops}' for layers, loops in sizes)}.",
+            f"The exponent is that between the last two columns, where the last is a tenth of a second or more: 1 is "
+            f"linear; above {LINEAR}: {', '.join(x['step'] for x in data if (x['exponent'] or 0) > LINEAR) or 'none'}.",
+        ],
+    )
+
+
+def exponent(calls: Sequence[int], seconds: Sequence[float]) -> float | None:
+    """`e` of `seconds ~ calls^e` between the last two sizes; None where there is too little to measure."""
+    if len(calls) < 2 or calls[-1] == calls[-2] or seconds[-1] < 0.1 or seconds[-2] <= 0:
+        return None
+    return math.log(seconds[-1] / seconds[-2]) / math.log(calls[-1] / calls[-2])
+
+
+def _measure(layers: int, loops: int, method: str, scheme: Scheme, export: bool) -> dict[str, float]:
+    """Processor seconds of every step, in order."""
+    times: dict[str, float] = {}
+
+    @contextmanager
+    def timed(step: str) -> Iterator[None]:
+        start = time.process_time()
+        yield
+        times[step] = times.get(step, 0.0) + time.process_time() - start
+
+    with timed("capture"):
+        graph_module = capture(_model(layers, loops), _tokens(0))
+    pipeline = _Timed(get_pipeline(method), timed)
+    with timed("all passes and shapes"):
+        batches = [_tokens(seed) for seed in range(3)]
+        program = quantize(graph_module, scheme, pipeline, batches, CalibrationOptions(steps=1, fused="off"))
+    with timed("print"):
+        str(program)
+    with tempfile.TemporaryDirectory() as folder:
+        with timed("save"):
+            program.save(Path(folder) / "program")
+        with timed("load"):
+            load(Path(folder) / "program")
+        if export:
+            for form in ("unrolled", "rolled"):
+                with timed(f"export, {form}"):
+                    program.export_onnx(Path(folder) / form, form=form)
+    with timed("roll-loops"):
+        Pipeline([RollLoops()]).run(program.graph_module)
+    return times
+
+
+class _Timed(Pipeline):
+    """A pipeline that measures its passes, their verification included."""
+
+    def __init__(self, pipeline: Pipeline, timed: Callable[[str], Any]) -> None:
+        super().__init__(pipeline.passes, pipeline.name)
+        self.timed = timed
+
+    def _apply(self, item: Any, graph_module: fx.GraphModule, done: list[str]) -> fx.GraphModule:
+        with self.timed(pass_name(item)):
+            return super()._apply(item, graph_module, done)
+
+
+def _model(layers: int, loops: int) -> torch.nn.Module:
+    from loopq_compile.models import Ouro, OuroConfig
+
+    torch.manual_seed(0)
+    return Ouro(
+        OuroConfig(
+            vocab_size=_VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+            num_attention_heads=2, total_ut_steps=loops,
+        )
+    ).eval()  # fmt: skip
+
+
+def _tokens(seed: int) -> torch.Tensor:
+    return torch.randint(0, _VOCABULARY, (2, _LENGTH), generator=torch.Generator().manual_seed(seed))
