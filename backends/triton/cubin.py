@@ -1,6 +1,6 @@
-"""Reads what a kernel needs from its cubin: registers, stack (spills), and the tensor-core instruction from its PTX.
+"""Reads what a kernel needs from its cubin: registers, stack (spills), and tensor-core instructions from its PTX.
 
-A cubin is an ELF file. Its sections `.nv.info` hold records `(format: u8, attribute: u8, size: u16)` with a payload when
+A cubin is an ELF file. Its sections `.nv.info` hold records `(format: u8, attribute: u8, size: u16)`, with a payload if
 the format is 4; the payload of the attributes read here is `(symbol: u32, value: u32)`.
 """
 

@@ -1,5 +1,5 @@
-"""What fused kernels compute, `loopq::quantize_packed`, `loopq::packed_linear`, `loopq::transition_adapter_row`: several
-operators of a program in one, on packed integers. Passes `fuse-linears` and `fuse-adapters` make them.
+"""What fused kernels compute: `loopq::quantize_packed`, `loopq::packed_linear`, `loopq::transition_adapter_row`. Each is
+several operators of a program in one, on packed integers. Passes `fuse-linears` and `fuse-adapters` make them.
 
 They read rows of per-loop tables themselves. `loop` is an ordinary argument: one kernel serves all loops, and a loop
 beyond the end of a table reads its last row (LoopQ appendix C.2); a table with one row is shared.
@@ -127,10 +127,8 @@ def _(
     limit: int,
 ) -> tuple[Tensor, Tensor]:
     *rows, features = x.shape
-    if bits <= 4:
-        codes = x.new_empty([*rows, features // 2], dtype=PACKED)
-    else:
-        codes = x.new_empty(x.shape, dtype=torch.int8)
+    width, kind = (features // 2, PACKED) if bits <= 4 else (features, torch.int8)
+    codes = x.new_empty([*rows, width], dtype=kind)
     return codes, x.new_empty([*rows, features // group_size], dtype=torch.float32)
 
 

@@ -1,6 +1,6 @@
 """SwiGLU or RMS norm, transform, and quantization of one token in one program.
 
-The token stays in registers as a tile. Without a transform the tile is `[groups, GROUP]`. With one it is `[D1, D2]`, and
+The token stays in registers as a tile. Without a transform the tile is `[groups, GROUP]`, with one it is `[D1, D2]`, and
 `leftᵀ X right` are two products; wide tiles (`STEP > 0`) go through memory and are multiplied in steps along k, since
 factors and tile together do not fit registers. For the groups the tile is then read as one long row; where `D2` is no
 power of two the tile has gaps, and the row goes through memory too. What a program wrote it finds in its cache.
