@@ -45,9 +45,9 @@ class FuseLinears(Pass):
     """Puts linears on packed integers.
 
     Before: `linear(dequantize(quantize(x')), dequantize(codes, scale), bias)`, where `x'` is a norm or SwiGLU, a
-    diagonal and a transform of `x`. After: `packed_linear(quantize_packed(x, ...), ...)`; the linears of a group are one
-    product, split afterwards. Weights are stored packed, `packed.<group>.codes` and `.scale`, with a row for each loop
-    that has its own. Every `view` becomes a `reshape`, since parts of a product are no contiguous tensors.
+    diagonal and a transform of `x`. After: `packed_linear(quantize_packed(x, ...), ...)`; the linears of a group are
+    one product, split afterwards. Weights are stored packed, `packed.<group>.codes` and `.scale`, with a row for each
+    loop that has its own. Every `view` becomes a `reshape`, since parts of a product are no contiguous tensors.
 
     A weight is rewritten only if every use of it is. Does nothing to weights that are not packed, groups that no kernel
     has, activations in floating point; the report in `state.results["fusion"]` says which and why.
@@ -172,8 +172,8 @@ def _key(linears: list[fx.Node]) -> tuple[Any, ...]:
 
 
 def _launches(uses: list[_Use]) -> list[tuple[_Use, list[list[fx.Node]]]]:
-    """The linears of each use, those of one launch together. A weight belongs to one launch: linears whose weight occurs
-    in different company stay alone."""
+    """The linears of each use, those of one launch together. A weight belongs to one launch: linears whose weight
+    occurs in different company stay alone."""
     company: dict[str, set[tuple[_Weight | None, ...]]] = defaultdict(set)
     for use in uses:
         together = tuple(map(_weight, use.linears))
@@ -193,9 +193,9 @@ def _make_stacks(
     stacks: dict[tuple[Any, ...], _Stack] = defaultdict(_Stack)
     for _, parts in launches:
         for linears in parts:
-            row = tuple(_weight(linear) for linear in linears)
+            row: Any = tuple(_weight(linear) for linear in linears)
             if row not in stacks[_key(linears)].rows:
-                stacks[_key(linears)].rows.append(row)  # type: ignore[arg-type]
+                stacks[_key(linears)].rows.append(row)
     for number, (key, stack) in enumerate(stacks.items()):
         stack.nodes = _store(graph_module, f"packed.{number}_{attribute_name(key[0][0])}", stack, key)
     return stacks
@@ -245,7 +245,7 @@ def _replace_linears(
     graph, old = graph_module.graph, use.activation.quantize
     for linears in parts:
         stack = stacks[_key(linears)]
-        row = stack.rows.index(tuple(_weight(linear) for linear in linears))  # type: ignore[arg-type]
+        row = stack.rows.index(tuple(_weight(linear) for linear in linears))  # type: ignore[misc]
         codes, scale, bias = (*stack.nodes, None)[:3]
         numbers = (row, use.activation.group_size, linears[0].meta["val"].dtype)
         first = linears[0]

@@ -2,7 +2,7 @@
 
 In front of a group of quantized linears stands, for every loop,
 
-    x ─▶ [rms_norm | silu(·) * up] ─▶ [mul(·, diagonal[t])] ─▶ [kronecker(·, left[t], right[t])] ─▶ quantize ─▶ dequantize
+    x ─▶ [rms_norm | silu(·) * up] ─▶ [mul(·, diagonal[t])] ─▶ [kronecker(·, left[t], right[t])] ─▶ quantize ─▶ …
 
 with a static scale, a row of a table, or `dynamic_scale` with a row of clip ratios. `match_activation` reads this
 backwards from the quantize node, takes what fits one kernel, and says why the rest stays outside.
@@ -119,7 +119,8 @@ def match_activation(graph_module: fx.GraphModule, quantize: fx.Node, limits: Li
     x, scale, group_size, _, q_max = quantize.args
     if group_size not in limits.group_sizes:
         raise Refusal(f"groups of {group_size}; kernels have {', '.join(map(str, limits.group_sizes))}")
-    limit, rows = 0, []
+    limit: Any = 0
+    rows: list[tuple[int, int]] = []
     if scale.target is ops.dynamic_scale.default:  # type: ignore[union-attr]
         if scale.args[0] is not x or any(user.args[1] is not scale for user in scale.users):  # type: ignore[union-attr]
             raise Refusal("its scale is that of another tensor")

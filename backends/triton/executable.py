@@ -79,8 +79,8 @@ def lower(program: Any, *, fallback: bool = False, device: str | torch.device | 
     if not fused and not fallback:
         reasons = "; ".join(sorted({line.reason for line in executable.report})) or "it has no quantized linear"
         raise LoopQError(
-            f"No kernel fits this program: {reasons}. Compile it with packed weights and quantized activations, such as "
-            f"scheme='w4a4', do not roll it, or pass fallback=True to run it in PyTorch."
+            f"No kernel fits this program: {reasons}. Compile it with packed weights and quantized activations, "
+            f"such as scheme='w4a4', do not roll it, or pass fallback=True to run it in PyTorch."
         )
     if kernels:
         _use_kernels(graph_module)

@@ -1,5 +1,5 @@
-"""What fused kernels compute: `loopq::quantize_packed`, `loopq::packed_linear`, `loopq::transition_adapter_row`. Each is
-several operators of a program in one, on packed integers. Passes `fuse-linears` and `fuse-adapters` make them.
+"""What fused kernels compute: `loopq::quantize_packed`, `loopq::packed_linear`, `loopq::transition_adapter_row`. Each
+is several operators of a program in one, on packed integers. Passes `fuse-linears` and `fuse-adapters` make them.
 
 They read rows of per-loop tables themselves. `loop` is an ordinary argument: one kernel serves all loops, and a loop
 beyond the end of a table reads its last row (LoopQ appendix C.2); a table with one row is shared.

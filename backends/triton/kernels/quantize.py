@@ -1,6 +1,6 @@
 """SwiGLU or RMS norm, transform, and quantization of one token in one program.
 
-The token stays in registers as a tile. Without a transform the tile is `[groups, GROUP]`, with one it is `[D1, D2]`, and
+The token stays in registers as a tile. Without a transform the tile is `[groups, GROUP]`, with one `[D1, D2]`, and
 `leftᵀ X right` are two products; wide tiles (`STEP > 0`) go through memory and are multiplied in steps along k, since
 factors and tile together do not fit registers. For the groups the tile is then read as one long row; where `D2` is no
 power of two the tile has gaps, and the row goes through memory too. What a program wrote it finds in its cache.
@@ -168,11 +168,11 @@ def quantize_kernel(
         else:
             tile = transformed(tile, left, right, D1, D2, PRECISION)
         tile = tile.to(WORK).to(tl.float32)
-    if D2 == P2:
-        COUNT: tl.constexpr = P1 * P2 // GROUP
+    WHOLE: tl.constexpr = D2 == P2
+    COUNT: tl.constexpr = P1 * P2 // GROUP if WHOLE else triton.next_power_of_2(GROUPS)
+    if WHOLE:
         groups = tl.reshape(tile, (COUNT, GROUP))
     else:
-        COUNT: tl.constexpr = triton.next_power_of_2(GROUPS)
         tl.store(scratch + row * WIDTH + place, tile, mask=inside)
         tl.debug_barrier()
         g, k = tl.arange(0, COUNT)[:, None], tl.arange(0, GROUP)[None, :]

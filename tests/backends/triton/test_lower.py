@@ -44,5 +44,5 @@ def test_an_old_gpu_is_refused_by_name(monkeypatch):
 def test_a_program_that_no_kernel_fits_is_refused(monkeypatch):
     monkeypatch.setattr(executable, "INTERPRETED", True)
     program = lq.compile(tiny_model(2), tokens(), scheme="w4a16", method="symmetric")
-    with pytest.raises(lq.LoopQError, match="No kernel fits this program.*floating point"):
+    with pytest.raises(lq.LoopQError, match=r"No kernel fits this program.*floating point"):
         program.lower("triton")

@@ -8,7 +8,7 @@ from tests.tiny import tiny_model, tokens
 
 def compiled(method, scheme, activation):
     data = [tokens(seed) for seed in range(3)]
-    options = {"steps": 6} if method == "loopq" else {}
+    options = {"steps": 3} if method == "loopq" else {}
     return lq.compile(
         tiny_model(3), tokens(), scheme=scheme, method=method, activation=activation, calibration=data, **options
     )
