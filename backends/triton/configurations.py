@@ -64,7 +64,7 @@ def tuning_grid(decode: bool) -> list[Tile]:
     """The tiles that tuning tries; those that spill registers are left out by whoever compiles them."""
     axes = _DECODE_AXES if decode else _AXES
     split = 4 if decode else 1
-    tiles = [Tile(*values[:4], split) for values in itertools.product(*axes.values())]
+    tiles = [Tile(m, n, warps, stages, split) for m, n, warps, stages in itertools.product(*axes.values())]
     # 128 x 128 outputs take 128 registers of every thread in 4 warps for the sums alone, and as many for the product.
     return [tile for tile in tiles if tile.rows * tile.columns <= 2048 * tile.warps]
 

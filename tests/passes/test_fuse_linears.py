@@ -142,3 +142,16 @@ def test_packing_is_reversible():
     codes = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 2)
     assert torch.equal(unpack_codes(pack_codes(codes)), codes)
     assert pack_codes(torch.tensor([[1, -1]], dtype=torch.int8)).tolist() == [[0xF1]]
+
+
+def test_the_operators_obey_the_rules_of_pytorch():
+    x, table = torch.randn(3, 64), torch.ones(2, 2)
+    factors = [torch.eye(8)[None], torch.eye(8)[None]]
+    quantize = (x, None, torch.ones(64), 1e-6, torch.ones(1, 64), *factors, table, 1, 32, 4, -8)
+    torch.library.opcheck(ops.quantize_packed.default, quantize)
+    codes, scale = ops.quantize_packed(*quantize)
+    weight = torch.randint(0, 255, (1, 2, 5, 16), dtype=torch.uint8)
+    linear = (codes, scale, weight, torch.ones(1, 2, 5), torch.ones(5), 0, 32, torch.bfloat16)
+    torch.library.opcheck(ops.packed_linear.default, linear)
+    tables = [torch.randn(2, size) for size in (1, 64, 64, 3)]
+    torch.library.opcheck(ops.transition_adapter_row.default, (x, *tables, torch.randn(64, 3), torch.randn(64, 3), 1))
