@@ -17,8 +17,7 @@ __all__ = ["Backend", "Executable", "backend_names", "get_backend"]
 
 ENTRY_POINTS = "loopq_compile.backends"
 
-_BUILT_IN = ("onnx", "reference")
-_PLANNED = ("triton",)
+_BUILT_IN = ("onnx", "reference", "triton")
 
 
 class Executable(Protocol):
@@ -44,12 +43,8 @@ def get_backend(name: str) -> Backend:
     """The backend called `name`, imported now.
 
     Raises:
-        LoopQError: the name is unknown, the backend is not in this version, or its dependencies are missing.
+        LoopQError: the name is unknown, or the backend's dependencies are missing.
     """
-    if name in _PLANNED and name not in _entry_points():
-        raise LoopQError(
-            f"Backend {name!r} is not in this version of loopq_compile; it has {', '.join(backend_names())}."
-        )
     if name not in backend_names():
         raise LoopQError(f"Unknown backend {name!r}.{did_you_mean(str(name), backend_names())}")
     try:

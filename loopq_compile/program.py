@@ -150,7 +150,7 @@ class Program:
         return Program(Pipeline([AddCache(stacked=stacked, last_token=last_token)]).run(copied))
 
     def lower(self, backend: str, **options: Any) -> Any:
-        """An executable made by `backend` ("reference" or "onnx"); see `loopq_compile.backends`."""
+        """An executable made by `backend` ("reference", "onnx" or "triton"); see `loopq_compile.backends`."""
         from loopq_compile.backends import get_backend
 
         return get_backend(backend).lower(self.graph_module, **options)

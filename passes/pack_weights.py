@@ -41,7 +41,7 @@ class PackWeights(Pass):
             release(get_tensor(graph_module, str(root.target)) for root in done_with.get(node, ()))
         if quantized:
             graph.eliminate_dead_code()
-            _drop_unused(graph_module)
+            drop_unused(graph_module)
         return PassResult(graph_module, bool(quantized))
 
 
@@ -87,7 +87,8 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str, value: Tens
     graph_module.graph.erase_node(node)
 
 
-def _drop_unused(graph_module: fx.GraphModule) -> None:
+def drop_unused(graph_module: fx.GraphModule) -> None:
+    """Lets go of stored tensors that no node reads."""
     used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     for owner_name, owner in graph_module.named_modules():
         for store in (owner._parameters, owner._buffers):

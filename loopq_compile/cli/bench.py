@@ -219,6 +219,39 @@ def compile_command(
     _show(compile_growth(sizes, method, Scheme.parse(scheme), export), out, json, method=method, scheme=scheme)
 
 
+@app.command("kernels")
+def kernels_command(
+    static: Annotated[
+        bool, typer.Option("--static", help="Compile without a GPU: registers, spills, shared memory, instructions.")
+    ] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="Every tile of the tuning grid; takes many minutes.")] = False,
+    architectures: Annotated[
+        str, typer.Option("--sm", metavar="LIST", help="Compute capabilities such as 80,90; all by default.")
+    ] = "",
+    only: Annotated[str, typer.Option("--only", metavar="NAME", help="Kernels whose name contains NAME.")] = "",
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """The Triton kernels: what they need of each GPU architecture, and a roofline estimate from data sheets.
+
+    Exits with status 1 if a kernel spills registers, does not fit, or misses its tensor-core instruction.
+    """
+    from loopq_compile.bench.kernels import estimate_report, static_report
+
+    if not static:
+        raise LoopQError("Kernels are not timed in this version; --static compiles them without a GPU and estimates.")
+    report, estimate = static_report(_whole_numbers("--sm", architectures), grid, only), estimate_report()
+    if json:
+        report.data |= {"estimates": estimate.data}
+        report.notes += estimate.notes
+        _show(report, out, json)
+    else:
+        _show(report, out, json)
+        _show(estimate, out, json)
+    if report.data["failed"]:
+        raise typer.Exit(1)
+
+
 def _show(report: Report, out: Path | None, json: bool, **about: Any) -> None:
     """Prints a report, for people or machines, and writes it into `out`."""
     say = note(json)

@@ -9,6 +9,7 @@ two-dimensional inputs and one scale table per channel, neither of which fits ac
 import torch
 
 from loopq_compile.operators.adapter import transition_adapter
+from loopq_compile.operators.packed import packed_linear, quantize_packed, transition_adapter_row
 from loopq_compile.operators.quantize import dequantize, dynamic_scale, quantize
 from loopq_compile.operators.straight_through import fake_quantize, fake_quantize_dynamic
 from loopq_compile.operators.transform import kronecker
@@ -23,6 +24,9 @@ __all__ = [
     "fake_quantize_dynamic",
     "kronecker",
     "ops",
+    "packed_linear",
     "quantize",
+    "quantize_packed",
     "transition_adapter",
+    "transition_adapter_row",
 ]

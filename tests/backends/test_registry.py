@@ -39,7 +39,8 @@ def test_reference_has_no_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("onxn", "Did you mean 'onnx'"), ("triton", "not in this version"), (None, "Unknown backend")]
+    ("name", "message"),
+    [("onxn", "Did you mean 'onnx'"), ("tritom", "Did you mean 'triton'"), (None, "Unknown backend")],
 )
 def test_names_that_are_refused(name, message) -> None:
     with pytest.raises(LoopQError, match=message):

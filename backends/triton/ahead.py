@@ -1,0 +1,219 @@
+"""Compiles the kernels without a GPU, for every supported architecture, and says what they need.
+
+A `Case` is a kernel with all of its constants, as the operators launch it. What the operators leave to run time (rows,
+strides, the loop) stays a run-time argument here, with the divisibility that the tensors of a model have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from loopq_compile.backends.triton.configurations import DECODE, MIDDLE, PREFILL, Tile, row_warps, tuning_grid
+from loopq_compile.backends.triton.cubin import needs, tensor_core_instructions
+from loopq_compile.backends.triton.kernels.adapter import adapter_kernel
+from loopq_compile.backends.triton.kernels.linear import linear_kernel, sum_parts_kernel
+from loopq_compile.backends.triton.kernels.quantize import quantize_kernel
+from loopq_compile.backends.triton.operators import INTERPRETED, row_constants
+from loopq_compile.errors import LoopQError
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities: A100, RTX 30, RTX 40, H100, B200, RTX 50."""
+SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB of shared memory that one program may have (CUDA C programming guide, table of compute capabilities)."""
+_POINTERS = {"fp32": "*fp32", "bf16": "*bf16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as it is launched.
+
+    Args:
+        name: for people and tables.
+        kernel: the `triton.jit` function.
+        types: types of run-time arguments, in Triton's notation.
+        constants: compile-time arguments.
+        warps, stages: as in a launch.
+        aligned: run-time numbers that are multiples of 16.
+        products: "s8" if the kernel multiplies int8 on tensor cores, "tf32" for transforms, "" for neither.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    aligned: tuple[str, ...] = ()
+    products: str = ""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What compiling a case for one architecture gave.
+
+    Args:
+        name, architecture: of the case, and the compute capability times ten.
+        registers: of every thread; at most 255.
+        spilled: bytes of every thread that did not fit registers. More than 0 is a failure.
+        shared: bytes of shared memory of a program.
+        instructions: tensor-core instructions in the PTX.
+        products: what the case should multiply on tensor cores.
+        warps: of a program.
+    """
+
+    name: str
+    architecture: int
+    registers: int
+    spilled: int
+    shared: int
+    instructions: tuple[str, ...]
+    products: str
+    warps: int
+
+    @property
+    def problems(self) -> list[str]:
+        """Why this kernel must not ship, empty if it may."""
+        found = []
+        if self.spilled:
+            found.append(f"spills {self.spilled} bytes")
+        if self.shared > SHARED_LIMITS[self.architecture] * 1024:
+            found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMITS[self.architecture]} KiB are there")
+        kinds = {"s8": (".s8", "kind::i8"), "tf32": (".tf32", "kind::tf32")}.get(self.products, ())
+        if kinds and not any(kind in name for kind in kinds for name in self.instructions):
+            found.append(f"no {self.products} tensor-core instruction")
+        return found
+
+
+def compile_case(case: Case, architecture: int) -> Compiled:
+    """Compiles `case` for one architecture and reads what it needs.
+
+    Raises:
+        LoopQError: as in `compile_binary`.
+    """
+    binary = compile_binary(case, architecture)
+    found = needs(binary.asm["cubin"])
+    return Compiled(
+        case.name,
+        architecture,
+        found.registers,
+        found.stack,
+        binary.metadata.shared,
+        tuple(tensor_core_instructions(binary.asm["ptx"])),
+        case.products,
+        case.warps,
+    )
+
+
+def compile_binary(case: Case, architecture: int) -> Any:
+    """Compiles `case` to PTX and a cubin for one architecture; Triton caches what it compiled once.
+
+    Raises:
+        LoopQError: the architecture is none of `ARCHITECTURES`, or this process interprets kernels.
+    """
+    if INTERPRETED:
+        raise LoopQError("TRITON_INTERPRET=1 is set: kernels run on the CPU and are not compiled. Unset it.")
+    if architecture not in ARCHITECTURES:
+        raise LoopQError(f"sm_{architecture} is not supported; there are {', '.join(map(str, ARCHITECTURES))}.")
+    names = case.kernel.arg_names
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    pointers = [name for name, kind in case.types.items() if kind.startswith("*")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in [*pointers, *case.aligned]}
+    source = ASTSource(case.kernel, signature, {(names.index(k),): v for k, v in case.constants.items()}, attributes)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def linear_case(name: str, tile: Tile, packed_codes: bool = True, group_size: int = 32) -> Case:
+    """The matrix product of a layer with 2048 inputs, with bias, in bfloat16."""
+    types = {"codes": "*u8" if packed_codes else "*i8", "scales": "*fp32", "weight": "*u8", "weight_scales": "*fp32"}
+    types |= {"bias": "*bf16", "out": "*fp32" if tile.split > 1 else "*bf16"}
+    types |= dict.fromkeys(("rows", "columns", "row", "weight_rows"), "i32")
+    constants = {
+        "GROUPS": 2048 // group_size,
+        "GROUP": group_size,
+        "PACKED_CODES": packed_codes,
+        "PACKED_WEIGHT": True,
+        "HAS_BIAS": True,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "SPLIT": tile.split,
+        "STAGES": tile.stages,
+    }
+    label = f"{name} {'w4a4' if packed_codes else 'w4a8'}"
+    return Case(label, linear_kernel, types, constants, tile.warps, tile.stages, ("columns",), "s8")
+
+
+def quantize_case(
+    name: str,
+    width: int,
+    factors: tuple[int, int] | None,
+    *,
+    up: bool = False,
+    norm: bool = False,
+    static: bool = False,
+    bits: int = 4,
+) -> Case:
+    """Quantization of tokens in bfloat16 with a diagonal and, where there are factors, a transform in float32."""
+    work = tl.float32 if factors else tl.bfloat16
+    constants = row_constants(width, 32, width // 32, factors, bits, 0 if static else -8, work)
+    constants |= {"HAS_UP": up, "HAS_NORM": norm, "HAS_GAIN": norm, "HAS_DIAGONAL": factors is not None}
+    floats = ("diagonal", "left", "right", "table", "scales", "scratch")
+    types = {"x": "*bf16", "up": "*bf16", "gain": "*bf16", "codes": "*u8" if bits <= 4 else "*i8"}
+    types |= dict.fromkeys(floats, "*fp32") | {"eps": "fp32", "smallest": "fp32"}
+    types |= dict.fromkeys(("x_stride", "up_stride", "loop", "diagonal_rows", "factor_rows", "table_rows"), "i32")
+    label = f"{name} {'static' if static else 'dynamic'} a{bits}"
+    warps = row_warps(constants["P1"] * constants["P2"])
+    strides = ("x_stride", "up_stride")
+    return Case(label, quantize_kernel, types, constants, warps, 3, strides, "tf32" if factors else "")
+
+
+def adapter_case(name: str = "adapter", width: int = 2048, rank: int = 8) -> Case:
+    """The transition adapter in bfloat16 with float32 tables."""
+    types = dict.fromkeys(("gate", "gain", "shift", "mix", "down", "up"), "*fp32") | {"u": "*bf16", "out": "*bf16"}
+    types |= dict.fromkeys(("u_stride", "loop", "table_rows"), "i32") | {"eps": "fp32"}
+    constants = {"WIDTH": width, "RANK": rank, "PADDED_RANK": triton.next_power_of_2(rank), "BLOCK": 512}
+    return Case(name, adapter_kernel, types, constants, 4, 3, ("u_stride",))
+
+
+def sum_case(split: int = 4) -> Case:
+    """What adds up the parts of the decode variant."""
+    types = {"parts": "*fp32", "bias": "*bf16", "out": "*bf16", "rows": "i32", "columns": "i32"}
+    return Case(
+        "decode sum", sum_parts_kernel, types, {"HAS_BIAS": True, "SPLIT": split, "COLUMNS": 256}, 1, 3, ("columns",)
+    )
+
+
+def default_cases() -> list[Case]:
+    """Every kernel in its default configuration, at the sizes of Ouro 1.4B (width 2048, MLP 5632)."""
+    split = Tile(DECODE.rows, DECODE.columns, DECODE.warps, DECODE.stages, split=4)
+    cases = [
+        linear_case(name, tile, packed)
+        for name, tile in (("prefill", PREFILL), ("middle", MIDDLE), ("decode", split))
+        for packed in (True, False)
+    ]
+    cases.append(sum_case())
+    cases += [quantize_case("quantize", 2048, None), quantize_case("quantize", 2048, None, static=True, bits=8)]
+    cases.append(quantize_case("norm+transform", 2048, (32, 64), norm=True))
+    cases.append(quantize_case("norm+transform", 2048, (32, 64), norm=True, static=True, bits=8))
+    cases.append(quantize_case("swiglu+transform", 5632, (64, 88), up=True))
+    return [*cases, adapter_case()]
+
+
+def tuning_cases() -> list[Case]:
+    """The matrix product in every tile of the tuning grid."""
+    tiles = [("prefill", tile) for tile in tuning_grid(False)] + [("decode", tile) for tile in tuning_grid(True)]
+    return [linear_case(f"{name} {tile}", tile, packed) for name, tile in tiles for packed in (True, False)]
+
+
+def compile_all(cases: Sequence[Case], architectures: Sequence[int] = ARCHITECTURES) -> Iterator[Compiled]:
+    """Compiles every case for every architecture, one result at a time."""
+    for case in cases:
+        for architecture in architectures:
+            yield compile_case(case, architecture)

@@ -1,0 +1,140 @@
+"""`lower`: a program as a module that runs on fused kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from loopq_compile.backends.triton.configurations import WIDEST_PLAIN, WIDEST_TILE
+from loopq_compile.backends.triton.operators import INTERPRETED
+from loopq_compile.errors import LoopQError
+from loopq_compile.operators import ops
+from loopq_compile.passes.fuse_adapters import FuseAdapters
+from loopq_compile.passes.fuse_linears import FuseLinears
+from loopq_compile.passes.fusion import RESULTS, Entry, Limits
+from loopq_compile.pipeline import Pipeline
+from loopq_compile.state import attach_state, get_state
+
+_LIMITS = Limits((32, 64, 128), WIDEST_PLAIN, WIDEST_TILE)
+_OLDEST = (8, 0)
+_NAMES = ("quantize_packed", "packed_linear", "transition_adapter_row")
+
+
+class TritonExecutable(nn.Module):
+    """A lowered program: called like the model it was compiled from.
+
+    It is an ordinary module without model code, so it goes through `torch.compile` and `torch.cuda.graph`.
+
+    Args:
+        graph_module: the fused graph, on its device.
+        device: where inputs are moved to.
+        kernels: False if definitions in PyTorch run in place of kernels (`fallback=True` without a GPU).
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, device: torch.device, kernels: bool) -> None:
+        super().__init__()
+        self.graph_module, self.device, self.kernels = graph_module, device, kernels
+        self.signature = get_state(graph_module).signature
+        lines = get_state(graph_module).results.get(RESULTS, [])
+        self.report = [Entry(**line | {"parts": tuple(line["parts"])}) for line in lines]
+        """What was fused, and why the rest was not: an `Entry` for every place."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns for the same call, on the executable's device.
+
+        Raises:
+            LoopQError: the arguments do not fit the captured call.
+        """
+        inputs = [value.to(self.device) for value in self.signature.bind(args, kwargs)]
+        with torch.no_grad():
+            return self.signature.restore(self.graph_module(*inputs))
+
+
+def lower(program: Any, *, fallback: bool = False, device: str | torch.device | None = None) -> TritonExecutable:
+    """Fuses a private copy of a `Program` (or graph module) and moves it to a GPU.
+
+    Args:
+        program: with packed weights and quantized activations, not rolled.
+        fallback: where no kernel can run (no GPU, an old one), run the fused graph's definitions in PyTorch, slowly.
+            Where nothing can be fused, run the graph as it is.
+        device: a CUDA device, by default the current one; the CPU in Triton's interpreter and for the fallback.
+
+    Raises:
+        LoopQError: there is no GPU that can run the kernels, or nothing in the program can be fused; the message says
+            what to do.
+    """
+    target = _device(device, fallback)
+    kernels = target.type == "cuda" or INTERPRETED
+    graph_module = Pipeline([FuseLinears(_LIMITS), FuseAdapters()], "triton").run(
+        _private_copy(getattr(program, "graph_module", program))
+    )
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            node.meta.pop("val", None)
+    executable = TritonExecutable(graph_module, target, kernels)
+    fused = [line for line in executable.report if line.parts]
+    if not fused and not fallback:
+        reasons = "; ".join(sorted({line.reason for line in executable.report})) or "it has no quantized linear"
+        raise LoopQError(
+            f"No kernel fits this program: {reasons}. Compile it with packed weights and quantized activations, "
+            f"such as scheme='w4a4', do not roll it, or pass fallback=True to run it in PyTorch."
+        )
+    if kernels:
+        _use_kernels(graph_module)
+    return executable.to(target)
+
+
+def _device(wanted: str | torch.device | None, fallback: bool) -> torch.device:
+    """Where to run.
+
+    Raises:
+        LoopQError: the kernels cannot run there, and no fallback was asked for.
+    """
+    device = torch.device(wanted) if wanted is not None else None
+    if INTERPRETED:
+        return device or torch.device("cpu")
+    hint = "Run on an NVIDIA GPU with compute capability 8.0 or newer; or pass fallback=True to run the kernels' "
+    hint += (
+        "definitions in PyTorch; or set TRITON_INTERPRET=1 before Python starts to interpret them on the CPU (slow)."
+    )
+    if not torch.cuda.is_available():
+        problem = "Backend 'triton' found no NVIDIA GPU."
+    elif device is not None and device.type != "cuda":
+        problem = f"Backend 'triton' does not run on device {str(device)!r}."
+    elif (capability := torch.cuda.get_device_capability(device)) < _OLDEST:
+        name = torch.cuda.get_device_name(device)
+        problem = f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0."
+    else:
+        return device or torch.device("cuda", torch.cuda.current_device())
+    if not fallback:
+        raise LoopQError(f"{problem} {hint}")
+    return device if device is not None and device.type != "cuda" else torch.device("cpu")
+
+
+def _private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy to fuse; the program keeps its graph, and tensors are shared until they are packed."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    copied = fx.GraphModule(graph_module, graph)
+    state = get_state(graph_module)
+    attach_state(copied, dataclasses.replace(state, log=list(state.log), results={}, notes=[]))
+    return copied
+
+
+def _use_kernels(graph_module: fx.GraphModule) -> None:
+    """Fused operators become launches. Constants that kernels read lie contiguously."""
+    for name in _NAMES:
+        definition = getattr(ops, name).default
+        kernel = getattr(torch.ops.loopq_triton, name).default
+        for node in graph_module.graph.nodes:
+            if node.target is definition:
+                node.target = kernel
+    for module in graph_module.modules():
+        for name, tensor in list(module._buffers.items()):
+            if isinstance(tensor, Tensor):
+                module._buffers[name] = tensor.contiguous()
+    graph_module.graph.lint()
+    graph_module.recompile()

@@ -1,0 +1,119 @@
+"""The integer matrix product `y = (codes * scale) (weight * weight_scale)ᵀ + bias` on packed codes.
+
+One group is one step along k: an int8 product on tensor cores, exact in int32, whose result is multiplied by the scales
+of the group and added up in float32. Two details keep the step short:
+
+- A 4-bit code is not sign-extended: left in the high half of its byte it is 16 times the code, and the factor goes into
+  the scale (1/16 or 1/256, exact).
+- The integer product starts at the bit pattern of 1.5 * 2^23, so its result read as a float is that number plus the
+  sum: a subtraction converts it, where the conversion instruction would run at a quarter of the rate. Sums stay below
+  2^22, for groups of up to 128 codes of 8 bits.
+"""
+
+import triton
+import triton.language as tl
+
+BITS_OF_MAGIC = tl.constexpr(0x4B400000)
+MAGIC = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def unpack(bytes):
+    """`[n, GROUP / 2]` bytes as `[n, GROUP]` int8, 16 times the codes."""
+    low = (bytes << 4).to(tl.int8, bitcast=True)
+    high = (bytes & 0xF0).to(tl.int8, bitcast=True)
+    return tl.reshape(tl.join(low, high), (bytes.shape[0], bytes.shape[1] * 2))
+
+
+@triton.jit
+def tile_of(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which tile a program computes. Tiles that run at the same time lie together: 8 along the rows share weights."""
+    number = tl.program_id(0)
+    high, wide = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    band = number // (8 * wide)
+    size = tl.minimum(high - band * 8, 8)
+    return band * 8 + (number % (8 * wide)) % size, (number % (8 * wide)) // size
+
+
+@triton.jit(do_not_specialize=["rows", "row", "weight_rows"])
+def linear_kernel(
+    codes,
+    scales,
+    weight,
+    weight_scales,
+    bias,
+    out,
+    rows,
+    columns,
+    row,
+    weight_rows,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACKED_CODES: tl.constexpr,
+    PACKED_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One tile `[ROWS, COLUMNS]` of the result; with `SPLIT > 1` the part of groups that `program_id(1)` stands for.
+
+    `codes` `[rows, K]` or packed `[rows, K / 2]`, `scales` `[rows, GROUPS]`, `weight` `[R, GROUPS, columns, GROUP]` or
+    packed, `weight_scales` `[R, GROUPS, columns]`; `out` `[rows, columns]`, or float32 `[SPLIT, rows, columns]`.
+    """
+    STEP_A: tl.constexpr = GROUP // 2 if PACKED_CODES else GROUP
+    STEP_W: tl.constexpr = GROUP // 2 if PACKED_WEIGHT else GROUP
+    FACTOR: tl.constexpr = (0.0625 if PACKED_CODES else 1.0) * (0.0625 if PACKED_WEIGHT else 1.0)
+    SHARE: tl.constexpr = (GROUPS + SPLIT - 1) // SPLIT
+    along, across = tile_of(rows, columns, ROWS, COLUMNS)
+    m = along * ROWS + tl.arange(0, ROWS)
+    n = across * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(1)
+    first = part * SHARE
+    chosen = tl.minimum(row, weight_rows - 1).to(tl.int64) * GROUPS + first
+    a_at = codes + (m.to(tl.int64)[:, None] * GROUPS + first) * STEP_A + tl.arange(0, STEP_A)[None, :]
+    scale_at = scales + m.to(tl.int64) * GROUPS + first
+    w_at = weight + chosen * columns * STEP_W + n[:, None] * STEP_W + tl.arange(0, STEP_W)[None, :]
+    weight_scale_at = weight_scales + chosen * columns + n
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    start = tl.full((ROWS, COLUMNS), BITS_OF_MAGIC, tl.int32)
+    for _ in tl.range(first, tl.minimum(first + SHARE, GROUPS), num_stages=STAGES):
+        a = tl.load(a_at, mask=m[:, None] < rows, other=0)
+        w = tl.load(w_at, mask=n[:, None] < columns, other=0)
+        scale = tl.load(scale_at, mask=m < rows, other=0.0)
+        weight_scale = tl.load(weight_scale_at, mask=n < columns, other=0.0) * FACTOR
+        if PACKED_CODES:
+            a = unpack(a)
+        if PACKED_WEIGHT:
+            w = unpack(w)
+        sums = tl.dot(a, tl.trans(w), acc=start, out_dtype=tl.int32)
+        sums = sums.to(tl.float32, bitcast=True) - MAGIC
+        total += sums * (scale[:, None] * weight_scale[None, :])
+        a_at += STEP_A
+        scale_at += 1
+        w_at += columns * STEP_W
+        weight_scale_at += columns
+    inside = (m[:, None] < rows) & (n[None, :] < columns)
+    at = out + m.to(tl.int64)[:, None] * columns + n[None, :]
+    if SPLIT == 1:
+        if HAS_BIAS:
+            total += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+        tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(at + part.to(tl.int64) * rows * columns, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def sum_parts_kernel(
+    parts, bias, out, rows, columns, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """`out[m, n] = Σ parts[:, m, n] + bias[n]`, always in the same order: results repeat to the last bit."""
+    m = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for part in range(SPLIT):
+        total += tl.load(parts + (part * rows + m) * columns + n, mask=n < columns, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)
+    tl.store(out + m * columns + n, total.to(out.dtype.element_ty), mask=n < columns)

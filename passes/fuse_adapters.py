@@ -1,0 +1,50 @@
+"""`fuse-adapters`: transition adapters read their tables themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from loopq_compile.loops import get_tag
+from loopq_compile.operators import ops
+from loopq_compile.passes.base import Pass, PassResult
+from loopq_compile.passes.fusion import entry, record
+from loopq_compile.passes.insert import call, inserting
+from loopq_compile.state import get_tensor
+
+_aten = torch.ops.aten
+
+
+class FuseAdapters(Pass):
+    """One kernel for an adapter in all loops.
+
+    Before: `transition_adapter(u, row(gate, t), row(gain, t), row(shift, t), row(mix, t), down, up)`. After:
+    `transition_adapter_row(u, gate, gain, shift, mix, down, up, t)`. Does nothing to adapters whose arguments are not
+    the same row of four tables; the report says so.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        graph = graph_module.graph
+        entries = []
+        for node in [node for node in graph.nodes if node.target is ops.transition_adapter.default]:
+            u, *rows, down, up = node.args
+            tables = [row.args[0] for row in rows if row.target is _aten.select.int and row.args[1] == 0]
+            indices = {(row.args[2], _rows(graph_module, row.args[0])) for row in rows if row.args[0] in tables}
+            if len(tables) != len(rows) or len(indices) != 1:
+                entries.append(entry(node, reason="its parts are not one row of tables"))
+                continue
+            ((index, _),) = indices
+            with inserting(graph, before=node, tag=get_tag(node), site=node.meta.get("loopq_site", "")):
+                fused = call(graph, ops.transition_adapter_row.default, u, *tables, down, up, index)
+            node.replace_all_uses_with(fused)
+            graph.erase_node(node)
+            entries.append(entry(fused, ("transition_adapter",)))
+        fused_any = any(line.parts for line in entries)
+        if fused_any:
+            graph.eliminate_dead_code()
+        record(graph_module, entries)
+        return PassResult(graph_module, fused_any)
+
+
+def _rows(graph_module: fx.GraphModule, table: fx.Node) -> int:
+    return get_tensor(graph_module, str(table.target)).shape[0] if table.op == "get_attr" else -1

@@ -1,0 +1,135 @@
+"""`loopq_triton::quantize_packed` against its definition: codes to the last bit, wherever sums are exact."""
+
+import pytest
+import torch
+
+import loopq_compile.backends.triton.operators  # noqa: F401  (registers loopq_triton)
+from loopq_compile.hadamard import hadamard_factors
+from loopq_compile.operators import ops
+from loopq_compile.operators.packed import unpack_codes
+
+kernels = torch.ops.loopq_triton
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def both(
+    x,
+    table,
+    *,
+    up=None,
+    gain=None,
+    eps=None,
+    diagonal=None,
+    factors=(None, None),
+    loop=0,
+    bits=4,
+    limit=-8,
+    group=32,
+):
+    arguments = (x, up, gain, eps, diagonal, *factors, table, loop, group, bits, limit)
+    (codes, scale), (right_codes, right_scale) = kernels.quantize_packed(*arguments), ops.quantize_packed(*arguments)
+    assert codes.dtype == right_codes.dtype and codes.shape == right_codes.shape and scale.shape == right_scale.shape
+    return _codes(codes), scale, _codes(right_codes), right_scale
+
+
+def _codes(stored):
+    return (unpack_codes(stored) if stored.dtype == torch.uint8 else stored).int()
+
+
+def same(*arguments, **options):
+    codes, scale, right_codes, right_scale = both(*arguments, **options)
+    assert torch.equal(scale, right_scale)
+    assert torch.equal(codes, right_codes)
+    return codes, scale
+
+
+def near(*arguments, **options):
+    """Scales to 1e-5; a code may be one off where its quotient lies between two integers, which is rare."""
+    codes, scale, right_codes, right_scale = both(*arguments, **options)
+    torch.testing.assert_close(scale, right_scale, rtol=1e-5, atol=0)
+    difference = (codes - right_codes).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.003
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(4, -8), (4, 7), (3, -4), (8, 127), (4, 0), (8, 0)])
+@pytest.mark.parametrize("shape", [(1, 32), (3, 96), (2, 576), (5, 2048)], ids=str)
+def test_plain_codes_are_exact(shape, bits, limit):
+    table = random(1, shape[1] // 32, seed=1).abs() + 0.5
+    same(random(*shape), table, bits=bits, limit=limit)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_groups_and_types(group, dtype):
+    same(random(3, 384).to(dtype), torch.full((1, 384 // group), 0.9), group=group)
+
+
+@pytest.mark.parametrize("limit", [-8, 7])
+def test_zeros_extremes_and_ties(limit):
+    """All-zero groups, huge and tiny ones, a single entry, quotients halfway between integers, both signs of zero."""
+    x = torch.zeros(1, 8 * 32)
+    x[0, 32:64] = random(32) * 1e30
+    x[0, 64:96] = random(32) * 1e-30
+    x[0, 96] = -5.0
+    x[0, 128:160] = torch.arange(-8, 8, 0.5)
+    x[0, 160:192] = -torch.arange(-8, 8, 0.5)
+    x[0, 192:224] = torch.tensor(-0.0)
+    x[0, 224:256] = 3.0
+    codes, scale = same(x, torch.ones(1, 8), limit=limit)
+    assert codes[0, :32].eq(0).all() and codes[0, 192:224].eq(0).all()
+    assert codes[0, 96].abs() == abs(limit) and torch.isfinite(scale).all()
+
+
+@pytest.mark.parametrize("columns", [1, 6])
+@pytest.mark.parametrize("limit", [-8, 0])
+def test_the_loop_selects_a_row_and_the_last_one_is_kept(columns, limit):
+    table = random(3, columns, seed=2).abs() + 0.3
+    scales = [same(random(2, 192), table, loop=loop, limit=limit)[1] for loop in (0, 1, 2, 9)]
+    assert not torch.equal(scales[0], scales[1])
+    assert torch.equal(scales[2], scales[3])
+
+
+@pytest.mark.parametrize(
+    ("width", "sizes"),
+    [(256, (16, 16)), (64, (8, 8)), (576, (36, 16)), (2048, (32, 64)), (1408, (32, 44)), (4096, (64, 64))],
+    ids=str,
+)
+@pytest.mark.parametrize(("limit", "bits"), [(-8, 4), (0, 8)])
+def test_transforms_of_whole_numbers_are_exact(width, sizes, limit, bits):
+    """Products of small integers are exact in any order, so codes must agree to the last bit."""
+    generator = torch.Generator().manual_seed(3)
+    factors = [torch.randint(-1, 2, (2, d, d), generator=generator).float() for d in sizes]
+    x = torch.randint(-8, 9, (2, width), generator=generator).float()
+    diagonal = torch.randint(1, 3, (1, width), generator=generator).float()
+    same(x, torch.full((1, width // 32), 1.0), diagonal=diagonal, factors=factors, loop=1, limit=limit, bits=bits)
+
+
+def test_a_transform_in_half_precision_rounds_where_the_definition_does():
+    factors = [(factor / 4).to(torch.bfloat16)[None] for factor in hadamard_factors(256, torch.Generator())]
+    x = torch.randint(-8, 9, (3, 256)).to(torch.bfloat16)
+    same(x, torch.ones(1, 8), factors=factors)
+
+
+@pytest.mark.parametrize("gain", [None, "gain"])
+def test_norm_and_transform(gain):
+    gain = None if gain is None else random(576, seed=4) + 1
+    factors = [random(1, d, d, seed=d) / d**0.5 for d in (36, 16)]
+    diagonal = random(3, 576, seed=6).abs() + 0.5
+    near(random(9, 576), torch.ones(3, 18), gain=gain, eps=1e-6, diagonal=diagonal, factors=factors, loop=2)
+    near(random(9, 576), torch.ones(3, 18), gain=gain, eps=1e-6, loop=2, bits=8, limit=127)
+
+
+def test_swiglu_reads_halves_of_one_tensor():
+    both_halves = random(4, 2 * 1408, seed=7)
+    gate, up = both_halves.split(1408, -1)
+    assert not gate.is_contiguous()
+    near(gate, torch.ones(1, 44), up=up)
+    near(gate, torch.ones(1, 44), up=up, factors=[random(1, d, d, seed=d) / d**0.5 for d in (32, 44)])
+
+
+def test_leading_dimensions_stay():
+    codes, scale = same(random(2, 3, 64), torch.ones(1, 2))
+    assert codes.shape == (2, 3, 64) and scale.shape == (2, 3, 2)

@@ -1,0 +1,75 @@
+"""Every kernel compiled for every architecture, without a GPU."""
+
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import triton
+
+from loopq_compile.backends.triton import ahead
+from loopq_compile.backends.triton.cubin import needs, tensor_core_instructions
+from loopq_compile.errors import InternalError, LoopQError
+
+CASES = {case.name: case for case in ahead.default_cases()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_without_spills_for_every_architecture(name):
+    for architecture in ahead.ARCHITECTURES:
+        found = ahead.compile_case(CASES[name], architecture)
+        assert found.problems == [], f"{name} sm_{architecture}"
+        assert 16 <= found.registers <= 255
+
+
+def test_a_tile_that_does_not_fit_is_reported():
+    """128 x 128 outputs in four warps: more sums than registers."""
+    tile = ahead.Tile(128, 128, 4, 3)
+    found = ahead.compile_case(ahead.linear_case("too large", tile), 86)
+    assert found.spilled > 0 and "spills" in found.problems[0]
+    assert tile not in ahead.tuning_grid(False)
+
+
+def test_numbers_agree_with_the_assembler(tmp_path):
+    case = ahead.linear_case("too large", ahead.Tile(128, 128, 4, 3))
+    binary = ahead.compile_binary(case, 86)
+    (tmp_path / "kernel.ptx").write_text(binary.asm["ptx"])
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    command = [ptxas, "-v", "--gpu-name=sm_86", "kernel.ptx", "-o", "kernel.cubin"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
+    found = needs((tmp_path / "kernel.cubin").read_bytes())
+    assert f"Used {found.registers} registers" in said
+    assert f"{found.stack} bytes stack frame" in said and found.stack > 0
+
+
+def test_the_loop_and_the_rows_are_arguments():
+    """One kernel serves all loops and lengths: neither is a constant of any case."""
+    for case in CASES.values():
+        for argument in ("loop", "row", "rows", "weight_rows", "table_rows", "factor_rows"):
+            assert argument not in case.constants
+            if argument in case.kernel.arg_names:
+                assert case.types[argument] == "i32"
+                assert argument in case.kernel.do_not_specialize
+
+
+def test_instructions_are_read_from_ptx():
+    ptx = "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {..};\n@%p1 tcgen05.mma.cta_group::1.kind::i8 [%r1];\n"
+    assert tensor_core_instructions(ptx + ptx) == [
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8",
+        "tcgen05.mma.cta_group::1.kind::i8",
+    ]
+
+
+def test_refusals():
+    with pytest.raises(LoopQError, match="sm_70 is not supported"):
+        ahead.compile_case(ahead.adapter_case(), 70)
+    with pytest.raises(InternalError, match="ELF"):
+        needs(b"MZ" + bytes(64))
+    with pytest.raises(InternalError, match="registers"):
+        needs(_elf_without_records())
+
+
+def _elf_without_records():
+    """An ELF file with one section, the table of names."""
+    header = b"\x7fELF\x02\x01" + bytes(0x28 - 6) + struct.pack("<Q", 80) + bytes(10) + struct.pack("<HHH", 64, 1, 0)
+    return (header + bytes(80 - len(header))) + struct.pack("<IIQQQQIIQQ", 0, 3, 0, 0, 70, 8, 0, 0, 1, 0)
