@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from loopq_compile.cli import bench, bisect, compile, demo, evaluate, export, generate, inspect, verify
+from loopq_compile.cli import bench, bisect, compile, demo, evaluate, export, generate, inspect, report, verify
 from loopq_compile.cli.common import Commands
 
 __all__ = ["app", "main"]
@@ -32,6 +32,7 @@ app.command("eval")(evaluate.eval_command)
 app.add_typer(bench.app, name="bench")
 app.command("export")(export.export_command)
 app.command("generate")(generate.generate_command)
+app.command("report")(report.report_command)
 app.command("verify")(verify.verify_command)
 app.command("bisect")(bisect.bisect_command)
 
