@@ -11,7 +11,6 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     rich_markup_mode="markdown",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -23,6 +22,9 @@ app = typer.Typer(
 
     A MODEL is one of: the word "bundled"; a Hugging Face folder or hub id; a folder written by `compile`; an .onnx file
     or the folder written by `export`.
+
+    Exit status: 0 success; 1 an error that the message says how to mend; 2 a wrong option; 3 a check failed (`bisect
+    --limit`); 70 a defect of this program or of a custom pass; 130 interrupted.
     """,
 )
 app.command("demo")(demo.demo)
