@@ -22,7 +22,8 @@ test: $(READY)
 
 # Property-based tests with 1,000 random cases each; takes hours.
 nightly: $(READY)
-	OMP_NUM_THREADS=1 LOOPQ_CASES=1000 $(BIN)/python -m pytest -q -n 2 --dist load tests/test_artifact.py tests/test_capture_random.py
+	OMP_NUM_THREADS=1 LOOPQ_CASES=1000 $(BIN)/python -m pytest -q -n 2 --dist load tests/test_artifact.py tests/test_capture_random.py \
+		tests/test_robustness.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 `get_backend("onnx").lower(program)` gives an `Executable`. Backends are imported when they are asked for, so that a
 missing optional dependency of one does not hurt the others. Packages outside this project register theirs under the
-entry point group `loopq_compile.backends`: a module (or any object) with a function `lower`.
+entry point group `loopq_compile.backends`: a module (or any object) with a function `lower`. `register_backend` adds
+one for a single process.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any, Protocol
 
 from loopq_compile.errors import LoopQError, did_you_mean
 
-__all__ = ["Backend", "Executable", "backend_names", "get_backend"]
+__all__ = ["Backend", "Executable", "backend_names", "get_backend", "register_backend"]
 
 ENTRY_POINTS = "loopq_compile.backends"
 
 _BUILT_IN = ("onnx", "reference", "triton")
+
+
+_registered: dict[str, Any] = {}
 
 
 class Executable(Protocol):
@@ -36,7 +40,20 @@ class Backend(Protocol):
 
 def backend_names() -> list[str]:
     """Names that `get_backend` knows: the built-in backends and those of installed entry points."""
-    return sorted({*_BUILT_IN, *_entry_points()})
+    return sorted({*_BUILT_IN, *_registered, *_entry_points()})
+
+
+def register_backend(name: str, backend: Backend) -> None:
+    """Adds a backend for this process: `program.lower(name)` then finds it.
+
+    Raises:
+        LoopQError: the name is taken, or the backend has no function `lower`.
+    """
+    if name in backend_names():
+        raise LoopQError(f"There is a backend {name!r} already; choose another name.")
+    if not callable(getattr(backend, "lower", None)):
+        raise LoopQError(f"Backend {name!r} ({backend!r}) has no function lower(program, **options).")
+    _registered[name] = backend
 
 
 def get_backend(name: str) -> Backend:
@@ -47,6 +64,8 @@ def get_backend(name: str) -> Backend:
     """
     if name not in backend_names():
         raise LoopQError(f"Unknown backend {name!r}.{did_you_mean(str(name), backend_names())}")
+    if name in _registered:
+        return _registered[name]
     try:
         if name in _BUILT_IN:
             backend: Any = importlib.import_module(f"{__name__}.{name}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -170,6 +171,7 @@ def _describe(graph_module: fx.GraphModule) -> dict[str, Any]:
         "loops": state.loops.to_dict(),
         "tags": None if state.tags is None else {name: [tag.loops, tag.index] for name, tag in state.tags.items()},
         "sites": [dataclasses.asdict(site) for site in state.sites.values()],
+        "results": _plain(state.results),
         "log": [dataclasses.asdict(entry) for entry in state.log],
         "packed": _packed(graph_module),
         "nodes": graph_to_json(graph_module.graph),
@@ -210,6 +212,17 @@ def _unpack(stored: Tensor, shape: list[int]) -> Tensor:
         raise LoopQError(f"packed integers must be uint8, not {stored.dtype}")
     codes = torch.stack([stored & 15, stored >> 4], -1).flatten(-2).to(torch.int8)
     return torch.where(codes > 7, codes - 16, codes).reshape(shape)
+
+
+def _plain(value: Any) -> Any:
+    """Values for JSON: numbers that are not finite become None, what JSON lacks becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _kind(tensor: Tensor) -> list[Any]:
@@ -285,6 +298,7 @@ def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.Graph
         scheme=Scheme(**_known(Scheme, data["scheme"])) if data["scheme"] else None,
         method=str(data["method"]),
         sites={site["weight"]: _site(site) for site in data["sites"]},
+        results=dict(data.get("results", {})),
         log=[LogEntry(**_known(LogEntry, entry)) for entry in data["log"]],
     )
     for part in (state.loops, *(state.tags or {}).values(), *state.sites.values(), *state.log):

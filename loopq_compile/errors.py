@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loopq_compile.debugging import PassFailure
 
 
 class LoopQError(Exception):
@@ -12,6 +16,9 @@ class LoopQError(Exception):
     The message says what is wrong, where (node, loop, source line) and what to do about it.
     """
 
+    failure: PassFailure | None = None
+    """The pass it came from, the passes before, and the last valid program; None outside of pipelines."""
+
 
 class CaptureError(LoopQError):
     """The model cannot be captured as one graph; the message names the source line and a way out."""
@@ -19,6 +26,9 @@ class CaptureError(LoopQError):
 
 class InternalError(RuntimeError):
     """A pass or a backend broke a rule of the compiler: a defect of ours (or of a custom pass), not of the input."""
+
+    failure: PassFailure | None = None
+    """As in `LoopQError`."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 
+from loopq_compile.debugging import DebugFolder, PassFailure, Snapshot
 from loopq_compile.errors import InternalError, LoopQError, did_you_mean
 from loopq_compile.passes.base import Pass
 from loopq_compile.passes.verify import verify_tags
@@ -42,37 +43,72 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"Pipeline({self.name}: {' -> '.join(map(pass_name, self.passes))})"
 
-    def insert_before(self, name: str, item: PassBase) -> Pipeline:
-        """A pipeline with `item` in front of the pass called `name`."""
-        index = self._find(name)
+    def __str__(self) -> str:
+        """A line a pass: its number, its name, and what it does."""
+        lines = [f"Pipeline {self.name!r}, {len(self.passes)} passes"]
+        width = max((len(pass_name(item)) for item in self.passes), default=0)
+        for number, item in enumerate(self.passes):
+            about = (type(item).__doc__ or "").strip().split("\n")[0]
+            lines.append(f"{number:3d}  {pass_name(item).ljust(width)}  {about}".rstrip())
+        return "\n".join(lines)
+
+    def insert_before(self, name: str, item: PassBase, occurrence: int = 0) -> Pipeline:
+        """A pipeline with `item` in front of the pass called `name`.
+
+        Args:
+            name: of a pass in this pipeline; `print(pipeline)` lists them.
+            item: the pass.
+            occurrence: which of several passes of that name, counted from 0; -1 for the last.
+
+        Raises:
+            LoopQError: there is no such pass. So do the other methods.
+        """
+        index = self._find(name, occurrence)
         return Pipeline([*self.passes[:index], item, *self.passes[index:]], self.name)
 
-    def insert_after(self, name: str, item: PassBase) -> Pipeline:
+    def insert_after(self, name: str, item: PassBase, occurrence: int = 0) -> Pipeline:
         """A pipeline with `item` behind the pass called `name`."""
-        index = self._find(name) + 1
+        index = self._find(name, occurrence) + 1
         return Pipeline([*self.passes[:index], item, *self.passes[index:]], self.name)
 
-    def replace(self, name: str, item: PassBase) -> Pipeline:
+    def replace(self, name: str, item: PassBase, occurrence: int = 0) -> Pipeline:
         """A pipeline with `item` in place of the pass called `name`."""
-        index = self._find(name)
+        index = self._find(name, occurrence)
         return Pipeline([*self.passes[:index], item, *self.passes[index + 1 :]], self.name)
 
-    def remove(self, name: str) -> Pipeline:
+    def remove(self, name: str, occurrence: int = 0) -> Pipeline:
         """A pipeline without the pass called `name`."""
-        index = self._find(name)
+        index = self._find(name, occurrence)
         return Pipeline([*self.passes[:index], *self.passes[index + 1 :]], self.name)
 
     def run(self, graph_module: fx.GraphModule) -> fx.GraphModule:
         """Applies all passes; after each the graph lints, is recompiled, and its loop tags are verified.
 
+        With the environment variable `LOOPQ_COMPILE_DEBUG=DIR`, `DIR/<name>` gets the printed program after each pass,
+        and after a failure the traceback and the last valid program.
+
         Raises:
             LoopQError: from a pass, about the input.
             InternalError: a pass broke the graph; the message names it and the passes before it.
+
+        Both carry `error.failure`, a `loopq_compile.debugging.PassFailure`, whose `program` is the last valid one.
         """
         done: list[str] = []
+        debug = DebugFolder.from_environment(self.name)
+        if debug:
+            debug.dump(graph_module, "captured")
         for item in self.passes:
-            graph_module = self._apply(item, graph_module, done)
+            snapshot = Snapshot(graph_module)
+            try:
+                graph_module = self._apply(item, graph_module, done)
+            except (LoopQError, InternalError) as error:
+                error.failure = PassFailure(pass_name(item), done, snapshot)
+                if debug:
+                    debug.fail(error.failure, error)
+                raise
             done.append(pass_name(item))
+            if debug:
+                debug.dump(graph_module, pass_name(item))
         return graph_module
 
     def _apply(self, item: PassBase, graph_module: fx.GraphModule, done: list[str]) -> fx.GraphModule:
@@ -100,11 +136,14 @@ class Pipeline:
         get_state(graph_module).log.append(LogEntry(name, bool(result.modified), list(state.notes)))
         return graph_module
 
-    def _find(self, name: str) -> int:
+    def _find(self, name: str, occurrence: int) -> int:
         names = [pass_name(item) for item in self.passes]
-        if name not in names:
-            raise LoopQError(f"Pipeline {self.name!r} has no pass {name!r}.{did_you_mean(name, names)}")
-        return names.index(name)
+        found = [index for index, other in enumerate(names) if other == name]
+        if not found:
+            raise LoopQError(f"Pipeline {self.name!r} has no pass {name!r}.{did_you_mean(name, set(names))}")
+        if not -len(found) <= occurrence < len(found):
+            raise LoopQError(f"Pipeline {self.name!r} has {name!r} {len(found)} times; occurrence is {occurrence}.")
+        return found[occurrence]
 
 
 def pass_name(item: PassBase) -> str:

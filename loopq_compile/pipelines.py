@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from torch.fx.passes.infra.pass_base import PassBase
 
-from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.errors import LoopQError
 from loopq_compile.passes.annotate_linears import AnnotateLinears
 from loopq_compile.passes.calibrate import Calibrate
 from loopq_compile.passes.calibrate_blocks import CalibrateBlocks
@@ -30,6 +30,7 @@ from loopq_compile.passes.smooth_activations import SmoothActivations
 from loopq_compile.passes.solve_weights import SolveWeights
 from loopq_compile.passes.tag_loops import TagLoops
 from loopq_compile.pipeline import Pipeline
+from loopq_compile.registry import Registry
 
 LEARNED_STEPS = 400
 """Steps of the methods that learn end to end, where the options leave them open."""
@@ -205,7 +206,39 @@ METHODS: dict[str, Callable[[], Pipeline]] = {
     "loopq-paper": loopq_paper,
     "loopq": loopq,
 }
-"""Pipelines by method name."""
+"""Pipelines by method name, and what `register_method` added."""
+
+
+def method_names() -> list[str]:
+    """All methods: built in, registered, and those of installed packages."""
+    return _registry().names()
+
+
+def register_method(name: str, make: Callable[[], Pipeline]) -> None:
+    """Adds a method: `compile(method=name)` and the command line then know it in this process.
+
+    Other packages add theirs for good in `pyproject.toml`:
+
+        [project.entry-points."loopq_compile.methods"]
+        my-method = "my_package:my_pipeline"
+
+    Args:
+        name: not yet taken.
+        make: makes a new pipeline; built from one of this module, it keeps that one's need for calibration data.
+
+    Raises:
+        LoopQError: the name is taken, or `make` cannot be called.
+    """
+    _registry().register(name, make)
+
+
+def _registry() -> Registry:
+    return Registry("method", "loopq_compile.methods", METHODS, _check_method)
+
+
+def _check_method(name: str, make: object) -> None:
+    if not callable(make):
+        raise LoopQError(f"Method {name!r} must be a function that returns a Pipeline; got {make!r}.")
 
 
 def get_pipeline(method: str | Pipeline) -> Pipeline:
@@ -218,6 +251,7 @@ def get_pipeline(method: str | Pipeline) -> Pipeline:
         return method
     if not isinstance(method, str):
         raise LoopQError(f"method must be a name or a loopq_compile.Pipeline; got {type(method).__name__}.")
-    if method not in METHODS:
-        raise LoopQError(f"Unknown method {method!r}.{did_you_mean(method, METHODS)}")
-    return METHODS[method]()
+    made = _registry().get(method)()
+    if not isinstance(made, Pipeline):
+        raise LoopQError(f"Method {method!r} must return a Pipeline; got {type(made).__name__}.")
+    return made

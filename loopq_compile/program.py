@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from loopq_compile.decoding import CachedDecoder, Decoder, RecomputingDecoder, has_cache, with_empty_cache
 from loopq_compile.errors import LoopQError
@@ -224,6 +225,42 @@ class Program:
                 cached = None
             self._decoding = (key, cached)
         return self._decoding[1]
+
+    def report(
+        self,
+        file: str | os.PathLike[str],
+        *,
+        model: nn.Module | None = None,
+        tokens: Sequence[Tensor] = (),
+        tokenizer: Any = None,
+        others: Mapping[str, Program] | None = None,
+        samples: int = 2,
+    ) -> Path:
+        """Writes what quantization did to every loop as one HTML file that needs no network.
+
+        Args:
+            file: such as `report.html`; replaced when the new one is complete.
+            model: the model this was compiled from; without it, or without tokens, errors and samples are left out.
+            tokens: held-out token ids, `[batch, sequence]` each; a few hundred are enough.
+            tokenizer: of the `tokenizers` library, to show text in place of token ids.
+            others: more programs of the same model, by name, to compare with.
+            samples: continuations to show.
+
+        Raises:
+            LoopQError: tokens do not fit, two programs have one name, or the file cannot be written.
+        """
+        from loopq_compile.report import measure, write
+        from loopq_compile.report.measure import check_names
+
+        state = get_state(self.graph_module)
+        name = f"{state.method or 'captured'} {state.scheme.name if state.scheme else ''}".strip()
+        programs = {name: self} | dict(others or {})
+        check_names([name, *(others or {})])
+        found = {
+            title: measure(program, model, tokens, tokenizer=tokenizer, samples=samples)
+            for title, program in programs.items()
+        }
+        return write(file, found)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the program into `directory`: JSON and safetensors; see `loopq_compile.artifact`."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import traceback
@@ -14,6 +14,7 @@ from loopq_compile.loops import get_tag
 from loopq_compile.passes.tag_loops import TagLoops
 from loopq_compile.passes.verify import verify_tags
 from loopq_compile.program import Program
+from tests.cases import cases
 from tests.zoo import meant
 from tests.zoo_models import DIM, VOCABULARY, loop
 
@@ -99,7 +100,7 @@ def structure(plan: Plan) -> str:
     return f"{plan.loops} x ({', '.join(blocks)})"
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@cases(6)
 @given(plans)
 def test_random_models_are_captured_and_tagged(plan):
     model = Random(plan).eval()

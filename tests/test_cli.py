@@ -86,7 +86,8 @@ def test_wrong_usage_is_status_two(arguments: list[str]) -> None:
 
 
 def test_compile_writes_program_and_tokenizer(program: Path) -> None:
-    assert {"manifest.json", "program.json", "tensors.safetensors", "tokenizer.json"} == {file.name for file in program.iterdir()}
+    expected = {"manifest.json", "program.json", "tensors.safetensors", "tokenizer.json"}
+    assert expected == {file.name for file in program.iterdir()}
 
 
 def test_compile_with_all_options(tmp_path: Path) -> None:

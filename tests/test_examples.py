@@ -11,6 +11,12 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.fixture(autouse=True)
+def _beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples import `tiny_model` from their own folder, as they do when they are run."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
 def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     assert spec and spec.loader
@@ -41,3 +47,41 @@ def test_looped_smollm2() -> None:
     assert program.loops.count == 3
     with pytest.raises(SystemExit, match="0-3"):
         example.main(["--layers", "3-4"])
+
+
+def test_custom_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    from loopq_compile import backends
+
+    monkeypatch.setattr(backends, "_registered", {})
+    assert load("custom_backend").main([]) < 1e-5
+
+
+def test_mixed_precision() -> None:
+    four, first, eight = load("mixed_precision").main([]).values()
+    assert eight < first < four
+
+
+def test_keep_layer_8bit(tmp_path: Path) -> None:
+    import loopq_compile as lq
+
+    example = load("keep_layer_8bit")
+    four, kept = example.main(["--out", str(tmp_path / "p")]).values()
+    assert kept < four
+    program = lq.load(tmp_path / "p")
+    bits = {
+        node.meta["loopq_site"]: node.meta["loopq_bits"]
+        for node in program.graph_module.graph.nodes
+        if node.meta.get("loopq_bits") and "down_proj" in str(node.args[0])
+    }
+    assert bits == {"model.layers.0.mlp.down_proj": 8}
+    integers = program.export_onnx(tmp_path / "onnx").integer_weights
+    assert integers["INT8"] == 1 and integers["INT4"] == 6
+    with pytest.raises(lq.LoopQError, match="No quantized linear matches"):
+        example.main(["--layer", "nothing", "--out", str(tmp_path / "p")])
+
+
+def test_plot_ranges(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    ranges = load("plot_ranges").main(["--out", str(tmp_path / "ranges.png")])
+    assert (tmp_path / "ranges.png").stat().st_size > 1000
+    assert ranges and all(len(rows) == 3 and min(rows) > 0 for rows in ranges.values())

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from loopq_compile.cli import bench, compile, demo, evaluate, export, generate, inspect, verify
+from loopq_compile.cli import bench, bisect, compile, demo, evaluate, export, generate, inspect, report, verify
 from loopq_compile.cli.common import Commands
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     rich_markup_mode="markdown",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -23,6 +22,9 @@ app = typer.Typer(
 
     A MODEL is one of: the word "bundled"; a Hugging Face folder or hub id; a folder written by `compile`; an .onnx file
     or the folder written by `export`.
+
+    Exit status: 0 success; 1 an error that the message says how to mend; 2 a wrong option; 3 a check failed (`bisect
+    --limit`); 70 a defect of this program or of a custom pass; 130 interrupted.
     """,
 )
 app.command("demo")(demo.demo)
@@ -32,7 +34,9 @@ app.command("eval")(evaluate.eval_command)
 app.add_typer(bench.app, name="bench")
 app.command("export")(export.export_command)
 app.command("generate")(generate.generate_command)
+app.command("report")(report.report_command)
 app.command("verify")(verify.verify_command)
+app.command("bisect")(bisect.bisect_command)
 
 
 def _version(asked: bool) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from loopq_compile.errors import LoopQError
+from loopq_compile.errors import InternalError, LoopQError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +76,10 @@ RepeatLayers = Annotated[
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=0, help="Score only the first N tokens; 0 for all.")]
 
 
+DEFECT = 70
+"""Exit status of internal errors; `EX_SOFTWARE` in BSD's sysexits."""
+
+
 class Commands(TyperGroup):
     """Commands whose errors reach the user as one message on standard error and exit status 1."""
 
@@ -86,6 +90,8 @@ class Commands(TyperGroup):
                 return super().invoke(ctx)
             except LoopQError as error:
                 _fail(str(error))
+            except InternalError as error:
+                _fail(f"{error}\nThis is a defect, of this program or of a custom pass. Please report it.", DEFECT)
             except BrokenPipeError:  # the reader (head, less) has left
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
                 raise typer.Exit(1) from None
@@ -93,10 +99,10 @@ class Commands(TyperGroup):
                 _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, status: int = 1) -> None:
     console(stderr=True).print("[bold red]error:[/]", end=" ")
     typer.echo(message, err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(status)
 
 
 def console(stderr: bool = False) -> Console:

@@ -70,6 +70,9 @@ def compile_command(
         Path | None,
         typer.Option(metavar="DIR", help="Folder for checkpoints; a killed calibration goes on from there."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Predict size, memory and time; quantize and write nothing.")
+    ] = False,
     repeat: RepeatLayers = None,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -113,12 +116,33 @@ def compile_command(
         batches = calibration_batches(source, loaded.tokenizer, samples, length, seed, model=loaded.model)
     if batches is not None:
         say(f"calibrating on {sum(map(len, batches))} samples of {length} tokens from {source}")
+    if dry_run:
+        _predict(loaded.model, wanted, get_pipeline(method), batches, options, json)
+        return
     program = compile_model(
         loaded.model, scheme=wanted, method=method, calibration=batches, release_model=True, **options.to_dict()
     )
     beside = {TOKENIZER_FILE: loaded.tokenizer.to_str()} if loaded.tokenizer else {}
     save(program.graph_module, out, beside | dict(loaded.settings))
     _show(program, out, json)
+
+
+def _predict(model: Any, scheme: Any, pipeline: Any, batches: Any, options: Any, json: bool) -> None:
+    from dataclasses import asdict
+
+    from loopq_compile.capture import capture
+    from loopq_compile.estimate import estimate
+
+    found = estimate(capture(model), scheme, pipeline, batches or (), options)
+    if json:
+        print_json({"dry_run": True, **asdict(found)})
+        return
+    seconds = "unknown without calibration data" if found.seconds is None else f"about {found.seconds:.0f} s"
+    note(json)(
+        f"{found.loops}; {found.quantized} of {found.linears} linears quantized, {found.parameters:,} parameters\n"
+        f"size {found.bytes / 2**20:.2f} MiB, memory up to {found.memory / 2**20:.0f} MiB more, calibration {seconds}; "
+        "nothing was written"
+    )
 
 
 def _show(program: Any, out: Path, json: bool) -> None:

@@ -1,0 +1,58 @@
+"""`loopq-compile report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loopq_compile.cli.common import Json, RepeatLayers, TextFile, TrustRemoteCode, load, note, print_json, text_source
+from loopq_compile.errors import LoopQError
+
+
+def report_command(
+    programs: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Folders written by `loopq-compile compile`; several compare.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The HTML file.")] = Path("report.html"),
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="What they were compiled from, such as bundled; for errors and samples."),
+    ] = None,
+    text: TextFile = None,
+    max_tokens: Annotated[int, typer.Option(min=16, help="Held-out tokens to compare on, in rows of 64.")] = 256,
+    samples: Annotated[int, typer.Option(min=0, help="Continuations to show.")] = 2,
+    repeat: RepeatLayers = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Write what quantization did to every loop as one HTML file that needs no network.
+
+    Example: loopq-compile report my-program other-program --model bundled --out report.html
+    """
+    from loopq_compile.evaluate import tokenize
+    from loopq_compile.report import measure, write
+    from loopq_compile.report.measure import check_names
+
+    check_names(programs)
+    loaded = {name: load(name, None, trust_remote_code) for name in programs}
+    for name, one in loaded.items():
+        if one.kind != "program":
+            raise LoopQError(f"{name} is no compiled program; run `loopq-compile compile {name} --out DIR` first.")
+    batches, base, tokenizer = [], None, None
+    if model is not None:
+        source = load(model, None, trust_remote_code, repeat)
+        if source.kind != "model":
+            raise LoopQError(f"{model} is quantized already; --model takes the model in floating point.")
+        base, tokenizer = source.model, source.tokenizer
+        ids = tokenize(tokenizer, text_source(text)[0], max_tokens)
+        batches = [row.view(1, -1) for row in ids.split(min(64, len(ids))) if len(row) == min(64, len(ids))]
+    found = {
+        name: measure(one.model, base, batches, tokenizer=tokenizer, samples=samples) for name, one in loaded.items()
+    }
+    path = write(out, found)
+    if json:
+        print_json({"out": str(path), "programs": found})
+    else:
+        note(json)(f"wrote {path}")

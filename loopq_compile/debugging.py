@@ -1,0 +1,131 @@
+"""What is left when a pass fails, and a folder with the program after each pass (`LOOPQ_COMPILE_DEBUG=DIR`)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import traceback
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from loopq_compile.errors import LoopQError
+from loopq_compile.state import attach_state, get_state
+
+if TYPE_CHECKING:
+    from loopq_compile.program import Program
+
+VARIABLE = "LOOPQ_COMPILE_DEBUG"
+
+
+class Snapshot:
+    """A program as it was: nodes are copied, tensors shared, since passes replace tensors and never change them.
+
+    Args:
+        graph_module: a valid graph.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self._graph = fx.Graph()
+        self._graph.output(self._graph.graph_copy(graph_module.graph, {}))
+        self._parts: dict[str, Any] = {
+            str(node.target): _part(graph_module, str(node.target))
+            for node in graph_module.graph.nodes
+            if node.op in ("get_attr", "call_module")
+        }
+        state = get_state(graph_module)
+        sites = {name: copy.copy(site) for name, site in state.sites.items()}
+        self._state = replace(
+            state, sites=sites, log=list(state.log), notes=[], calibration=None, teacher=None, targets={}
+        )
+
+    @cached_property
+    def program(self) -> Program:
+        """The program, which runs, prints and saves."""
+        from loopq_compile.program import Program
+
+        graph_module = fx.GraphModule(self._parts, self._graph)
+        attach_state(graph_module, self._state)
+        return Program(graph_module)
+
+
+@dataclass
+class PassFailure:
+    """What is known of a failed pass; stands in `error.failure`.
+
+    Args:
+        pass_name: the pass that failed.
+        passes_before: those that had run, in order.
+        snapshot: the program in front of it.
+    """
+
+    pass_name: str
+    passes_before: list[str]
+    snapshot: Snapshot
+
+    @property
+    def program(self) -> Program:
+        """The last valid program: print it, run it, or `save` it."""
+        return self.snapshot.program
+
+
+class DebugFolder:
+    """Writes `NN-pass.py` after each pass, and what is left after a failure.
+
+    Args:
+        folder: is made; numbers go on where an earlier run of the same name stands.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._count = folder, 0
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise LoopQError(f"{VARIABLE}: cannot write to {folder}: {error.strerror or error}.") from error
+
+    @staticmethod
+    def from_environment(name: str) -> DebugFolder | None:
+        """The folder for a run of the pipeline `name`; None if `LOOPQ_COMPILE_DEBUG` is not set."""
+        where = os.environ.get(VARIABLE)
+        if not where:
+            return None
+        folder, number = Path(where) / name, 2
+        while folder.exists():
+            folder, number = Path(where) / f"{name}-{number}", number + 1
+        return DebugFolder(folder)
+
+    def dump(self, graph_module: fx.GraphModule, name: str) -> None:
+        """The printed program, with types where shapes can be inferred."""
+        from loopq_compile.printer import print_graph
+        from loopq_compile.shapes import infer_shapes
+
+        head = ""
+        try:
+            infer_shapes(graph_module)
+        except Exception as error:  # that a pass broke shapes is what a reader of this file wants to know
+            head = f"# shapes cannot be inferred: {str(error).splitlines()[0]}\n"
+        self._write(f"{self._count:02d}-{name}.py", head + print_graph(graph_module))
+        self._count += 1
+
+    def fail(self, failure: PassFailure, error: Exception) -> None:
+        """The traceback in `failure.txt`, the last valid program in `last-valid/`."""
+        self._write("failure.txt", f"{failure.pass_name}\n\n{''.join(traceback.format_exception(error))}")
+        with contextlib.suppress(LoopQError):  # the failure itself matters more than a disk that is full
+            failure.program.save(self.folder / "last-valid")
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            (self.folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise LoopQError(f"{VARIABLE}: cannot write to {self.folder}: {error.strerror or error}.") from error
+
+
+def _part(graph_module: fx.GraphModule, name: str) -> Any:
+    owner: Any = graph_module
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    return owner

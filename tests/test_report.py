@@ -1,0 +1,151 @@
+"""Reports: one file, no network, the right numbers in it."""
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import loopq_compile as lq
+from loopq_compile.bench import trajectory
+from loopq_compile.capture import capture
+from loopq_compile.cli import app
+from loopq_compile.report import measure, render
+from loopq_compile.report.measure import carry, drift
+from loopq_compile.report.render import cells, plot
+from loopq_compile.state import get_state
+from tests.tiny import tiny_model, tiny_program, tokens
+
+VOID = {"meta", "br", "rect", "line", "link", "img", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced, and notes tables, headings and everything that could reach outside."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.outside, self.text = [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.outside += [value for name, value in attrs if name in ("src", "href", "action")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert tag in VOID or self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def count(self, tag, kind=None):
+        return sum(t == tag and (kind is None or a.get("class") == kind) for t, a in self.tags)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    others = {"<b>sly</b>": tiny_program("w8a8", "symmetric")}
+    return tiny_program().report(file, model=tiny_model(), tokens=[tokens(5, 1, 12)], others=others, samples=1)
+
+
+def test_the_page_is_whole_and_needs_nothing_else(written):
+    text = written.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == [] and page.outside == [] and page.count("script") == 0
+    assert "http" not in text and "@import" not in text and "prefers-color-scheme: dark" in text
+    assert "<b>sly</b>" not in text and "<b>sly</b>" in page.text, "names are escaped"
+
+
+def test_the_page_has_every_part_for_every_program(written):
+    page = Page(written.read_text(encoding="utf-8"))
+    assert page.count("table", "heatmap") == 2 * 4
+    for kind in ("carry", "parts", "worst"):
+        assert page.count("table", kind) == 2
+    assert page.count("polyline") == 2, "one line a program along the trajectory"
+    assert page.count("line", "mark") >= 2, "two transitions at least"
+    assert "layers.0.down" in page.text and "insert-las" in page.text and "Sample 1" in page.text
+
+
+def test_chromium_draws_it(written, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on PATH")
+    shot = tmp_path / "shot.png"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={shot}", written.as_uri()]
+    subprocess.run([browser, *options], check=True, capture_output=True, timeout=60)
+    assert shot.stat().st_size > 5000
+
+
+def graphs(scheme="w4a4"):
+    program = tiny_program(scheme)
+    return trajectory.reference_graph(capture(tiny_model(), tokens()), program.scheme), program.graph_module
+
+
+def test_the_first_loop_inherits_nothing_and_parts_bound_the_whole():
+    first, *later = carry(*graphs(), tokens(5))
+    assert first["inherited"] == 0 and first["local"] == first["total"] > 0
+    for row in later:
+        assert row["inherited"] > 0 and row["total"] <= row["local"] + row["inherited"] + 1e-6
+        assert -1 <= row["cosine"] < 1
+
+
+def test_a_model_compared_with_itself_has_no_error():
+    reference, _ = graphs()
+    for row in carry(reference, reference, tokens(5)):
+        assert row["total"] == row["local"] == row["inherited"] == 0 and row["cosine"] == pytest.approx(1)
+
+
+def test_drift_equals_the_covariances_written_out():
+    reference, _ = graphs()
+    found = drift(reference, tokens(5))
+    group = next(name for name in found if "down" in name)
+    nodes = [n for n in reference.graph.nodes if n.meta.get("loopq_site") == "layers.0.down" and "linear" in n.name]
+    values = {}
+
+    class Record(torch.fx.Interpreter):
+        def run_node(self, n):
+            values[n.name] = super().run_node(n)
+            return values[n.name]
+
+    Record(reference, garbage_collect_values=False).run(*get_state(reference).signature.bind((tokens(5),), {}))
+    xs = [values[n.args[0].name].detach().double().flatten(0, -2) for n in nodes]
+    moments = [x.T @ x / (x.T @ x).trace() for x in xs]
+    expected = [float((m - moments[0]).norm() / moments[0].norm()) for m in moments]
+    assert found[group]["covariance"] == pytest.approx(expected, abs=1e-3)
+    assert sum(found[group]["scale"]) == pytest.approx(3)
+
+
+def test_without_a_model_the_page_shows_what_the_program_knows():
+    found = measure(tiny_program("w4a4", "las", "static"))
+    assert "points" not in found and len(found["ranges"]) == 4
+    page = Page(render({"p": found}))
+    assert page.count("table", "heatmap") == 1 and page.count("polyline") == 0
+
+
+def test_shades_and_lines_take_gaps_and_numbers_that_are_not_finite():
+    (row,) = cells({"a": [1.0, None, float("nan"), 0.5]})
+    assert [cell["shade"] for cell in row["cells"]] == [85, 0, 0, 42]
+    drawn = plot({"a": [1.0, None, 10.0], "b": [0.0, 100.0, float("inf")]}, marks=[1])
+    assert [len(line["points"].split()) for line in drawn["lines"]] == [2, 1]
+    assert [tick["text"] for tick in drawn["ticks"]] == ["1", "100"] and len(drawn["marks"]) == 1
+    assert plot({})["lines"] == []
+
+
+def test_the_command_reports_on_saved_programs(tmp_path):
+    tiny_program().save(tmp_path / "p")
+    out = tmp_path / "new" / "r.html"
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "p"), "--out", str(out), "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["out"] == str(out)
+    assert Page(out.read_text()).count("table", "heatmap") == 1
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "p"), str(tmp_path / "p")])
+    assert done.exit_code == 1 and "different names" in done.stderr
+
+
+def test_a_file_that_cannot_be_written_is_refused():
+    with pytest.raises(lq.LoopQError, match="Cannot write /proc"):
+        tiny_program().report("/proc/no/report.html")
