@@ -69,7 +69,8 @@ class PassFailure:
 
     @property
     def program(self) -> Program:
-        """The last valid program: print it, run it, or `save` it."""
+        """The last valid program: print it, run it, or `save` it. With `release_model`, `pack-weights` frees tensors
+        in place; a program from before a failure there prints, and no longer runs."""
         return self.snapshot.program
 
 
@@ -114,7 +115,7 @@ class DebugFolder:
     def fail(self, failure: PassFailure, error: Exception) -> None:
         """The traceback in `failure.txt`, the last valid program in `last-valid/`."""
         self._write("failure.txt", f"{failure.pass_name}\n\n{''.join(traceback.format_exception(error))}")
-        with contextlib.suppress(LoopQError):  # the failure itself matters more than a disk that is full
+        with contextlib.suppress(Exception):  # the failure itself matters more: a full disk, tensors freed in place
             failure.program.save(self.folder / "last-valid")
 
     def _write(self, name: str, text: str) -> None:

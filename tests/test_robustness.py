@@ -72,19 +72,19 @@ def test_a_seed_gives_the_same_program_in_every_process(tmp_path):
     script = (
         "import sys, loopq_compile as lq\nfrom tests.tiny import tiny_model, tokens\n"
         "data = [tokens(s) for s in range(4)]\n"
-        "for name, seed in (('a', 3), ('b', 4)):\n"
+        "for name, seed in (('a', 3), ('b', 4))[: int(sys.argv[2])]:\n"
         "    p = lq.compile(tiny_model(2), tokens(), scheme='w4a8', method='quarot', calibration=data, seed=seed)\n"
         "    p.save(sys.argv[1] + name)\n"
     )
     sums = []
     for number in "12":
         environment = {**os.environ, "PYTHONHASHSEED": number, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", script, str(tmp_path / number)]
+        command = [sys.executable, "-c", script, str(tmp_path / number), number]
         subprocess.run(command, env=environment, check=True, capture_output=True)
-        manifests = [tmp_path / f"{number}{name}" / "manifest.json" for name in "ab"]
+        manifests = [tmp_path / f"{number}{name}" / "manifest.json" for name in "ab"[: int(number)]]
         sums.append([json.loads(path.read_text())["files"] for path in manifests])
-    assert sums[0] == sums[1], "graph and tensors, to the last bit"
-    assert sums[0][0] != sums[0][1], "another seed gives other signs"
+    assert sums[0][0] == sums[1][0], "graph and tensors, to the last bit"
+    assert sums[1][0] != sums[1][1], "another seed gives other signs"
 
 
 def test_an_export_that_is_killed_leaves_the_older_file_and_can_be_repeated(tmp_path):
@@ -93,9 +93,10 @@ def test_an_export_that_is_killed_leaves_the_older_file_and_can_be_repeated(tmp_
     before = (tmp_path / "onnx" / "model.onnx").read_bytes()
     script = (
         "import os, signal, sys, loopq_compile as lq\n"
+        "program = lq.load(sys.argv[1])\n"
         "kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "os.replace = os.rename = kill\n"
-        "lq.load(sys.argv[1]).export_onnx(sys.argv[2], target='onnxruntime')\n"
+        "program.export_onnx(sys.argv[2], target='onnxruntime')\n"
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "p", tmp_path / "onnx"], capture_output=True)
     assert done.returncode == -signal.SIGKILL
