@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from loopq_compile.debugging import PassFailure
+from typing import Any
 
 
 class LoopQError(Exception):
@@ -16,8 +13,9 @@ class LoopQError(Exception):
     The message says what is wrong, where (node, loop, source line) and what to do about it.
     """
 
-    failure: PassFailure | None = None
-    """The pass it came from, the passes before, and the last valid program; None outside of pipelines."""
+    failure: Any = None
+    """A `loopq_compile.debugging.PassFailure`: the pass it came from, the passes before, and the last valid program;
+    None outside of pipelines."""
 
 
 class CaptureError(LoopQError):
@@ -27,7 +25,7 @@ class CaptureError(LoopQError):
 class InternalError(RuntimeError):
     """A pass or a backend broke a rule of the compiler: a defect of ours (or of a custom pass), not of the input."""
 
-    failure: PassFailure | None = None
+    failure: Any = None
     """As in `LoopQError`."""
 
 
