@@ -13,7 +13,7 @@ A100 = DEVICES[0]
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, ["bench", "kernels", *arguments])
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["bench", "kernels", *arguments])
 
 
 def test_one_row_is_bound_by_memory_and_many_by_arithmetic():
