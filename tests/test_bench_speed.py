@@ -14,18 +14,8 @@ from loopq_compile.errors import LoopQError
 
 
 def test_the_command(tmp_path: Path) -> None:
-    arguments = [
-        "bench",
-        "speed",
-        "bundled",
-        "--schemes",
-        "w4a8",
-        "--pytorch",
-        "float32",
-        "--json",
-        "--out",
-        str(tmp_path),
-    ]
+    arguments = ["bench", "speed", "bundled", "--schemes", "w4a8", "--methods", "symmetric,quarot", "--head-bits", "8"]
+    arguments += ["--pytorch", "float32", "--json", "--out", str(tmp_path)]
     arguments += ["--prefill", "8", "--decode", "1,2", "--context", "4", "--steps", "2", "--repeats", "1"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -33,8 +23,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert [x["runs"] for x in data] == [
         "PyTorch float32",
         "ONNX Runtime float32",
-        "ours w4a8",
         "ours w4a8, head w8",
+        "ours w4a8 quarot, head w8",
     ]
     for x in data:
         assert x["load_ms"] > 0 and x["memory"] > 0

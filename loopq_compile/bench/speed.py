@@ -30,6 +30,8 @@ def speed(
     job: Job | None = None,
     head_bits: Sequence[int | None] = (None,),
     torch_dtypes: Sequence[str] = ("float32", "bfloat16"),
+    methods: Sequence[str] = ("symmetric",),
+    *,
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Measures a model in several ways, each in a process of its own.
@@ -37,11 +39,13 @@ def speed(
     Args:
         name: by which such a process loads the PyTorch model.
         model: the model itself, which is exported here.
-        schemes: of quantized files, weights rounded to nearest: speed does not depend on the method.
+        schemes: of quantized files, compiled without data.
         forms: of the export: "unrolled", "rolled".
         head_bits: of the head in quantized files, None for floating point.
         job: lengths, batches and repeats; its model is put in here.
         torch_dtypes: in which PyTorch runs the model as it is.
+        methods: that need no data: "symmetric" has nothing in front of its products, "quarot" a transform for every
+            group of linears, as learned methods have.
         say: told what is being measured.
 
     Raises:
@@ -53,7 +57,7 @@ def speed(
         say(f"PyTorch {dtype}")
         data.append({"runs": f"PyTorch {dtype}", "form": "eager", **measure(replace(job, model=name, dtype=dtype))})
     options: dict[str, Any] = {"target": "onnxruntime", "cache": True, "last_token": True}
-    for runs, program in _programs(model, schemes):
+    for runs, program in _programs(model, schemes, methods):
         for form, head in itertools.product(forms, head_bits if program.scheme else (None,)):
             what = f"{runs}, head w{head}" if head else runs
             say(f"{what}, {form}")
@@ -64,11 +68,12 @@ def speed(
     return _report(name, job, data)
 
 
-def _programs(model: nn.Module, schemes: Sequence[str]) -> Iterator[tuple[str, Program]]:
+def _programs(model: nn.Module, schemes: Sequence[str], methods: Sequence[str]) -> Iterator[tuple[str, Program]]:
     example: Any = None if hasattr(model, "prepare_inputs_for_generation") else torch.ones(2, 8, dtype=torch.int64)
     yield "ONNX Runtime float32", Program(Pipeline([TagLoops()]).run(capture(model, example)))
-    for scheme in schemes:
-        yield f"ours {scheme}", compile_model(model, example, scheme=Scheme.parse(scheme), method="symmetric")
+    for scheme, method in itertools.product(schemes, methods):
+        name = f"ours {scheme}" if method == "symmetric" else f"ours {scheme} {method}"
+        yield name, compile_model(model, example, scheme=Scheme.parse(scheme), method=method)
 
 
 def _report(name: str, job: Job, data: list[Values]) -> Report:

@@ -160,6 +160,9 @@ def speed_command(
     model: Model = "bundled",
     repeat: RepeatLayers = None,
     schemes: Schemes = "w4a16,w4a8,w4a4",
+    methods: Annotated[
+        str, typer.Option("--methods", help="That need no data: symmetric; quarot shows what transforms cost.")
+    ] = "symmetric",
     forms: Annotated[str, typer.Option("--forms", help="Of the export: unrolled, rolled.")] = "unrolled",
     heads: Annotated[
         str, typer.Option("--head-bits", metavar="LIST", help="Of quantized files: 0 for a head in floating point.")
@@ -189,7 +192,17 @@ def speed_command(
     lengths, batches = (_whole_numbers(*pair) for pair in (("--prefill", prefill), ("--decode", decode)))
     job = Job(name, prefill=tuple(lengths), decode=tuple(batches), context=context, steps=steps, repeats=repeats)
     bits = [number or None for number in _whole_numbers("--head-bits", heads)]
-    report = speed(name, loaded, names(schemes), names(forms), job, bits, torch_dtypes=names(pytorch), say=note(True))
+    report = speed(
+        name,
+        loaded,
+        names(schemes),
+        names(forms),
+        job,
+        bits,
+        names(pytorch),
+        names(methods),
+        say=note(True),
+    )
     _show(report, out, json, model=name)
 
 
