@@ -143,7 +143,10 @@ print((peak - before) / size)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from Linux's /proc")
 def test_loading_and_packing_stay_near_one_copy(folder: Path, tmp_path: Path) -> None:
-    """A model of 25 million parameters, stored in bfloat16, loaded in float32: at most 1.3 times its 100 MB."""
+    """A model of 25 million parameters, stored in bfloat16, loaded in float32: about one copy, 100 MB.
+
+    A second copy of the weights would make it 2; on a busy machine 1.37 has been seen.
+    """
     config = transformers.LlamaConfig(
         vocab_size=2048, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8
     )
@@ -151,7 +154,7 @@ def test_loading_and_packing_stay_near_one_copy(folder: Path, tmp_path: Path) ->
     command = [sys.executable, "-c", MEASURE, str(folder), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert 0.9 < float(done.stdout) < 1.3
+    assert 0.9 < float(done.stdout) < 1.6
 
 
 def test_tokenizer_and_settings_travel_along(folder: Path, tmp_path: Path) -> None:
