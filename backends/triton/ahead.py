@@ -20,14 +20,19 @@ from loopq_compile.backends.triton.cubin import needs, tensor_core_instructions
 from loopq_compile.backends.triton.kernels.adapter import adapter_kernel
 from loopq_compile.backends.triton.kernels.linear import linear_kernel, sum_parts_kernel
 from loopq_compile.backends.triton.kernels.quantize import quantize_kernel
-from loopq_compile.backends.triton.operators import INTERPRETED, row_constants
+from loopq_compile.backends.triton.operators import (
+    ADAPTER_WARPS,
+    INTERPRETED,
+    SUM_COLUMNS,
+    adapter_constants,
+    row_constants,
+)
 from loopq_compile.errors import LoopQError
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities: A100, RTX 30, RTX 40, H100, B200, RTX 50."""
 SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that one program may have (CUDA C programming guide, table of compute capabilities)."""
-_POINTERS = {"fp32": "*fp32", "bf16": "*bf16"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Case:
         name: for people and tables.
         kernel: the `triton.jit` function.
         types: types of run-time arguments, in Triton's notation.
-        constants: compile-time arguments.
+        constants: compile-time arguments; arguments that are neither here nor in `types` are None.
         warps, stages: as in a launch.
         aligned: run-time numbers that are multiples of 16.
         products: "s8" if the kernel multiplies int8 on tensor cores, "tf32" for transforms, "" for neither.
@@ -125,7 +130,8 @@ def compile_binary(case: Case, architecture: int) -> Any:
     signature = {name: case.types.get(name, "constexpr") for name in names}
     pointers = [name for name, kind in case.types.items() if kind.startswith("*")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in [*pointers, *case.aligned]}
-    source = ASTSource(case.kernel, signature, {(names.index(k),): v for k, v in case.constants.items()}, attributes)
+    given = {name: case.constants.get(name) for name in names if name not in case.types}
+    source = ASTSource(case.kernel, signature, {(names.index(k),): v for k, v in given.items()}, attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
@@ -133,14 +139,11 @@ def compile_binary(case: Case, architecture: int) -> Any:
 def linear_case(name: str, tile: Tile, packed_codes: bool = True, group_size: int = 32) -> Case:
     """The matrix product of a layer with 2048 inputs, with bias, in bfloat16."""
     types = {"codes": "*u8" if packed_codes else "*i8", "scales": "*fp32", "weight": "*u8", "weight_scales": "*fp32"}
-    types |= {"bias": "*bf16", "out": "*fp32" if tile.split > 1 else "*bf16"}
+    types |= {"out": "*fp32"} if tile.split > 1 else {"bias": "*bf16", "out": "*bf16"}
     types |= dict.fromkeys(("rows", "columns", "row", "weight_rows"), "i32")
     constants = {
         "GROUPS": 2048 // group_size,
         "GROUP": group_size,
-        "PACKED_CODES": packed_codes,
-        "PACKED_WEIGHT": True,
-        "HAS_BIAS": True,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "SPLIT": tile.split,
@@ -156,17 +159,23 @@ def quantize_case(
     factors: tuple[int, int] | None,
     *,
     up: bool = False,
-    norm: bool = False,
+    activation: str = "",
+    norm: str = "",
     static: bool = False,
     bits: int = 4,
 ) -> Case:
     """Quantization of tokens in bfloat16 with a diagonal and, where there are factors, a transform in float32."""
     work = tl.float32 if factors else tl.bfloat16
     constants = row_constants(width, 32, width // 32, factors, bits, 0 if static else -8, work)
-    constants |= {"HAS_UP": up, "HAS_NORM": norm, "HAS_GAIN": norm, "HAS_DIAGONAL": factors is not None}
-    floats = ("diagonal", "left", "right", "table", "scales", "scratch")
-    types = {"x": "*bf16", "up": "*bf16", "gain": "*bf16", "codes": "*u8" if bits <= 4 else "*i8"}
-    types |= dict.fromkeys(floats, "*fp32") | {"eps": "fp32", "smallest": "fp32"}
+    constants |= {"ACTIVATION": activation, "NORM": norm}
+    types = {"x": "*bf16", "codes": "*u8" if bits <= 4 else "*i8"}
+    types |= dict.fromkeys(("table", "scales"), "*fp32") | {"eps": "fp32", "smallest": "fp32"}
+    types |= {"up": "*bf16"} if up else {}
+    types |= {"gain": "*bf16"} if norm else {}
+    types |= {"shift": "*bf16"} if norm == "layer" else {}
+    types |= dict.fromkeys(("diagonal", "left", "right"), "*fp32") if factors else {}
+    if constants["D2"] != constants["P2"] or constants["STEP"]:
+        types["scratch"] = "*fp32"
     types |= dict.fromkeys(("x_stride", "up_stride", "loop", "diagonal_rows", "factor_rows", "table_rows"), "i32")
     label = f"{name} {'static' if static else 'dynamic'} a{bits}"
     warps = row_warps(constants["P1"] * constants["P2"])
@@ -178,16 +187,13 @@ def adapter_case(name: str = "adapter", width: int = 2048, rank: int = 8) -> Cas
     """The transition adapter in bfloat16 with float32 tables."""
     types = dict.fromkeys(("gate", "gain", "shift", "mix", "down", "up"), "*fp32") | {"u": "*bf16", "out": "*bf16"}
     types |= dict.fromkeys(("u_stride", "loop", "table_rows"), "i32") | {"eps": "fp32"}
-    constants = {"WIDTH": width, "RANK": rank, "PADDED_RANK": triton.next_power_of_2(rank), "BLOCK": 512}
-    return Case(name, adapter_kernel, types, constants, 4, 3, ("u_stride",))
+    return Case(name, adapter_kernel, types, adapter_constants(width, rank), ADAPTER_WARPS, 3, ("u_stride",))
 
 
 def sum_case(split: int = 4) -> Case:
     """What adds up the parts of the decode variant."""
     types = {"parts": "*fp32", "bias": "*bf16", "out": "*bf16", "rows": "i32", "columns": "i32"}
-    return Case(
-        "decode sum", sum_parts_kernel, types, {"HAS_BIAS": True, "SPLIT": split, "COLUMNS": 256}, 1, 3, ("columns",)
-    )
+    return Case("decode sum", sum_parts_kernel, types, {"SPLIT": split, "COLUMNS": SUM_COLUMNS}, 1, 3, ("columns",))
 
 
 def default_cases() -> list[Case]:
@@ -200,9 +206,12 @@ def default_cases() -> list[Case]:
     ]
     cases.append(sum_case())
     cases += [quantize_case("quantize", 2048, None), quantize_case("quantize", 2048, None, static=True, bits=8)]
-    cases.append(quantize_case("norm+transform", 2048, (32, 64), norm=True))
-    cases.append(quantize_case("norm+transform", 2048, (32, 64), norm=True, static=True, bits=8))
-    cases.append(quantize_case("swiglu+transform", 5632, (64, 88), up=True))
+    cases.append(quantize_case("norm+transform", 2048, (32, 64), norm="rms"))
+    cases.append(quantize_case("norm+transform", 2048, (32, 64), norm="rms", static=True, bits=8))
+    cases.append(quantize_case("swiglu+transform", 5632, (64, 88), activation="silu", up=True))
+    cases.append(quantize_case("gelu+transform", 4096, (64, 64), activation="gelu"))
+    cases.append(quantize_case("gelu_tanh", 4096, None, activation="gelu_tanh"))
+    cases.append(quantize_case("layer norm+transform", 768, (24, 32), norm="layer"))
     return [*cases, adapter_case()]
 
 
