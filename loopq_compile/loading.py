@@ -44,6 +44,11 @@ class Loaded(NamedTuple):
             "model" if isinstance(self.model, nn.Module) else "program" if isinstance(self.model, Program) else "onnx"
         )
 
+    def files(self) -> dict[str, str]:
+        """What travels along with a program or an export: text by file name."""
+        tokenizer = {TOKENIZER_FILE: self.tokenizer.to_str(pretty=True)} if self.tokenizer is not None else {}
+        return {**tokenizer, **self.settings}
+
 
 def load_model(
     name_or_path: str | Path, *, trust_remote_code: bool = False, allow_pickle: bool = False, dtype: str = "float32"
@@ -134,8 +139,7 @@ def save_tokenizer(tokenizer: Tokenizer | None, folder: str | Path) -> None:
 
 def save_beside(loaded: Loaded, folder: str | Path) -> None:
     """Puts `tokenizer.json` and the settings beside an export."""
-    save_tokenizer(loaded.tokenizer, folder)
-    for name, text in loaded.settings.items():
+    for name, text in loaded.files().items():
         (Path(folder) / name).write_text(text, encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ strides, the loop) stays a run-time argument here, with the divisibility that th
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.compiler.compiler import get_cache_invalidating_env_vars
+from triton.runtime.cache import get_cache_key
 
 from loopq_compile.backends.triton.configurations import DECODE, MIDDLE, PREFILL, Tile, row_warps, tuning_grid
 from loopq_compile.backends.triton.cubin import needs, tensor_core_instructions
@@ -45,7 +48,7 @@ class Case:
         types: types of run-time arguments, in Triton's notation.
         constants: compile-time arguments; arguments that are neither here nor in `types` are None.
         warps, stages: as in a launch.
-        aligned: run-time numbers that are multiples of 16.
+        aligned: pointers and run-time numbers that are multiples of 16.
         products: "s8" if the kernel multiplies int8 on tensor cores, "tf32" for transforms, "" for neither.
     """
 
@@ -122,18 +125,71 @@ def compile_binary(case: Case, architecture: int) -> Any:
     Raises:
         LoopQError: the architecture is none of `ARCHITECTURES`, or this process interprets kernels.
     """
+    check_architecture(architecture)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    return triton.compile(_source(case), target=_target(architecture), options=options)
+
+
+def cache_key(case: Case, architecture: int) -> str:
+    """The name of the entry in Triton's cache under which a launch looks for the compiled case.
+
+    Raises:
+        LoopQError: as `compile_binary`.
+    """
+    check_architecture(architecture)
+    backend = make_backend(_target(architecture))
+    options = backend.parse_options({"num_warps": case.warps, "num_stages": case.stages})
+    key = get_cache_key(_source(case), backend, options, get_cache_invalidating_env_vars())
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def check_architecture(architecture: int) -> None:
+    """Refuses what cannot be compiled for.
+
+    Raises:
+        LoopQError: the architecture is none of `ARCHITECTURES`, or this process interprets kernels.
+    """
     if INTERPRETED:
         raise LoopQError("TRITON_INTERPRET=1 is set: kernels run on the CPU and are not compiled. Unset it.")
     if architecture not in ARCHITECTURES:
         raise LoopQError(f"sm_{architecture} is not supported; there are {', '.join(map(str, ARCHITECTURES))}.")
+
+
+def _target(architecture: int) -> GPUTarget:
+    return GPUTarget("cuda", architecture, 32)
+
+
+def _source(case: Case) -> ASTSource:
+    """What Triton compiles, in the form in which its launcher states it: that is part of the key in the cache."""
     names = case.kernel.arg_names
     signature = {name: case.types.get(name, "constexpr") for name in names}
-    pointers = [name for name, kind in case.types.items() if kind.startswith("*")]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in [*pointers, *case.aligned]}
-    given = {name: case.constants.get(name) for name in names if name not in case.types}
-    source = ASTSource(case.kernel, signature, {(names.index(k),): v for k, v in given.items()}, attributes)
-    options = {"num_warps": case.warps, "num_stages": case.stages}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    attributes = {
+        (parameter.num,): [["tt.divisibility", 16]] if parameter.name in case.aligned else []
+        for parameter in case.kernel.params
+        if signature[parameter.name] == "constexpr" or _is_specialized(parameter, signature[parameter.name])
+    }
+    given = {(i,): case.constants.get(name) for i, name in enumerate(names) if name not in case.types}
+    return ASTSource(case.kernel, signature, given, attributes)
+
+
+def _is_specialized(parameter: Any, kind: str) -> bool:
+    """Whether a launch looks at the value of a run-time argument."""
+    return not parameter.do_not_specialize and (kind.startswith("*") or kind in ("i32", "i64"))
+
+
+def _case(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    aligned: tuple[str, ...],
+    products: str = "",
+) -> Case:
+    """A case whose pointers are all aligned, as whole tensors are."""
+    pointers = (name for name, kind in types.items() if kind.startswith("*"))
+    return Case(name, kernel, types, constants, warps, stages, (*pointers, *aligned), products)
 
 
 def linear_case(name: str, tile: Tile, packed_codes: bool = True, group_size: int = 32) -> Case:
@@ -150,7 +206,7 @@ def linear_case(name: str, tile: Tile, packed_codes: bool = True, group_size: in
         "STAGES": tile.stages,
     }
     label = f"{name} {'w4a4' if packed_codes else 'w4a8'}"
-    return Case(label, linear_kernel, types, constants, tile.warps, tile.stages, ("columns",), "s8")
+    return _case(label, linear_kernel, types, constants, tile.warps, tile.stages, ("columns",), "s8")
 
 
 def quantize_case(
@@ -180,20 +236,20 @@ def quantize_case(
     label = f"{name} {'static' if static else 'dynamic'} a{bits}"
     warps = row_warps(constants["P1"] * constants["P2"])
     strides = ("x_stride", "up_stride")
-    return Case(label, quantize_kernel, types, constants, warps, 3, strides, "tf32" if factors else "")
+    return _case(label, quantize_kernel, types, constants, warps, 3, strides, "tf32" if factors else "")
 
 
 def adapter_case(name: str = "adapter", width: int = 2048, rank: int = 8) -> Case:
     """The transition adapter in bfloat16 with float32 tables."""
     types = dict.fromkeys(("gate", "gain", "shift", "mix", "down", "up"), "*fp32") | {"u": "*bf16", "out": "*bf16"}
     types |= dict.fromkeys(("u_stride", "loop", "table_rows"), "i32") | {"eps": "fp32"}
-    return Case(name, adapter_kernel, types, adapter_constants(width, rank), ADAPTER_WARPS, 3, ("u_stride",))
+    return _case(name, adapter_kernel, types, adapter_constants(width, rank), ADAPTER_WARPS, 3, ("u_stride",))
 
 
 def sum_case(split: int = 4) -> Case:
     """What adds up the parts of the decode variant."""
     types = {"parts": "*fp32", "bias": "*bf16", "out": "*bf16", "rows": "i32", "columns": "i32"}
-    return Case("decode sum", sum_parts_kernel, types, {"SPLIT": split, "COLUMNS": SUM_COLUMNS}, 1, 3, ("columns",))
+    return _case("decode sum", sum_parts_kernel, types, {"SPLIT": split, "COLUMNS": SUM_COLUMNS}, 1, 3, ("columns",))
 
 
 def default_cases() -> list[Case]:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 
 DECODE_ROWS = 16
 """Up to so many rows the decode variant runs: a tile of 16 rows, split along k."""
+MIDDLE_ROWS = 128
+"""Up to so many rows a product is cut into small tiles."""
 WIDEST_PLAIN, WIDEST_TILE = 16384, 8192
 """Numbers of one token that a program holds in registers, without and with a transform (its tile is padded to powers of
 two). Tiles of 128 x 128 spill on every architecture."""
@@ -49,7 +51,7 @@ PREFILL, MIDDLE, DECODE = Tile(128, 128, 8, 3), Tile(64, 64, 4, 3), Tile(16, 64,
 
 def linear_tile(rows: int, columns: int, groups: int) -> Tile:
     """The default tile for a product of `rows x columns` outputs over `groups` groups."""
-    if rows > 128:
+    if rows > MIDDLE_ROWS:
         return PREFILL
     if rows > DECODE_ROWS:
         return MIDDLE

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from loopq_compile.backends.triton.configurations import WIDEST_PLAIN, WIDEST_TILE
+from loopq_compile.backends.triton.decode import StaticDecoder, capture_cuda_graph, check_cuda_graphs
 from loopq_compile.backends.triton.operators import INTERPRETED
 from loopq_compile.errors import LoopQError
 from loopq_compile.operators import ops
@@ -41,6 +42,7 @@ class TritonExecutable(nn.Module):
         lines = get_state(graph_module).results.get(RESULTS, [])
         self.report = [Entry(**line | {"parts": tuple(line["parts"])}) for line in lines]
         """What was fused, and why the rest was not: an `Entry` for every place."""
+        self.loops = get_state(graph_module).loops.count
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same call, on the executable's device.
@@ -51,6 +53,20 @@ class TritonExecutable(nn.Module):
         inputs = [value.to(self.device) for value in self.signature.bind(args, kwargs)]
         with torch.no_grad():
             return self.signature.restore(self.graph_module(*inputs))
+
+    def static_decoder(self, capacity: int = 2048, *, cuda_graph: bool = True) -> StaticDecoder:
+        """What decodes with fixed shapes, a step with all loops as one CUDA graph; for `generation.generate`.
+
+        Args:
+            capacity: most tokens of prompt and continuation together; every step costs as much as one that has so many.
+            cuda_graph: False runs the step launch by launch, on any device.
+
+        Raises:
+            LoopQError: there is no GPU, or the program has no key-value cache (`program.with_cache(last_token=True)`).
+        """
+        if cuda_graph:
+            check_cuda_graphs()
+        return StaticDecoder(self, capacity, capture_cuda_graph if cuda_graph else None)
 
 
 def lower(program: Any, *, fallback: bool = False, device: str | torch.device | None = None) -> TritonExecutable:
@@ -66,28 +82,41 @@ def lower(program: Any, *, fallback: bool = False, device: str | torch.device | 
         LoopQError: there is no GPU that can run the kernels, or nothing in the program can be fused; the message says
             what to do.
     """
-    target = _device(device, fallback)
+    target = device_for(device, fallback)
     kernels = target.type == "cuda" or INTERPRETED
+    graph_module = fuse(program, may_fail=fallback)
+    if kernels:
+        use_kernels(graph_module)
+    return TritonExecutable(graph_module, target, kernels).to(target)
+
+
+def fuse(program: Any, may_fail: bool = False) -> fx.GraphModule:
+    """A private copy of a program, on the `loopq::` operators that have a kernel.
+
+    Args:
+        program: as for `lower`.
+        may_fail: return the copy as it is where nothing can be fused.
+
+    Raises:
+        LoopQError: nothing can be fused; the message says why.
+    """
     graph_module = Pipeline([FuseLinears(_LIMITS), FuseAdapters()], "triton").run(
         _private_copy(getattr(program, "graph_module", program))
     )
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             node.meta.pop("val", None)
-    executable = TritonExecutable(graph_module, target, kernels)
-    fused = [line for line in executable.report if line.parts]
-    if not fused and not fallback:
-        reasons = "; ".join(sorted({line.reason for line in executable.report})) or "it has no quantized linear"
+    lines = get_state(graph_module).results.get(RESULTS, [])
+    if not any(line["parts"] for line in lines) and not may_fail:
+        reasons = "; ".join(sorted({line["reason"] for line in lines})) or "it has no quantized linear"
         raise LoopQError(
             f"No kernel fits this program: {reasons}. Compile it with packed weights and quantized activations, "
             f"such as scheme='w4a4', do not roll it, or pass fallback=True to run it in PyTorch."
         )
-    if kernels:
-        _use_kernels(graph_module)
-    return executable.to(target)
+    return graph_module
 
 
-def _device(wanted: str | torch.device | None, fallback: bool) -> torch.device:
+def device_for(wanted: str | torch.device | None, fallback: bool) -> torch.device:
     """Where to run.
 
     Raises:
@@ -124,8 +153,8 @@ def _private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def _use_kernels(graph_module: fx.GraphModule) -> None:
-    """Fused operators become launches. Constants that kernels read lie contiguously."""
+def use_kernels(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Fused operators become launches, in place. Constants that kernels read lie contiguously."""
     for name in _NAMES:
         definition = getattr(ops, name).default
         kernel = getattr(torch.ops.loopq_triton, name).default
@@ -138,3 +167,4 @@ def _use_kernels(graph_module: fx.GraphModule) -> None:
                 module._buffers[name] = tensor.contiguous()
     graph_module.graph.lint()
     graph_module.recompile()
+    return graph_module

@@ -32,7 +32,8 @@ SUM_COLUMNS, ADAPTER_WARPS = 256, 4
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def _launcher(kernel: Any) -> Any:
+def launcher(kernel: Any) -> Any:
+    """What launches `kernel`; `launches` puts a recorder in its place."""
     return kernel if INTERPRETED else wrap_triton(kernel)
 
 
@@ -92,7 +93,7 @@ def quantize_packed(
     scratch = torch.empty((count, width), dtype=torch.float32, device=x.device) if through_memory else None
     strides = rows.stride(0), 0 if others is None else others.stride(0)
     lengths = [1 if table is None else table.shape[0] for table in (diagonal, left, table)]
-    _launcher(quantize_kernel)[(count,)](
+    launcher(quantize_kernel)[(count,)](
         *(rows, others, gain, shift, diagonal, left, right, table, codes, scales, scratch),
         *strides,
         loop,
@@ -118,7 +119,7 @@ def packed_linear(codes, scale, weight, weight_scale, bias, row, group_size, dty
     if tile.split > 1:
         target = torch.empty((tile.split, rows, columns), dtype=torch.float32, device=codes.device)
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-    _launcher(linear_kernel)[(programs, tile.split)](
+    launcher(linear_kernel)[(programs, tile.split)](
         *(codes, scale, weight, weight_scale, None if tile.split > 1 else bias, target),
         *(rows, columns, row, weight.shape[0]),
         GROUPS=groups,
@@ -131,7 +132,7 @@ def packed_linear(codes, scale, weight, weight_scale, bias, row, group_size, dty
         num_stages=tile.stages,
     )
     if tile.split > 1:
-        _launcher(sum_parts_kernel)[(rows, triton.cdiv(columns, SUM_COLUMNS))](
+        launcher(sum_parts_kernel)[(rows, triton.cdiv(columns, SUM_COLUMNS))](
             target, bias, out, rows, columns, SPLIT=tile.split, COLUMNS=SUM_COLUMNS, num_warps=1
         )
     return out
@@ -143,7 +144,7 @@ def transition_adapter_row(u, gate, gain, shift, mix, down, up, loop):
     rows = as_rows(u)
     count, width = rows.shape
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    _launcher(adapter_kernel)[(count,)](
+    launcher(adapter_kernel)[(count,)](
         *(rows, gate, gain, shift, mix, down, up, out),
         *(rows.stride(0), loop, gate.shape[0], EPSILON),
         **adapter_constants(width, down.shape[1]),

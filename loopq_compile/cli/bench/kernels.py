@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from loopq_compile.cli.bench.options import Out, show, whole_numbers
-from loopq_compile.cli.common import Json
+from loopq_compile.cli.bench.options import Out, show
+from loopq_compile.cli.common import Json, whole_numbers
 from loopq_compile.errors import LoopQError
 
 
