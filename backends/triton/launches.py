@@ -35,11 +35,12 @@ _TYPES = {
 _ALIGNMENT, _LARGEST_INT32 = 16, (1 << 31) - 1
 
 
-def launches(graph_module: fx.GraphModule, rows: Sequence[int] = ROWS) -> list[Case]:
+def launches(graph_module: fx.GraphModule, architecture: int | None = None, rows: Sequence[int] = ROWS) -> list[Case]:
     """The kernels of a graph of `loopq_triton::` operators, each once.
 
     Args:
         graph_module: with its compiler state.
+        architecture: whose tiles a product would run with; None for the defaults.
         rows: numbers of tokens to look at.
 
     Raises:
@@ -50,7 +51,7 @@ def launches(graph_module: fx.GraphModule, rows: Sequence[int] = ROWS) -> list[C
     found: dict[str, Case] = {}
     signature = get_state(graph_module).signature
     for count in rows:
-        with recording(lambda case: found.setdefault(repr(case), case)):
+        with recording(lambda case: found.setdefault(repr(case), case), architecture):
             run_fake(graph_module, signature, count)
     return list(found.values())
 
@@ -79,14 +80,15 @@ def _shape(spec: Sequence[int | str], count: int) -> list[int]:
 
 
 @contextmanager
-def recording(keep: Callable[[Case], Any]) -> Iterator[None]:
-    """Inside, launches are not made but handed to `keep`."""
-    before = operators.launcher
+def recording(keep: Callable[[Case], Any], architecture: int | None = None) -> Iterator[None]:
+    """Inside, launches are not made but handed to `keep`, as they would be on `architecture`."""
+    before = operators.launcher, operators.architecture_of
     operators.launcher = lambda kernel: _Recorder(kernel, keep)  # type: ignore[assignment]
+    operators.architecture_of = lambda device: architecture  # type: ignore[assignment]
     try:
         yield
     finally:
-        operators.launcher = before
+        operators.launcher, operators.architecture_of = before  # type: ignore[assignment]
 
 
 class _Recorder:

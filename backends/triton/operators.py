@@ -7,6 +7,7 @@ tensors that are not on a GPU they run only in Triton's interpreter.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -35,6 +36,15 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 def launcher(kernel: Any) -> Any:
     """What launches `kernel`; `launches` puts a recorder in its place."""
     return kernel if INTERPRETED else wrap_triton(kernel)
+
+
+@functools.cache
+def architecture_of(device: torch.device) -> int | None:
+    """Compute capability times ten of a CUDA device, None for others; `launches` puts another in its place."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -113,7 +123,7 @@ def packed_linear(codes, scale, weight, weight_scale, bias, row, group_size, dty
     """See `loopq_compile.operators.packed.packed_linear`."""
     groups, columns = weight_scale.shape[-2:]
     rows = codes.numel() // codes.shape[-1]
-    tile = linear_tile(rows, columns, groups)
+    tile = linear_tile(rows, columns, groups, architecture_of(codes.device))
     out = torch.empty((*codes.shape[:-1], columns), dtype=dtype, device=codes.device)
     target = out
     if tile.split > 1:

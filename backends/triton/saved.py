@@ -47,7 +47,7 @@ class Saved:
 
     Args:
         path: the folder.
-        kernels: how many different kernels the program launches.
+        kernels: how many were compiled, for all architectures together.
         architectures: that they were compiled for.
         bytes: of all compiled kernels.
     """
@@ -83,10 +83,10 @@ def save(
     for architecture in architectures:
         check_architecture(architecture)
     graph_module = fuse(program)
-    cases = launches(use_kernels(fuse(program)))
+    lowered = use_kernels(fuse(program))
     entries, tensors = [], {}
-    for case in cases:
-        for architecture in architectures:
+    for architecture in architectures:
+        for case in launches(lowered, architecture):
             key = cache_key(case, architecture)
             entries.append({"key": key, "architecture": architecture, **_case_to_dict(case)})
             tensors |= {f"{key}.{kind}": data for kind, data in _binary(case, architecture).items()}
@@ -94,7 +94,7 @@ def save(
     files: dict[str, str | bytes] = {**(extra_files or {}), CASE_FILE: described, BINARY_FILE: save_tensors(tensors)}
     artifact.save(graph_module, directory, files)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    return Saved(str(directory), len(cases), tuple(architectures), size)
+    return Saved(str(directory), len(entries), tuple(architectures), size)
 
 
 def load(

@@ -94,6 +94,7 @@ def ask(monkeypatch, cache, graph_module, architecture, lengths=LENGTHS):
     monkeypatch.setattr(triton.knobs.cache, "dir", str(cache))
     monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
     monkeypatch.setattr(operators, "launcher", WarmUp)
+    monkeypatch.setattr(operators, "architecture_of", lambda device: architecture)
     monkeypatch.setattr(driver, "_active", Driver(architecture))
     for length in lengths:
         launches.run_fake(graph_module, get_state(graph_module).signature, length)
