@@ -16,6 +16,7 @@ from loopq_compile.operators import ops
 from loopq_compile.passes.fuse_adapters import FuseAdapters
 from loopq_compile.passes.fuse_linears import FuseLinears
 from loopq_compile.passes.fusion import RESULTS, Entry, Limits
+from loopq_compile.passes.roll_loops import RollLoops
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.state import attach_state, get_state
 
@@ -69,13 +70,17 @@ class TritonExecutable(nn.Module):
         return StaticDecoder(self, capacity, capture_cuda_graph if cuda_graph else None)
 
 
-def lower(program: Any, *, fallback: bool = False, device: str | torch.device | None = None) -> TritonExecutable:
+def lower(
+    program: Any, *, fallback: bool = False, rolled: bool = False, device: str | torch.device | None = None
+) -> TritonExecutable:
     """Fuses a private copy of a `Program` (or graph module) and moves it to a GPU.
 
     Args:
         program: with packed weights and quantized activations, not rolled.
         fallback: where no kernel can run (no GPU, an old one), run the fused graph's definitions in PyTorch, slowly.
             Where nothing can be fused, run the graph as it is.
+        rolled: the iterations of every loop as one body, to which the loop's number is an argument: a graph that does
+            not grow with the loops. Its transition adapters run in PyTorch.
         device: a CUDA device, by default the current one; the CPU in Triton's interpreter and for the fallback.
 
     Raises:
@@ -84,23 +89,23 @@ def lower(program: Any, *, fallback: bool = False, device: str | torch.device | 
     """
     target = device_for(device, fallback)
     kernels = target.type == "cuda" or INTERPRETED
-    graph_module = fuse(program, may_fail=fallback)
+    graph_module = fuse(program, rolled=rolled, may_fail=fallback)
     if kernels:
         use_kernels(graph_module)
     return TritonExecutable(graph_module, target, kernels).to(target)
 
 
-def fuse(program: Any, may_fail: bool = False) -> fx.GraphModule:
+def fuse(program: Any, *, rolled: bool = False, may_fail: bool = False) -> fx.GraphModule:
     """A private copy of a program, on the `loopq::` operators that have a kernel.
 
     Args:
-        program: as for `lower`.
+        program, rolled: as for `lower`.
         may_fail: return the copy as it is where nothing can be fused.
 
     Raises:
-        LoopQError: nothing can be fused; the message says why.
+        LoopQError: nothing can be fused, or iterations differ and cannot be rolled; the message says why.
     """
-    graph_module = Pipeline([FuseLinears(_LIMITS), FuseAdapters()], "triton").run(
+    graph_module = Pipeline([FuseLinears(_LIMITS), RollLoops() if rolled else FuseAdapters()], "triton").run(
         _private_copy(getattr(program, "graph_module", program))
     )
     for node in graph_module.graph.nodes:
@@ -111,7 +116,7 @@ def fuse(program: Any, may_fail: bool = False) -> fx.GraphModule:
         reasons = "; ".join(sorted({line["reason"] for line in lines})) or "it has no quantized linear"
         raise LoopQError(
             f"No kernel fits this program: {reasons}. Compile it with packed weights and quantized activations, "
-            f"such as scheme='w4a4', do not roll it, or pass fallback=True to run it in PyTorch."
+            f"such as scheme='w4a4', leave rolling to lower(rolled=True), or pass fallback=True to run it in PyTorch."
         )
     return graph_module
 
@@ -155,16 +160,14 @@ def _private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 def use_kernels(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Fused operators become launches, in place. Constants that kernels read lie contiguously."""
-    for name in _NAMES:
-        definition = getattr(ops, name).default
-        kernel = getattr(torch.ops.loopq_triton, name).default
-        for node in graph_module.graph.nodes:
-            if node.target is definition:
-                node.target = kernel
+    kernels = {getattr(ops, name).default: getattr(torch.ops.loopq_triton, name).default for name in _NAMES}
     for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                node.target = kernels.get(node.target, node.target)
+            module.graph.lint()
+            module.recompile()
         for name, tensor in list(module._buffers.items()):
             if isinstance(tensor, Tensor):
                 module._buffers[name] = tensor.contiguous()
-    graph_module.graph.lint()
-    graph_module.recompile()
     return graph_module
