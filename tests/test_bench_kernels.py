@@ -58,9 +58,7 @@ def test_the_table_says_that_it_is_an_estimate(tmp_path):
 
 
 def test_a_spilling_kernel_fails_the_command(monkeypatch):
-    monkeypatch.setattr(
-        ahead, "default_cases", lambda group_size: [ahead.linear_case("large", ahead.Tile(128, 128, 4, 3))]
-    )
+    monkeypatch.setattr(ahead, "default_cases", lambda *sizes: [ahead.linear_case("large", ahead.Tile(128, 128, 4, 3))])
     done = run("--static", "--sm", "86")
     assert done.exit_code == 1 and "spills" in done.output
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.compiler.compiler import get_cache_invalidating_env_vars
 from triton.runtime.cache import get_cache_key
 
-from loopq_compile.backends.triton.configurations import DECODE, MIDDLE, PREFILL, Tile, row_warps, tuning_grid
+from loopq_compile.backends.triton.configurations import Tile, row_warps, tile_of_kind, tuning_grid
 from loopq_compile.backends.triton.cubin import needs, tensor_core_instructions
 from loopq_compile.backends.triton.kernels.adapter import adapter_kernel
 from loopq_compile.backends.triton.kernels.linear import linear_kernel, sum_parts_kernel
@@ -264,11 +264,13 @@ def sum_case(split: int = 4) -> Case:
     return _case("decode sum", sum_parts_kernel, types, {"SPLIT": split, "COLUMNS": SUM_COLUMNS}, 1, 3, ("columns",))
 
 
-def default_cases(group_size: int = 32) -> list[Case]:
-    """Every kernel in its default configuration, at the sizes of Ouro 1.4B (width 2048, MLP 5632)."""
+def default_cases(group_size: int = 32, architecture: int | None = None) -> list[Case]:
+    """Every kernel as it runs on an architecture, at the sizes of Ouro 1.4B (width 2048, MLP 5632)."""
     cases = [
-        linear_case(name, replace(tile, split=4 if name == "decode" else 1), packed, group_size)
-        for name, tile in (("prefill", PREFILL), ("middle", MIDDLE), ("decode", DECODE))
+        linear_case(
+            kind, replace(tile_of_kind(kind, architecture), split=4 if kind == "decode" else 1), packed, group_size
+        )
+        for kind in ("prefill", "middle", "decode")
         for packed in (True, False)
     ]
     quantize = functools.partial(quantize_case, group_size=group_size)
@@ -288,8 +290,10 @@ def tuning_cases(group_size: int = 32) -> list[Case]:
     return [linear_case(f"{name} {tile}", tile, packed, group_size) for name, tile in tiles for packed in (True, False)]
 
 
-def compile_all(cases: Sequence[Case], architectures: Sequence[int] = ARCHITECTURES) -> Iterator[Compiled]:
-    """Compiles every case for every architecture, one result at a time."""
-    for case in cases:
-        for architecture in architectures:
+def compile_all(
+    cases: Callable[[int], Sequence[Case]], architectures: Sequence[int] = ARCHITECTURES
+) -> Iterator[Compiled]:
+    """Compiles the cases of every architecture, one result at a time; the same case of all of them in a row."""
+    for column in zip(*(cases(architecture) for architecture in architectures), strict=True):
+        for case, architecture in zip(column, architectures, strict=True):
             yield compile_case(case, architecture)

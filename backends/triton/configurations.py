@@ -77,7 +77,7 @@ def linear_tile(rows: int, columns: int, groups: int, architecture: int | None =
         architecture: compute capability times ten, whose entry in the tables is used; None for the defaults.
     """
     kind = kind_of(rows)
-    tile = _forced or tables().get(str(architecture), {}).get(kind) or KINDS[kind]
+    tile = _forced or tile_of_kind(kind, architecture)
     if kind != "decode":
         return tile
     split = 1
@@ -85,6 +85,11 @@ def linear_tile(rows: int, columns: int, groups: int, architecture: int | None =
     while programs * split < TARGET_PROGRAMS and groups >= 2 * split * SMALLEST_SHARE:
         split *= 2
     return replace(tile, split=split)
+
+
+def tile_of_kind(kind: str, architecture: int | None = None) -> Tile:
+    """What the tables have for an architecture, or the default."""
+    return tables().get(str(architecture), {}).get(kind) or KINDS[kind]
 
 
 @contextmanager

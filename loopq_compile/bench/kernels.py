@@ -116,8 +116,11 @@ def static_report(
     if group_size not in GROUP_SIZES:
         sizes = ", ".join(map(str, GROUP_SIZES))
         raise LoopQError(f"Kernels have groups of {sizes}, which are single steps along k; got {group_size}.")
-    known = ahead.tuning_cases(group_size) if grid else ahead.default_cases(group_size)
-    cases = [case for case in known if kernels in case.name]
+
+    def cases(architecture: int) -> list[ahead.Case]:
+        known = ahead.tuning_cases(group_size) if grid else ahead.default_cases(group_size, architecture)
+        return [case for case in known if kernels in case.name]
+
     found = list(ahead.compile_all(cases, architectures or ahead.ARCHITECTURES))
     failed = sum(bool(compiled.problems) for compiled in found)
     return Report(
