@@ -106,7 +106,7 @@ def fuse(program: Any, *, rolled: bool = False, may_fail: bool = False) -> fx.Gr
         LoopQError: nothing can be fused, or iterations differ and cannot be rolled; the message says why.
     """
     graph_module = Pipeline([FuseLinears(_LIMITS), RollLoops() if rolled else FuseAdapters()], "triton").run(
-        _private_copy(getattr(program, "graph_module", program))
+        private_copy(getattr(program, "graph_module", program))
     )
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
@@ -148,7 +148,7 @@ def device_for(wanted: str | torch.device | None, fallback: bool) -> torch.devic
     return device if device is not None and device.type != "cuda" else torch.device("cpu")
 
 
-def _private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
+def private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy to fuse; the program keeps its graph, and tensors are shared until they are packed."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))

@@ -29,7 +29,7 @@ from triton.runtime.cache import get_cache_manager
 
 from loopq_compile import artifact
 from loopq_compile.backends.triton.ahead import ARCHITECTURES, Case, cache_key, check_architecture, compile_binary
-from loopq_compile.backends.triton.executable import TritonExecutable, device_for, fuse, use_kernels
+from loopq_compile.backends.triton.executable import TritonExecutable, device_for, fuse, private_copy, use_kernels
 from loopq_compile.backends.triton.kernels import KERNELS
 from loopq_compile.backends.triton.launches import launches
 from loopq_compile.backends.triton.operators import INTERPRETED
@@ -83,7 +83,7 @@ def save(
     for architecture in architectures:
         check_architecture(architecture)
     graph_module = fuse(program)
-    lowered = use_kernels(fuse(program))
+    lowered = use_kernels(private_copy(graph_module))
     entries, tensors = [], {}
     for architecture in architectures:
         for case in launches(lowered, architecture):
