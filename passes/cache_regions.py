@@ -55,6 +55,7 @@ _LAYOUT = {
     *(_aten.transpose.int, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.default, _aten.flatten.using_ints),
     *(_aten.unflatten.int, _aten.alias.default, _aten.detach.default, _aten._unsafe_view.default),
     *(_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other, _aten._to_copy.default),
+    _aten.type_as.default,
     *(_aten.embedding.default, _aten.dropout.default, _aten.zeros_like.default, _aten.ones_like.default),
     *(_aten.full_like.default, _aten.new_ones.default, _aten.new_zeros.default, _aten.new_full.default),
 }

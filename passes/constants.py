@@ -45,11 +45,11 @@ def independent_nodes(graph: fx.Graph, sizes: bool = False) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        if node.op == "get_attr" or (sizes and node.target is _aten.sym_size.int and inputs[0].op == "placeholder"):
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        is_computed = node.op == "call_function" and not is_random and (inputs or node.target in _MADE)
+        is_size = sizes and node.target is _aten.sym_size.int and inputs[0].op == "placeholder"
+        if node.op == "get_attr" or is_size or (is_computed and all(argument in found for argument in inputs)):
             found.add(node)
-        elif node.op == "call_function" and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-            if all(argument in found for argument in inputs) and (inputs or node.target in _MADE):
-                found.add(node)
     return found
 
 

@@ -31,8 +31,9 @@ class RollLoops(Pass):
 
     What iterations compute from their number alone, and not all in the same way (LoopFormer's time, which starts as
     zero), is left in front of the loop, as a table with a row for each. If the first iteration still differs from the
-    others (Parcae-like injection from the second loop on), it stays in front of the loop. Iterations of nested loops stay unrolled inside the body. The result is the unrolled program's
-    to the last bit. Does nothing without loops, and to loops that are rolled already.
+    others (Parcae-like injection from the second loop on), it stays in front of the loop. Iterations of nested loops
+    stay unrolled inside the body. The result is the unrolled program's to the last bit. Does nothing without loops, and
+    to loops that are rolled already.
 
     Raises:
         LoopQError: iterations differ beyond data; names the node and the loop.

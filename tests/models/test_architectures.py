@@ -22,33 +22,7 @@ from loopq_compile.models import (
     ParcaeConfig,
 )
 from loopq_compile.program import Program
-
-VOCABULARY = 64
-LOOPFORMER = LoopFormerConfig(block_size=32, vocab_size=VOCABULARY, n_layer=1, n_head=2, n_embd=32, intermediate_dim=64)
-PARCAE = ParcaeConfig(
-    padded_vocab_size=VOCABULARY, n_embd=32, intermediate_size=64, num_attention_heads=2, n_layers_in_prelude=1,
-    n_layers_in_recurrent_block=1, n_layers_in_coda=1, mean_recurrence=3, mean_backprop_depth=3,
-    recurrent_embedding_dimension=32, recurrent_intermediation_embedding_dimension=64, logit_softcap=15.0,
-)  # fmt: skip
-HUGINN = HuginnConfig(
-    vocab_size=VOCABULARY, n_embd=32, n_heads=2, intermediate_size=64, n_layers_in_prelude=1,
-    n_layers_in_recurrent_block=1, n_layers_in_coda=1, mean_recurrence=3,
-)  # fmt: skip
-OURO = OuroConfig(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-    total_ut_steps=3,
-)  # fmt: skip
-
-
-def with_random_weights(model: nn.Module) -> nn.Module:
-    """No gate is zero and no norm is one, so that nothing hides behind an initialisation."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1 + 0.3 * noise)
-    return model.eval()
-
+from tests.looped_models import HUGINN, LOOPFORMER, OURO, PARCAE, VOCABULARY, with_random_weights
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "ouro": (lambda: Ouro(OURO), "3 x (model.layers, model.norm, model.early_exit_gate)"),
