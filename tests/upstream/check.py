@@ -17,7 +17,7 @@ import io
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,8 +131,7 @@ UPSTREAMS = {
             "position ids": lambda model, ids: {"position_ids": backwards(ids).expand(len(ids), -1)},
             "inputs_embeds": lambda model, ids: {"input_ids": None, "inputs_embeds": embedded(model, ids)},
             "labels": lambda model, ids: {"labels": ids},
-            "tuples": lambda model, ids: {"return_dict": False},
-            "hidden states": lambda model, ids: {"output_hidden_states": True},
+            "tuples": lambda model, ids: {"return_dict": False},  # `output_hidden_states` fails in the code itself
         },
     ),
     "loopformer": Upstream(
@@ -191,7 +190,7 @@ def tokens(batch: int, length: int) -> Tensor:
     return torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
-Results = list[tuple[str, float, float]]
+Results = Iterator[tuple[str, float, float]]
 """Name, largest difference of a result in units of the largest of its numbers, and the tolerance."""
 
 
@@ -208,7 +207,9 @@ def check(upstream: Upstream, checkout: Path) -> Results:
             noise = torch.randn(parameter.shape, generator=generator)
             around = 0.0 if name.endswith("bias") else 1.0
             parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else around + 0.1 * noise)
-    return [*_programs(upstream, model), *_forms(upstream, model), _cache(upstream, model)]
+    yield from _programs(upstream, model)
+    yield from _forms(upstream, model)
+    yield _cache(upstream, model)
 
 
 def _programs(upstream: Upstream, model: nn.Module) -> Results:
@@ -217,7 +218,6 @@ def _programs(upstream: Upstream, model: nn.Module) -> Results:
     finer = lq.compile(model, example, scheme="w8a8", method="symmetric")
     program = lq.compile(model, example, scheme="w4a4", method="symmetric")
     assert program.loops.describe() == upstream.structure, program.loops.describe()
-    results = []
     with tempfile.TemporaryDirectory() as folder:
         forms = ("unrolled", "rolled")
         files = {form: program.export_onnx(Path(folder) / form, form=form).path for form in forms}
@@ -227,21 +227,17 @@ def _programs(upstream: Upstream, model: nn.Module) -> Results:
             with torch.no_grad():
                 exact = logits(model(**inputs))
             quantized = logits(program(**inputs))
-            results += [
-                (f"captured, {batch} x {length}", _relative(logits(captured(**inputs)), exact), 1e-5),
-                (f"w8a8 program, {batch} x {length}", _relative(logits(finer(**inputs)), exact), 0.1),
-                (f"w4a4 program, {batch} x {length}", _relative(quantized, exact), float("inf")),
-            ]
+            yield f"captured, {batch} x {length}", _relative(logits(captured(**inputs)), exact), 1e-5
+            yield f"w8a8 program, {batch} x {length}", _relative(logits(finer(**inputs)), exact), 0.1
+            yield f"w4a4 program, {batch} x {length}", _relative(quantized, exact), float("inf")
             given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
             for form, run in runs.items():
                 name = f"{form} ONNX against program, {batch} x {length}"
-                results.append((name, _relative(logits(run(**given)), quantized), 3e-2))
-    return results
+                yield name, _relative(logits(run(**given)), quantized), 3e-2
 
 
 def _forms(upstream: Upstream, model: nn.Module) -> Results:
     """The captured program against the code, every tensor that they return, for every way of calling them."""
-    results = []
     for form, more in upstream.forms.items():
 
         def inputs(ids: Tensor, more: Inputs = more) -> dict[str, Any]:
@@ -254,8 +250,7 @@ def _forms(upstream: Upstream, model: nn.Module) -> Results:
             found = pytree.tree_leaves(dict_or_tuple(program(**inputs(tokens(batch, length)))))
             pairs = [(f, e) for f, e in zip(found, exact, strict=True) if isinstance(e, Tensor)]
             worst = max(_relative(found, exact) for found, exact in pairs)
-            results.append((f"called with {form}, {batch} x {length}", worst, 1e-5))
-    return results
+            yield f"called with {form}, {batch} x {length}", worst, 1e-5
 
 
 def _cache(upstream: Upstream, model: nn.Module) -> tuple[str, float, float]:
@@ -290,11 +285,12 @@ def main() -> int:
     found = [name for name, upstream in UPSTREAMS.items() if (checkout / upstream.marker).is_file()]
     if not found:
         parser.error(f"{checkout} is no checkout of {', '.join(UPSTREAMS)}")
-    results = check(UPSTREAMS[found[0]], checkout)
     print(f"{found[0]}, torch {torch.__version__}: {UPSTREAMS[found[0]].structure}")
-    for name, difference, tolerance in results:
-        print(f"{name}: {difference:.2g} (at most {tolerance:.2g})")
-    return int(any(difference > tolerance for _, difference, tolerance in results))
+    failed = False
+    for name, difference, tolerance in check(UPSTREAMS[found[0]], checkout):
+        print(f"{name}: {difference:.2g} (at most {tolerance:.2g})", flush=True)
+        failed |= not difference <= tolerance
+    return int(failed)
 
 
 if __name__ == "__main__":
