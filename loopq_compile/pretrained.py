@@ -47,7 +47,7 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, program: Program, generation_config: GenerationConfig | str | os.PathLike[str] | None) -> None:
         """Args: as in `Program.as_hugging_face`."""
-        pairs = len(_caches(program.cached())) // 2
+        pairs = len(_caches(program.cached(last_token=True))) // 2
         self.takes_cache = pairs > 0
         config = ProgramConfig(vocab_size=_vocabulary(program), num_hidden_layers=pairs, use_cache=self.takes_cache)
         super().__init__(config)

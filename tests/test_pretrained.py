@@ -19,7 +19,7 @@ from loopq_compile.pretrained import _CACHE
 from loopq_compile.program import Program
 from tests.backends.onnx import graphs
 from tests.cli_models import WORDS, tiny_llama, tokenizer
-from tests.decoding import captured, ids
+from tests.decoding import ids, left_padded
 
 NEW = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -32,13 +32,6 @@ def llama() -> tuple[Any, Program]:
     return model, Program(capture(model, example))
 
 
-def padded() -> dict[str, torch.Tensor]:
-    """Two rows, one with padding on the left."""
-    tokens, mask = ids(2, 7), torch.ones(2, 7, dtype=torch.int64)
-    tokens[1, :3] = mask[1, :3] = 0
-    return {"input_ids": tokens, "attention_mask": mask}
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"repetition_penalty": 1.5}],
@@ -47,8 +40,8 @@ def padded() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_generates_what_the_model_generates(llama: tuple[Any, Program], options: dict, use_cache: bool) -> None:
     model, program = llama
-    expected = model.generate(**padded(), **NEW, **options)
-    found = program.as_hugging_face().generate(**padded(), **NEW, **options, use_cache=use_cache)
+    expected = model.generate(**left_padded(), **NEW, **options)
+    found = program.as_hugging_face().generate(**left_padded(), **NEW, **options, use_cache=use_cache)
     assert torch.equal(found, expected)
 
 
@@ -56,9 +49,9 @@ def test_samples_what_the_model_samples(llama: tuple[Any, Program]) -> None:
     model, program = llama
     options: dict[str, Any] = {**NEW, "do_sample": True, "top_k": 20, "temperature": 1.3}
     torch.manual_seed(3)
-    expected = model.generate(**padded(), **options)
+    expected = model.generate(**left_padded(), **options)
     torch.manual_seed(3)
-    assert torch.equal(program.as_hugging_face().generate(**padded(), **options), expected)
+    assert torch.equal(program.as_hugging_face().generate(**left_padded(), **options), expected)
 
 
 def test_one_new_token_a_call(llama: tuple[Any, Program], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,15 +64,15 @@ def test_one_new_token_a_call(llama: tuple[Any, Program], monkeypatch: pytest.Mo
         return forward(input_ids, **given)
 
     monkeypatch.setattr(model, "forward", watched)
-    model.generate(**padded(), **NEW)
+    model.generate(**left_padded(), **NEW)
     assert read == [(2, 7), *[(2, 1)] * 5]
 
 
 def test_a_conversation_goes_on_with_its_cache(llama: tuple[Any, Program]) -> None:
     model = llama[1].as_hugging_face()
-    whole = model.generate(**padded(), **NEW)
-    mask = padded()["attention_mask"]
-    first = model.generate(**padded(), **{**NEW, "max_new_tokens": 3}, return_dict_in_generate=True)
+    whole = model.generate(**left_padded(), **NEW)
+    mask = left_padded()["attention_mask"]
+    first = model.generate(**left_padded(), **{**NEW, "max_new_tokens": 3}, return_dict_in_generate=True)
     kept = {_CACHE: first[_CACHE]}
     assert kept[_CACHE].get_seq_length() == 9
     longer = {"attention_mask": torch.cat([mask, torch.ones(2, 3, dtype=torch.int64)], 1)}
@@ -91,26 +84,15 @@ def test_logits_of_all_tokens_or_the_last(llama: tuple[Any, Program]) -> None:
     model, program = llama
     wrapped = program.as_hugging_face()
     with torch.no_grad():
-        expected = model(**padded(), use_cache=False).logits
-    real = padded()["attention_mask"].bool()
-    torch.testing.assert_close(wrapped(**padded()).logits[real], expected[real], rtol=1e-4, atol=1e-4)
-    last = wrapped(**padded(), logits_to_keep=1, return_dict=False)[0]
+        expected = model(**left_padded(), use_cache=False).logits
+    real = left_padded()["attention_mask"].bool()
+    torch.testing.assert_close(wrapped(**left_padded()).logits[real], expected[real], rtol=1e-4, atol=1e-4)
+    last = wrapped(**left_padded(), logits_to_keep=1, return_dict=False)[0]
     torch.testing.assert_close(last, expected[:, -1:], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["loopformer", "huginn"])
-def test_programs_without_a_mask_of_their_own(name: str) -> None:
-    """The cache brings one; where row 1 is padded it says what it says alone."""
-    program = captured(name)[1]
-    found = program.as_hugging_face().generate(**padded(), **NEW)
-    given = padded()
-    assert torch.equal(found, program.generate(given["input_ids"], 6, attention_mask=given["attention_mask"]))
-    assert torch.equal(found[1:, 3:], program.generate(given["input_ids"][1:, 3:], 6))
-
-
 def test_a_program_without_a_cache_reads_all_again() -> None:
-    program = Program(graphs.captured(graphs.Recurrent()))
-    tokens = graphs.tokens(2, 5)
+    program, tokens = Program(graphs.captured(graphs.Recurrent())), graphs.tokens(2, 5)
     wrapped, given = program.as_hugging_face(), {"attention_mask": torch.ones_like(tokens), **NEW}
     assert not wrapped.generation_config.use_cache
     for use_cache in (None, True):
@@ -157,7 +139,7 @@ def test_a_tokenizer_of_transformers(llama: tuple[Any, Program]) -> None:
 def test_what_is_refused(llama: tuple[Any, Program], tmp_path: Path) -> None:
     wrapped = llama[1].as_hugging_face()
     with pytest.raises(lq.LoopQError, match="in a DynamicCache; got StaticCache"):
-        wrapped.generate(**padded(), **NEW, cache_implementation="static")
+        wrapped.generate(**left_padded(), **NEW, cache_implementation="static")
     with pytest.raises(lq.LoopQError, match=r"There is no generation_config.json in .*leave generation_config out"):
         llama[1].as_hugging_face(tmp_path)
     (tmp_path / "generation_config.json").write_text("{")

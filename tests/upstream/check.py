@@ -128,7 +128,11 @@ UPSTREAMS = {
         "3 x (model.layers, model.norm, model.early_exit_gate)",
         {
             "padding": lambda model, ids: {"attention_mask": mask(ids)},
-            "position ids": lambda model, ids: {"position_ids": backwards(ids).expand(len(ids), -1)},
+            # Without a mask transformers takes other steps than 1 for texts packed into a row, which no export shows.
+            "position ids": lambda model, ids: {
+                "position_ids": backwards(ids).expand(len(ids), -1),
+                "attention_mask": torch.ones_like(ids),
+            },
             "inputs_embeds": lambda model, ids: {"input_ids": None, "inputs_embeds": embedded(model, ids)},
             "labels": lambda model, ids: {"labels": ids},
             "tuples": lambda model, ids: {"return_dict": False},  # `output_hidden_states` fails in the code itself
