@@ -48,10 +48,11 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, program: Program, generation_config: GenerationConfig | str | os.PathLike[str] | None) -> None:
         """Args: as in `Program.as_hugging_face`."""
         pairs = len(_caches(program.cached(last_token=True))) // 2
-        self.takes_cache = pairs > 0
-        config = ProgramConfig(vocab_size=_vocabulary(program), num_hidden_layers=pairs, use_cache=self.takes_cache)
-        super().__init__(config)
-        self.program = program
+        sizes: dict[str, Any] = {
+            "vocab_size": _vocabulary(program), "num_hidden_layers": pairs, "use_cache": pairs > 0,
+        }  # fmt: skip
+        super().__init__(ProgramConfig(**sizes))
+        self.program, self.takes_cache = program, pairs > 0
         if generation_config is not None:
             self.generation_config = _generation_config(generation_config)
         self.generation_config.use_cache = self.takes_cache
@@ -108,26 +109,25 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _read_new(self, input_ids: Tensor, attention_mask: Tensor | None, held: Any, last_token: bool) -> Tensor:
         """Logits of new tokens; puts their keys and values into `held`."""
-        if held is not None and type(held) is not DynamicCache:
-            raise LoopQError(f"A program keeps keys and values in a DynamicCache; got {type(held).__name__}.")
-        past = held.get_seq_length() if held is not None else 0
+        past = _cached_length(held)
         cached = self.program.cached(last_token)
         assert cached is not None
         ids, mask, *_ = get_state(cached.graph_module).signature.inputs
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
         given = {ids.name: input_ids, mask.name: attention_mask.to(mask.dtype)}
-        for number, spec in enumerate(_caches(cached)):
-            layer = held.layers[number // 2] if past else None
-            kept = (layer.values if number % 2 else layer.keys) if layer is not None else None
-            given[spec.name] = empty_cache(spec, len(input_ids), 1) if kept is None else kept
+        specs = _caches(cached)
+        for layer, (keys, values) in enumerate(zip(specs[::2], specs[1::2], strict=True)):
+            for spec, name in ((keys, "keys"), (values, "values")):
+                kept = getattr(held.layers[layer], name) if past else empty_cache(spec, len(input_ids), 1)
+                given[spec.name] = kept
         result = cached(**given)
-        presents = [result[present_name(spec.name)] for spec in _caches(cached)]
-        for number, (keys, values) in enumerate(zip(presents[::2], presents[1::2], strict=True)):
-            if held is not None and past:  # they hold those before already, which `update` would copy once more
-                held.layers[number].keys, held.layers[number].values = keys, values
+        for layer, (keys, values) in enumerate(zip(specs[::2], specs[1::2], strict=True)):
+            present = result[present_name(keys.name)], result[present_name(values.name)]
+            if past:  # what the layer holds is in there already; `update` would append it once more
+                held.layers[layer].keys, held.layers[layer].values = present
             elif held is not None:
-                held.update(keys, values, number)
+                held.update(*present, layer)
         return logits_of(result)
 
     def prepare_inputs_for_generation(
@@ -159,6 +159,19 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
             LoopQError: always.
         """
         raise LoopQError("A program is saved by program.save(directory), and read by loopq_compile.load(directory).")
+
+
+def _cached_length(held: Any) -> int:
+    """Tokens in a cache, 0 without one.
+
+    Raises:
+        LoopQError: it is of another kind.
+    """
+    if held is None:
+        return 0
+    if type(held) is not DynamicCache:
+        raise LoopQError(f"A program keeps keys and values in a DynamicCache; got {type(held).__name__}.")
+    return held.get_seq_length()
 
 
 def _caches(cached: Program | None) -> list[Any]:

@@ -58,7 +58,7 @@ def test_benchmarks_load_the_type_that_is_asked_for(folder: Path, tmp_path: Path
         assert result.exit_code == 0, result.output
         report = json.loads(result.stdout)
         assert report["dtype"] == dtype
-        found[dtype] = report["results"][0]["perplexity"]
+        found[dtype] = report["rows"][0]["perplexity"]
     assert 0 < abs(found["bfloat16"] / found["float32"] - 1) < 0.01
 
 

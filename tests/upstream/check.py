@@ -97,9 +97,12 @@ def huginn(checkout: Path) -> nn.Module:
     return code.RavenForCausalLM(config)
 
 
+STATE = torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+
 def states(ids: Tensor) -> Tensor:
     """An initial state `[batch, length, 32]` for Huginn, which otherwise draws one for every call."""
-    return torch.randn(*ids.shape, 32, generator=torch.Generator().manual_seed(1))
+    return STATE.expand(*ids.shape, -1)
 
 
 def mask(ids: Tensor) -> Tensor:
@@ -178,10 +181,7 @@ class OfTokens(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits of all positions."""
-        given = self.inputs(self.model, input_ids)
-        if "input_states" in given:
-            given["input_states"] = torch.full((*input_ids.shape, 32), 0.1)
-        return logits(self.model(**given))
+        return logits(self.model(**self.inputs(self.model, input_ids)))
 
 
 def logits(output: Any) -> Tensor:
