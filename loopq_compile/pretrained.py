@@ -55,7 +55,8 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
         self.program, self.takes_cache = program, pairs > 0
         if generation_config is not None:
             self.generation_config = _generation_config(generation_config)
-        self.generation_config.use_cache = self.takes_cache
+        if not self.takes_cache:
+            self.generation_config.use_cache = False
         self.eval()
 
     @property

@@ -190,7 +190,7 @@ class Program:
         )
 
     def as_hugging_face(self, generation_config: Any = None) -> ProgramForCausalLM:
-        """This program as a model of transformers, for its `generate`: beams, streamers, processors, assistants.
+        """This program as a model of transformers, for its `generate`: beams, streamers, processors of logits.
 
             model = program.as_hugging_face("my-program")
             model.generate(**tokenizer(texts, return_tensors="pt", padding=True), num_beams=4, max_new_tokens=40)
