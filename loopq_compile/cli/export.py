@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json as json_module
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loopq_compile.cli.common import Json, load, note, print_json, whole_numbers
 from loopq_compile.errors import LoopQError
+
+if TYPE_CHECKING:
+    from loopq_compile.loading import Loaded
 
 
 def export_command(
@@ -37,6 +42,10 @@ def export_command(
         int | None,
         typer.Option("--head-bits", help="With --target onnxruntime: 4 or 8 bits for the head."),
     ] = None,
+    genai: Annotated[
+        bool,
+        typer.Option("--genai", help="Also write genai_config.json, for onnxruntime-genai; implies --cache."),
+    ] = False,
     architectures: Annotated[
         str,
         typer.Option("--sm", metavar="LIST", help="With --target triton: compute capabilities such as 80,90; or all."),
@@ -47,24 +56,28 @@ def export_command(
 
     ONNX files pass the ONNX checker and run in ONNX Runtime: try `loopq-compile generate DIR` on one.
     """
-    from loopq_compile.loading import save_beside
-
     loaded = load(program)
     if loaded.kind != "program":
         raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile {program} --out DIR` first.")
-    if target == "triton":
-        if form != "unrolled" or cache or last_token or head_bits:
-            raise LoopQError(
-                "--form, --cache, --last-token and --head-bits are for ONNX files, not for --target triton."
-            )
+    options: dict[str, Any] = {"form": form, "cache": cache or genai, "last_token": last_token, "head_bits": head_bits}
+    if target != "triton":
+        if architectures:
+            raise LoopQError("--sm goes with --target triton.")
+        _export_onnx(loaded, out, {"target": target, **options}, genai, json)
+    elif options != {"form": "unrolled", "cache": False, "last_token": False, "head_bits": None}:
+        raise LoopQError("--form, --cache, --genai, --last-token and --head-bits are for ONNX files, not for triton.")
+    else:
         _export_kernels(loaded, out, architectures, json)
-        return
-    if architectures:
-        raise LoopQError("--sm goes with --target triton.")
-    report = loaded.model.export_onnx(
-        out, target=target, form=form, cache=cache, last_token=last_token, head_bits=head_bits
-    )
+
+
+def _export_onnx(loaded: Loaded, out: Path, options: dict[str, Any], genai: bool, json: bool) -> None:
+    from loopq_compile.loading import save_beside
+
+    ends = _end_tokens(loaded, options["form"]) if genai else ()
+    report = loaded.model.export_onnx(out, **options)
     save_beside(loaded, out)
+    if genai:
+        _write_genai(loaded, out, ends, note(json))
     if json:
         print_json(
             {
@@ -83,7 +96,7 @@ def export_command(
         note(json)(str(report))
 
 
-def _export_kernels(loaded: Any, out: Path, architectures: str, json: bool) -> None:
+def _export_kernels(loaded: Loaded, out: Path, architectures: str, json: bool) -> None:
     from loopq_compile.backends.triton import save
     from loopq_compile.backends.triton.ahead import ARCHITECTURES
 
@@ -93,3 +106,34 @@ def _export_kernels(loaded: Any, out: Path, architectures: str, json: bool) -> N
         print_json(asdict(report))
     else:
         note(json)(str(report))
+
+
+def _end_tokens(loaded: Loaded, form: str) -> int | list[int]:
+    """What ends a text in onnxruntime-genai; checked before anything is written."""
+    from loopq_compile.backends.onnx.genai import ROLLED_REFUSAL
+    from loopq_compile.loading import END_TOKENS, end_tokens
+
+    if form == "rolled":
+        raise LoopQError(ROLLED_REFUSAL)
+    ends = end_tokens(loaded)
+    if ends is None:
+        raise LoopQError(
+            "onnxruntime-genai needs to know which token ends a text. There is no generation_config.json with an "
+            f"eos_token_id, and no tokenizer with one of {', '.join(END_TOKENS)}; export without --genai and call "
+            "loopq_compile.backends.onnx.write_genai_config(DIR, eos_token_id=...)."
+        )
+    return ends
+
+
+def _write_genai(loaded: Loaded, out: Path, ends: int | list[int], say: Callable[[str], None]) -> None:
+    from loopq_compile.backends.onnx.genai import reads_tokenizer, write_genai_config
+
+    settings = json_module.loads(loaded.settings.get("tokenizer_config.json", "{}"))
+    longest = settings.get("model_max_length")
+    known = {"context_length": longest} if isinstance(longest, int) and 0 < longest < 2**20 else {}
+    write_genai_config(out, eos_token_id=ends, **known)
+    if loaded.tokenizer is None or not reads_tokenizer(loaded.tokenizer.to_str()):
+        say(
+            "note: onnxruntime-genai reads tokenizers of byte-level BPE as they are; this folder has none, so compare "
+            "its ids with the tokenizers library's, or give it token ids."
+        )
