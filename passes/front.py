@@ -18,7 +18,7 @@ from torch import Tensor, fx
 _aten = torch.ops.aten
 _CASTS = (_aten.to.dtype, _aten._to_copy.default, _aten.type_as.default)
 _COMMUTATIVE = (_aten.mul.Tensor, _aten.add.Tensor)
-_SIMPLE = {_aten.silu.default: "silu", _aten.relu.default: "relu"}
+_SIMPLE: dict[Any, str] = {_aten.silu.default: "silu", _aten.relu.default: "relu"}
 
 _X, _EPS = "x", "eps"
 _RMS = (
@@ -85,7 +85,8 @@ def _spelled_norm(node: fx.Node) -> Front | None:
         before = _value(x).dtype
         half = before != torch.float32
         rounded = half and gain is not None and _value(core).dtype == before
-        if _value(inner).dtype != torch.float32 or before != after or (rounded and _value(gain).dtype != before):
+        mixed = rounded and gain is not None and _value(gain).dtype != before
+        if _value(inner).dtype != torch.float32 or before != after or mixed:
             return None
         kind = "rms_rounded" if rounded else "rms"
         return Front(x, "rms_norm", nodes | more, norm=kind, gain=gain, eps=float(found.values[_EPS]))
@@ -96,8 +97,9 @@ def _with_gain(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Both ways to read `node` as a product of a tensor and a vector, which can be no number of a token."""
     if node.target is _aten.mul.Tensor:
         for core, gain in (node.args, node.args[::-1]):
-            known = isinstance(core, fx.Node) and isinstance(gain, fx.Node) and isinstance(_value(gain), Tensor)
-            if known and tuple(_value(gain).shape) == tuple(_value(node).shape[-1:]):
+            if not isinstance(core, fx.Node) or not isinstance(gain, fx.Node) or not isinstance(_value(gain), Tensor):
+                continue
+            if tuple(_value(gain).shape) == tuple(_value(node).shape[-1:]):
                 yield core, gain
 
 
@@ -113,7 +115,7 @@ def _gated(node: fx.Node) -> Front | None:
 
 
 def _activation(node: fx.Node) -> Front | None:
-    name = _SIMPLE.get(node.target)  # type: ignore[arg-type]
+    name = _SIMPLE.get(node.target)
     if node.target is _aten.gelu.default:
         name = "gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu"
     if name is not None:

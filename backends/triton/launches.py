@@ -121,7 +121,7 @@ def _specialized(value: Any, as_it_is: bool) -> tuple[str | None, bool]:
         return None, False
     if isinstance(value, Tensor):
         # Allocations begin at multiples of 512: what counts is where a view begins in its own.
-        return f"*{_TYPES[value.dtype]}", value.storage_offset() * value.element_size() % _ALIGNMENT == 0
+        return f"*{_TYPES[value.dtype]}", int(value.storage_offset()) * value.element_size() % _ALIGNMENT == 0
     if isinstance(value, float):
         return "fp32", False
     kind = "i32" if -_LARGEST_INT32 <= value <= _LARGEST_INT32 else "i64"

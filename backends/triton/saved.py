@@ -84,7 +84,8 @@ def save(
         check_architecture(architecture)
     graph_module = fuse(program)
     lowered = use_kernels(private_copy(graph_module))
-    entries, tensors = [], {}
+    entries: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
     for architecture in architectures:
         for case in launches(lowered, architecture):
             key = cache_key(case, architecture)

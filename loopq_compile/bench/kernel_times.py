@@ -131,9 +131,8 @@ def _torchao() -> Candidate:
     def prepare(problem: Problem) -> Callable[[], Any]:
         from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
-        linear = torch.nn.Linear(
-            *problem.weight.shape[::-1], bias=False, device=problem.x.device, dtype=problem.x.dtype
-        )
+        outputs, inputs = problem.weight.shape
+        linear = torch.nn.Linear(inputs, outputs, bias=False, device=problem.x.device, dtype=problem.x.dtype)
         linear.weight.data.copy_(problem.weight)
         quantize_(linear, Int4WeightOnlyConfig(group_size=problem.group_size))
         return lambda: linear(problem.x)

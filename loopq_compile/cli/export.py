@@ -73,7 +73,7 @@ def export_command(
 def _export_onnx(loaded: Loaded, out: Path, options: dict[str, Any], genai: bool, json: bool) -> None:
     from loopq_compile.loading import save_beside
 
-    ends = _end_tokens(loaded, options["form"]) if genai else ()
+    ends = _end_tokens(loaded, options["form"]) if genai else []
     report = loaded.model.export_onnx(out, **options)
     save_beside(loaded, out)
     if genai:
