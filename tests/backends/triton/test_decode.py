@@ -4,14 +4,18 @@ import functools
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.driver import driver
 
 import loopq_compile as lq
 from loopq_compile.backends.triton import decode
 from loopq_compile.backends.triton.decode import StaticDecoder
+from loopq_compile.backends.triton.executable import TritonExecutable, fuse, use_kernels
 from loopq_compile.backends.triton.launches import run_fake
 from loopq_compile.generation import generate
+from tests.backends.triton.test_saved import Driver
 from tests.tiny import tiny_program, tokens
 
 _aten = torch.ops.aten
@@ -117,6 +121,24 @@ def test_torch_compile_takes_the_whole_module():
         found, expected = compiled(ids), run(ids)
         for name, value in expected.items():
             assert (found[name] - value).abs().max() < 0.03 * value.abs().max()
+
+
+def test_torch_compile_sees_the_kernels(monkeypatch):
+    """On tensors without values and for a GPU that is not there: every launch is a node of the graph to be compiled."""
+    run = TritonExecutable(use_kernels(fuse(tiny_program())), torch.device("cpu"), kernels=True)
+    targets = []
+
+    class Seen(Exception):
+        pass
+
+    def compiler(graph_module, inputs):
+        targets.extend(str(node.target) for node in graph_module.graph.nodes)
+        raise Seen
+
+    monkeypatch.setattr(driver, "_active", Driver(90))
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="Seen"):
+        torch.compile(run, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=compiler))(tokens(4, 3, 7))
+    assert targets.count("triton_kernel_wrapper_functional") == 3 * 4 * 2, "three loops, four groups, two kernels"
 
 
 def test_refusals():
