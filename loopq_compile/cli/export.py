@@ -50,12 +50,12 @@ def export_command(
     loaded = load(program)
     if loaded.kind != "program":
         raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile {program} --out DIR` first.")
-    ends = _end_tokens(loaded, form) if genai else ()
+    ends = _end_tokens(loaded, form) if genai else None
     report = loaded.model.export_onnx(
         out, target=target, form=form, cache=cache or genai, last_token=last_token, head_bits=head_bits
     )
     save_beside(loaded, out)
-    if genai:
+    if ends is not None:
         _write_genai(loaded, out, ends, note(json))
     if json:
         print_json(

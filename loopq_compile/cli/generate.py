@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
@@ -24,7 +25,8 @@ def generate_command(
     top_p: Annotated[float | None, typer.Option(help="Draw from the most likely tokens that add up to P only.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
     stop: Annotated[
-        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End behind this text; may be given repeatedly.")
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help=r"End behind this text (\n: line break); may be given repeatedly."),
     ] = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on behind the end-of-text token.")] = False,
     tokenizer: TokenizerFile = None,
@@ -46,6 +48,8 @@ def generate_command(
     from loopq_compile.generation import stream
     from loopq_compile.loading import end_tokens
 
+    _check_sampling(do_sample, temperature, top_k, top_p)
+    stops = [unescaped(text) for text in stop or ()]
     loaded = load(model, tokenizer, trust_remote_code, None, allow_pickle, dtype)
     ids = tokenize(loaded.tokenizer, prompt).unsqueeze(0)
     start = time.perf_counter()
@@ -69,7 +73,7 @@ def generate_command(
             made += piece
             if not json:
                 typer.echo(piece, nl=False)
-            if any(text in made for text in stop or ()):
+            if any(text in made for text in stops):
                 break
     if json:
         text = loaded.tokenizer.decode(tokens)  # type: ignore[union-attr]
@@ -77,6 +81,20 @@ def generate_command(
         print_json({"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds})
     else:
         typer.echo()
+
+
+def _check_sampling(do_sample: bool, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    given = {"--temperature": temperature != 1, "--top-k": top_k is not None, "--top-p": top_p is not None}
+    idle = [option for option, is_given in given.items() if is_given]
+    if idle and not do_sample:
+        raise LoopQError(f"{' and '.join(idle)} would change nothing: the most likely token is taken. Add --do-sample.")
+
+
+def unescaped(text: str) -> str:
+    r"""`text` with `\n`, `\t` and `\\`, as shells hand them on, turned into what they stand for."""
+    if not text:
+        raise LoopQError("--stop is empty: give the text to end behind.")
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
 
 
 def pieces(tokenizer: Any, prompt: list[int], steps: Iterable[int], made: list[int]) -> Iterator[str]:
