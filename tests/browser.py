@@ -1,4 +1,4 @@
-"""Headless Chromium for tests of pages, spoken to over pipes (`--remote-debugging-pipe`), with nothing else installed."""
+"""Headless Chromium for tests of pages, spoken to over pipes (`--remote-debugging-pipe`); nothing else is needed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ OVERFLOW = """
       if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return false;
     return true;
   });
-  return {page: document.documentElement.scrollWidth, window: width, outside: outside.map(e => e.outerHTML.slice(0, 80))};
+  const page = document.documentElement.scrollWidth;
+  return {page, window: width, outside: outside.map(e => e.outerHTML.slice(0, 80))};
 })()
 """
 """Widths of page and window, and elements that stick out without a scroll bar of their own."""
@@ -86,8 +87,8 @@ OVERFLOW = """
 class Page:
     """One page of a running browser.
 
-    `complaints` are errors and warnings of the console, exceptions, and failed loads; `requests` all addresses that were
-    asked for.
+    `complaints` are errors and warnings of the console, exceptions, and failed loads; `requests` all addresses that
+    were asked for.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], reader: int, writer: int) -> None:

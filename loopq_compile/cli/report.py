@@ -36,7 +36,9 @@ def report_command(
     from loopq_compile.report.measure import check_names
 
     check_names(programs)
-    loaded = {name: load(name, None, trust_remote_code) for name in programs}
+    last = [Path(program).name for program in programs]
+    names = last if len(set(last)) == len(last) else programs
+    loaded = {name: load(program, None, trust_remote_code) for name, program in zip(names, programs, strict=True)}
     for name, one in loaded.items():
         if one.kind != "program":
             raise LoopQError(f"{name} is no compiled program; run `loopq-compile compile {name} --out DIR` first.")

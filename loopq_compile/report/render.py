@@ -26,7 +26,7 @@ def render(programs: Mapping[str, Values], title: str = "loopq_compile report") 
         programs: what `measure` found, by the name to show.
         title: of the page.
     """
-    helpers = {"along": along, "cells": cells, "curve": curve, "plot": plot, "selection": selection}
+    helpers = {"along": along, "cells": cells, "curves": curves, "plot": plot, "selection": selection}
     return fill("report.html.jinja", programs=programs, title=title, **helpers)
 
 
@@ -102,14 +102,17 @@ def selection(rounds: Sequence[Mapping[str, float]], selected: Sequence[str]) ->
     return heat | {"columns": [f"round {i + 1}" for i in range(len(rounds))]}
 
 
-def curve(phase: Sequence[Values]) -> Values:
-    """The plot of one phase of calibration: divergence on held-out text by step."""
-    steps = [entry["step"] for entry in phase]
-    shown = steps if len(steps) <= 12 else steps[:: math.ceil(len(steps) / 12)]
-    series = {"held-out text": [entry["validation"] for entry in phase]}
-    return plot(
-        series, log=False, at=steps, labels={step: f"step {step}" if step == 0 else str(step) for step in shown}
-    )
+def curves(phases: Sequence[Sequence[Values]]) -> Values:
+    """The plot of a calibration: divergence on held-out text by step, phase behind phase, a line each."""
+    at: list[float] = []
+    series: dict[str, list[float | None]] = {}
+    labels: dict[float, str] = {}
+    for number, phase in enumerate(phases, 1):
+        start = at[-1] if at else 0
+        labels[start] = f"step {start}"
+        series[f"phase {number}"] = [*[None] * len(at), *(entry["validation"] for entry in phase)]
+        at += [start + entry["step"] for entry in phase]
+    return plot(series, marks=list(labels)[1:], log=False, at=at, labels=labels | {at[-1]: str(at[-1])})
 
 
 def plot(
@@ -155,7 +158,7 @@ def plot(
         dots = [{"x": across(x), "y": level(v), "text": f"{name}: {short(v)}"} for x, v in values.items()]
         points = " ".join(f"{dot['x']},{dot['y']}" for dot in dots)
         lines.append({"name": name, "points": points, "dots": dots, "colour": number % 6, "dashed": number >= 6})
-    ticks = [{"y": level(v), "text": short(v)} for v in _ticks(low, high, log)] if known else []
+    ticks = [{"y": level(v), "text": f"{v:.6g}"} for v in _ticks(low, high, log)] if known else []
     under = [{"x": across(x), "text": text} for x, text in (labels or {}).items()]
     shape = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "bottom": BOTTOM}
     return {"lines": lines, "marks": [across(mark) for mark in marks], "ticks": ticks, "labels": under, **shape}
@@ -180,10 +183,8 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
         choices = [[m * 10.0**e for e in decades for m in kinds] for kinds in ((1, 2, 5), (1, 3), (1,))]
     else:
         step = 10.0 ** math.floor(math.log10(high - low))
-        choices = [
-            [step * m * i for i in range(math.ceil(low / step / m), math.ceil(low / step / m) + 12)]
-            for m in (0.25, 0.5, 1, 2)
-        ]
+        sizes = [step * m for m in (0.25, 0.5, 1, 2)]
+        choices = [[size * (math.ceil(low / size) + i) for i in range(12)] for size in sizes]
     for choice in choices:
         inside = [v for v in choice if low <= v <= high]
         if 2 <= len(inside) <= 6:
