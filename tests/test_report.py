@@ -1,6 +1,7 @@
 """Reports: one file, no network, the right numbers in it."""
 
 import json
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
@@ -14,6 +15,7 @@ from loopq_compile.cli import app
 from loopq_compile.report import measure, render
 from loopq_compile.report.measure import carry, drift
 from loopq_compile.report.render import cells, plot, write_page
+from loopq_compile.report.render import trajectory as trajectory_svg
 from loopq_compile.state import get_state
 from loopq_compile.summary import short_names
 from tests.browser import LEGIBILITY, OVERFLOW, browser
@@ -188,6 +190,23 @@ def test_the_command_reports_on_saved_programs(tmp_path):
     assert Page(out.read_text()).count("table", "heatmap") == 1
     done = CliRunner().invoke(app, ["report", str(tmp_path / "p"), str(tmp_path / "p")])
     assert done.exit_code == 1 and "different names" in done.stderr
+
+
+def test_the_trajectory_alone_is_a_picture(full, tmp_path):
+    file = write_page(tmp_path / "t.svg", trajectory_svg(full))
+    root = ET.fromstring(file.read_text())
+    lines = root.iter("{http://www.w3.org/2000/svg}polyline")
+    assert [len(line.get("points").split()) for line in lines] == [len(full["other"]["points"])] * 2
+    with browser(tmp_path / "profile") as page:
+        page.window(720, dark=True)
+        page.open(file)
+        assert page.run("getComputedStyle(document.querySelector('.sheet')).fill") == "rgb(22, 24, 28)"
+        boxes = page.run(
+            "[...document.querySelectorAll('text')].map(e => e.getBoundingClientRect()).map(b => [b.left, b.right])"
+        )
+        assert len(boxes) > 8 and all(0 <= left < right <= 720 for left, right in boxes), "no text is cut off"
+    with pytest.raises(lq.LoopQError, match="give --model"):
+        trajectory_svg({"p": measure(tiny_program())})
 
 
 def test_a_file_that_cannot_be_written_is_refused():

@@ -20,6 +20,9 @@ def report_command(
         str | None,
         typer.Option(metavar="MODEL", help="What they were compiled from, such as bundled; for errors and samples."),
     ] = None,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", help="Also write the error along the loops as a picture.")
+    ] = None,
     text: TextFile = None,
     max_tokens: Annotated[int, typer.Option(min=16, help="Held-out tokens to compare on, in rows of 64.")] = 256,
     samples: Annotated[int, typer.Option(min=0, help="Continuations to show.")] = 2,
@@ -32,7 +35,7 @@ def report_command(
     Example: loopq-compile report my-program other-program --model bundled --out report.html
     """
     from loopq_compile.evaluate import tokenize
-    from loopq_compile.report import measure, write
+    from loopq_compile.report import measure, trajectory, write, write_page
     from loopq_compile.report.measure import check_names
 
     check_names(programs)
@@ -54,7 +57,9 @@ def report_command(
         name: measure(one.model, base, batches, tokenizer=tokenizer, samples=samples) for name, one in loaded.items()
     }
     path = write(out, found)
+    if svg:
+        write_page(svg, trajectory(found))
     if json:
         print_json({"out": str(path), "programs": found})
     else:
-        note(json)(f"wrote {path}")
+        note(json)(f"wrote {path}{f' and {svg}' if svg else ''}")

@@ -2,6 +2,6 @@
 
 from loopq_compile.report.browse import browse
 from loopq_compile.report.measure import measure
-from loopq_compile.report.render import render, write, write_page
+from loopq_compile.report.render import render, trajectory, write, write_page
 
-__all__ = ["browse", "measure", "render", "write", "write_page"]
+__all__ = ["browse", "measure", "render", "trajectory", "write", "write_page"]

@@ -30,6 +30,26 @@ def render(programs: Mapping[str, Values], title: str = "loopq_compile report") 
     return fill("report.html.jinja", programs=programs, title=title, **helpers)
 
 
+def trajectory(programs: Mapping[str, Values]) -> str:
+    """The error along the trajectory alone, as an SVG picture.
+
+    Args:
+        programs: what `measure` found beside the model, by the name to show.
+
+    Raises:
+        LoopQError: nothing was measured.
+    """
+    points = [found["points"] for found in programs.values() if found.get("points")]
+    if not points:
+        raise LoopQError("A picture of errors needs the model and tokens: give --model.")
+    errors = {name: [p["error"] for p in found["points"]] for name, found in programs.items() if found.get("points")}
+    return fill(
+        "trajectory.svg.jinja",
+        title="Relative error of the residual stream along the loops",
+        drawn=plot(errors, **along(points[0])),
+    )
+
+
 def fill(template: str, **values: object) -> str:
     """A template of this folder with its values; everything from outside is escaped."""
     environment = jinja2.Environment(
