@@ -14,12 +14,11 @@ from markupsafe import Markup, escape
 from torch import fx
 
 from loopq_compile.loops import get_tag
-from loopq_compile.pipeline import MADE_BY
 from loopq_compile.printer import code_of, site_of, source_of
 from loopq_compile.report.render import fill
 from loopq_compile.rolled import rolled_loops
 from loopq_compile.shapes import type_of
-from loopq_compile.state import get_state
+from loopq_compile.state import MADE_BY, get_state
 from loopq_compile.visualize import role_of
 
 SHOWN_USERS = 12
