@@ -99,7 +99,7 @@ def _default_reason(graph_module: fx.GraphModule, weight: str, nodes: list[fx.No
     if other is not None:
         return f"its weight is also used by {other.target}"
     if tensor.shape[0] <= LARGEST_GATE:
-        return f"a gate of {tensor.shape[0]} outputs"
+        return f"a gate with {tensor.shape[0]} output{'s' if tensor.shape[0] != 1 else ''}"
     rows = {
         get_tensor(graph_module, str(node.args[0].target)).shape[0]
         for node in graph_module.graph.nodes
