@@ -154,9 +154,19 @@ def test_shells_can_complete():
 def test_the_estimate_times_a_batch():
     from loopq_compile.capture import capture
     from loopq_compile.estimate import estimate
+    from loopq_compile.options import CalibrationOptions
+    from loopq_compile.state import get_state
 
     graph, data = capture(tiny_model(), tokens()), [tokens(1), tokens(2)]
+    nodes = len(graph.graph.nodes)
     plain = estimate(graph, lq.Scheme.parse("w4a8"), lq.pipelines.symmetric(), data)
     learned = estimate(graph, lq.Scheme.parse("w4a8"), lq.pipelines.loopq(), data)
     assert 0 < plain.seconds < learned.seconds and plain.memory < learned.memory
     assert estimate(graph, lq.Scheme.parse("w4a8"), lq.pipelines.symmetric()).seconds is None
+    assert plain.bytes < learned.bytes, "selected groups have weights per loop"
+    few, many = (
+        estimate(graph, lq.Scheme.parse("w4a8"), lq.pipelines.flatquant_e2e(), data, CalibrationOptions(steps=steps))
+        for steps in (1, 2000)
+    )
+    assert many.seconds > 20 * few.seconds
+    assert len(graph.graph.nodes) == nodes and not get_state(graph).log, "the model's graph stays as it was"
