@@ -91,10 +91,9 @@ def check_model_file(path: Path) -> onnx.ModelProto:
     """A model file with its references to other files checked, and nothing of those read.
 
     Raises:
-        LoopQError: it is no regular file or no ONNX model, or its weights lie outside of its folder, are cut off, or
-            are not in a regular file.
+        LoopQError: it is no ONNX model, or its weights lie outside of its folder, are cut off, or are not in a regular
+            file.
     """
-    check_regular(path)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own classes, from C++
@@ -112,10 +111,13 @@ def check_model_file(path: Path) -> onnx.ModelProto:
 def check_references(path: Path) -> None:
     """`check_model_file` at the cost of a search where a file names no other, however large its own weights are.
 
+    The model itself may be a link, as in the cache of a hub; what it names may not.
+
     Raises:
-        LoopQError: as there.
+        LoopQError: as there, or it is no file.
     """
-    check_regular(path)
+    if not path.is_file():
+        raise LoopQError(f"{path} is no file.")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             refers = content.find(b"location") != -1  # the key under which a file is named, whatever encodes it

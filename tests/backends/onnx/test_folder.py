@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -127,6 +128,15 @@ def test_data_that_is_a_link_is_refused(folder: Path) -> None:
     data.rename(folder.parent / "elsewhere")
     data.symlink_to(folder.parent / "elsewhere")
     assert "is a link" in refused(folder)
+
+
+def test_a_model_that_is_a_link_opens_and_a_pipe_does_not(tmp_path: Path) -> None:
+    tiny_program("w4a8", "symmetric").export_onnx(tmp_path / "blobs")
+    (tmp_path / "model.onnx").symlink_to(tmp_path / "blobs" / "model.onnx")
+    assert OnnxExecutable(tmp_path / "model.onnx").program_info["loops"] == 3
+    os.mkfifo(tmp_path / "pipe.onnx")
+    with pytest.raises(LoopQError, match="is no file"):
+        OnnxExecutable(tmp_path / "pipe.onnx")
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.onnx.data"])
