@@ -199,7 +199,7 @@ def _report(program: Program, out: Path) -> dict[str, Any]:
         "out": str(out),
         "bytes": sum(file.stat().st_size for file in out.iterdir()),
         "method": get_state(program.graph_module).method,
-        "scheme": program.scheme.to_dict(),
+        "scheme": program.scheme.to_dict() if program.scheme else None,
         "loops": program.loops.describe(),
         "loop_count": program.loops.count,
         "passes": [entry.pass_name for entry in program.log],
