@@ -39,10 +39,14 @@ def report_command(
     from loopq_compile.report.measure import check_names
 
     check_names(programs)
+    if svg and model is None:
+        raise LoopQError("--svg draws errors, which need the model: give --model.")
     last = [Path(program).name for program in programs]
     names = last if len(set(last)) == len(last) else programs
     loaded = {name: load(program, None, trust_remote_code) for name, program in zip(names, programs, strict=True)}
     for name, one in loaded.items():
+        if one.kind == "onnx":
+            raise LoopQError(f"{name} is an ONNX export; report takes the program that it was made from.")
         if one.kind != "program":
             raise LoopQError(f"{name} is no compiled program; run `loopq-compile compile {name} --out DIR` first.")
     batches, base, tokenizer = [], None, None
