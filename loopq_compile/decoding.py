@@ -63,10 +63,17 @@ class RecomputingDecoder:
 
     def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
         self.ids = new_ids if self.ids is None else torch.cat([self.ids, new_ids], 1)
+        return self.read(self.ids, attention_mask)[:, -1]
+
+    def read(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits `[batch, sequence, vocabulary]` of a whole text.
+
+        Raises:
+            LoopQError: there is padding, and the model has no mask for it.
+        """
         if not self.takes_mask and not attention_mask.all():
             raise LoopQError("This model has no attention mask, so rows of a batch cannot be padded.")
-        output = self.model(self.ids, attention_mask) if self.takes_mask else self.model(self.ids)
-        return logits_of(output)[:, -1]
+        return logits_of(self.model(ids, attention_mask) if self.takes_mask else self.model(ids))
 
 
 class CachedDecoder:

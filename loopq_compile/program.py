@@ -19,6 +19,7 @@ from loopq_compile.state import LogEntry, attach_state, copy_graph, get_state
 
 if TYPE_CHECKING:
     from loopq_compile.backends.onnx import OnnxExport
+    from loopq_compile.pretrained import ProgramForCausalLM
 
 
 class Program:
@@ -33,7 +34,7 @@ class Program:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         get_state(graph_module)
         self.graph_module = graph_module
-        self._decoding: tuple[Any, Program | None] | None = None
+        self._decoding: tuple[Any, dict[bool, Program | None]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph without gradients. With a key-value cache, a call that brings none reads a prompt.
@@ -188,6 +189,23 @@ class Program:
             eos_token_id=eos_token_id,
         )
 
+    def as_hugging_face(self, generation_config: Any = None) -> ProgramForCausalLM:
+        """This program as a model of transformers, for its `generate`: beams, streamers, processors of logits.
+
+            model = program.as_hugging_face("my-program")
+            model.generate(**tokenizer(texts, return_tensors="pt", padding=True), num_beams=4, max_new_tokens=40)
+
+        Args:
+            generation_config: a `GenerationConfig`, or a folder with a `generation_config.json`, such as that of a
+                saved program; it names the tokens at which text ends.
+
+        Raises:
+            LoopQError: the program takes more than token ids and an attention mask, or the folder has no such file.
+        """
+        from loopq_compile.pretrained import ProgramForCausalLM
+
+        return ProgramForCausalLM(self, generation_config)
+
     def decoder(self) -> Decoder:
         """What `generate` asks for the next token.
 
@@ -197,15 +215,22 @@ class Program:
         signature = get_state(self.graph_module).signature
         if has_cache(signature):
             return CachedDecoder(self, signature, self.loops.count)
-        first, *others = [spec.name for spec in signature.inputs]
-        if not set(others) <= {"attention_mask", "position_ids"} or signature.inputs[0].dtype.is_floating_point:
+        reader, cached = self.reader(), self.cached(last_token=True)
+        return reader if cached is None else cached.decoder()
+
+    def reader(self) -> RecomputingDecoder:
+        """Logits of whole texts, from token ids and an attention mask.
+
+        Raises:
+            LoopQError: the program takes more than these and position ids.
+        """
+        inputs = get_state(self.graph_module).signature.inputs
+        first, *others = [spec.name for spec in inputs]
+        if not set(others) <= {"attention_mask", "position_ids"} or inputs[0].dtype.is_floating_point:
             raise LoopQError(
                 "generate feeds token ids, an attention mask and position ids; this program takes "
-                f"{[spec.name for spec in signature.inputs]}."
+                f"{[spec.name for spec in inputs]}."
             )
-        cached = self._cached()
-        if cached is not None:
-            return cached.decoder()
 
         def run(ids: Tensor, mask: Tensor | None = None) -> Any:
             mask = torch.ones_like(ids) if mask is None else mask
@@ -214,17 +239,25 @@ class Program:
 
         return RecomputingDecoder(run, takes_mask=bool(others))
 
-    def _cached(self) -> Program | None:
-        """The program with a cache, None if it cannot have one; made anew when a pass has changed graph or tensors."""
+    def cached(self, last_token: bool = False) -> Program | None:
+        """`with_cache`, kept for further calls; None if the program cannot have one.
+
+        Made anew when a pass has changed graph or tensors. Where `last_token` is not possible, with all logits.
+        """
         tensors = [*self.graph_module.parameters(), *self.graph_module.buffers()]
         key = (self.graph_module.code, tuple(map(id, tensors)))
         if self._decoding is None or self._decoding[0] != key:
-            try:
-                cached = self.with_cache(last_token=True)
-            except LoopQError:
-                cached = None
-            self._decoding = (key, cached)
-        return self._decoding[1]
+            self._decoding = (key, {})
+        made = self._decoding[1]
+        for wanted in dict.fromkeys((last_token, False)):
+            if wanted not in made:
+                try:
+                    made[wanted] = self.with_cache(last_token=wanted)
+                except LoopQError:
+                    made[wanted] = None
+            if made[wanted] is not None:
+                return made[wanted]
+        return None
 
     def report(
         self,

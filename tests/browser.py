@@ -1,23 +1,20 @@
-"""Headless Chromium for tests of pages, spoken to over pipes (`--remote-debugging-pipe`); nothing else is needed."""
+"""A headless Chromium that tests drive over a pipe with its DevTools protocol; no driver and no web socket needed."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import fcntl
+import itertools
 import json
 import os
-import select
 import shutil
+import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import pytest
-
-_FLAGS = (
+SWITCHES = (
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
@@ -25,175 +22,122 @@ _FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--hide-scrollbars",
+    "--disable-dev-shm-usage",
     "--remote-debugging-pipe",
 )
-_SECONDS = 60
 
-LEGIBILITY = """
-(() => {
-  const parse = text => {
-    const c = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-    c.clearRect(0, 0, 1, 1); c.fillStyle = text; c.fillRect(0, 0, 1, 1);
-    const [r, g, b, a] = c.getImageData(0, 0, 1, 1).data;
-    return [r, g, b, a / 255];
-  };
-  const cache = new Map();
-  const colour = text => { if (!cache.has(text)) cache.set(text, parse(text)); return cache.get(text); };
-  const light = ([r, g, b]) => {
-    const f = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-    return 0.2126 * f(r) + 0.7152 * f(g) + 0.0722 * f(b);
-  };
-  const behind = element => {
-    for (let e = element; e; e = e.parentElement) {
-      const c = colour(getComputedStyle(e).backgroundColor);
-      if (c[3] > 0.99) return c;
-    }
-    return [255, 255, 255, 1];
-  };
-  let worst = {ratio: 99, text: ''}, seen = 0;
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  for (let node; (node = walker.nextNode());) {
-    const element = node.parentElement, text = node.data.trim();
-    if (!text || ['SCRIPT', 'STYLE', 'TITLE', 'OPTION'].includes(element.tagName.toUpperCase())) continue;
-    if (!element.getClientRects().length) continue;
-    const style = getComputedStyle(element), svg = element.closest('svg');
-    const a = light(colour(svg ? style.fill : style.color)), b = light(behind(element));
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    seen += 1;
-    if (ratio < worst.ratio) worst = {ratio, text: text.slice(0, 60), tag: element.tagName};
-  }
-  return {...worst, seen};
-})()
+START = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+os.dup2(pipes[0], 3), os.dup2(pipes[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
 """
-"""The lowest contrast (WCAG 2: relative luminances) of any visible text with what is behind it."""
-
-OVERFLOW = """
-(() => {
-  const width = document.documentElement.clientWidth;
-  const outside = [...document.querySelectorAll('body *')].filter(e => {
-    if (e.getBoundingClientRect().right <= width + 1) return false;
-    for (let p = e.parentElement; p; p = p.parentElement)
-      if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return false;
-    return true;
-  });
-  const page = document.documentElement.scrollWidth;
-  return {page, window: width, outside: outside.map(e => e.outerHTML.slice(0, 80))};
-})()
-"""
-"""Widths of page and window, and elements that stick out without a scroll bar of their own."""
+"""Puts the two pipes where the browser looks for them, commands at 3 and answers at 4, and becomes the browser."""
 
 
-class Page:
-    """One page of a running browser.
+def find_chromium() -> str | None:
+    """Path of a Chromium or Chrome on this machine."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next((path for name in names if (path := shutil.which(name))), None)
 
-    `complaints` are errors and warnings of the console, exceptions, and failed loads; `requests` all addresses that
-    were asked for.
+
+class Browser:
+    """One page in a browser of its own, which ends with the `with` block.
+
+    Args:
+        folder: an empty folder for the browser's profile.
+        url: what to open.
+        timeout: seconds that everything together may take.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], reader: int, writer: int) -> None:
-        self._process, self._reader, self._writer = process, reader, writer
-        self._number, self._buffer, self._session = 0, b"", ""
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self._loaded = False
-        target = self._call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self._call(f"{domain}.enable")
+    def __init__(self, folder: Path, url: str, timeout: float) -> None:
+        chromium = find_chromium()
+        assert chromium is not None
+        self.deadline = time.monotonic() + timeout
+        self._numbers = itertools.count(1)
+        self._session: str | None = None
+        self._read, theirs_out = os.pipe()
+        theirs_in, self._write = os.pipe()
+        command = [sys.executable, "-c", START, str(theirs_in), str(theirs_out), chromium, *SWITCHES]
+        self.process = subprocess.Popen(
+            [*command, f"--user-data-dir={folder}", "about:blank"],
+            pass_fds=(theirs_in, theirs_out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+        os.set_blocking(self._read, False)
+        self._unread = b""
+        self._seen: set[str] = set()
+        try:
+            self._open(url)
+        except BaseException:
+            self.close()
+            raise
 
-    def open(self, file: Path) -> None:
-        """Opens a file and waits until it is loaded."""
-        self._loaded = False
-        self._call("Page.navigate", url=file.absolute().as_uri())
-        while not self._loaded:
-            self._receive()
+    def _open(self, url: str) -> None:
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.call("Page.enable")
+        self.call("Page.navigate", url=url)
+        while "Page.loadEventFired" not in self._seen:
+            self._next()
 
-    def window(self, width: int, height: int = 900, dark: bool = False) -> None:
-        """Sets the size of the window in CSS pixels, and the colour scheme that the user prefers."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self._call("Emulation.setDeviceMetricsOverride", **size)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._call("Emulation.setEmulatedMedia", features=[scheme])
+    def __enter__(self) -> Browser:
+        return self
 
-    def run(self, script: str) -> Any:
-        """The value of a JavaScript expression; promises are awaited."""
-        found = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
 
-    def screenshot(self, file: Path, whole: bool = True) -> None:
-        """Writes a PNG of the whole page or of the window."""
-        data = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
-        file.write_bytes(base64.b64decode(data))
+    def close(self) -> None:
+        """Ends the browser and the processes that it started."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self._read)
+        os.close(self._write)
 
-    def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        self._number += 1
-        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """One command of the protocol, and its result."""
+        number = next(self._numbers)
+        message = {"id": number, "method": method, "params": parameters}
         if self._session:
             message["sessionId"] = self._session
-        os.write(self._writer, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._receive()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, (method, answer["error"])
-                return answer["result"]
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != number:
+            pass  # an event
+        assert "error" not in answer, answer
+        result: dict[str, Any] = answer["result"]
+        return result
 
-    def _receive(self) -> dict[str, Any]:
-        end = time.monotonic() + _SECONDS
-        while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._reader], [], [], max(0.0, end - time.monotonic()))
-            part = os.read(self._reader, 1 << 20) if ready else b""
-            assert part, f"Chromium is silent (exit status {self._process.poll()})"
-            self._buffer += part
-        first, _, self._buffer = self._buffer.partition(b"\0")
-        message: dict[str, Any] = json.loads(first)
-        self._note(message.get("method", ""), message.get("params", {}))
-        return message
+    def evaluate(self, script: str) -> Any:
+        """The value of a JavaScript expression in the page."""
+        result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
 
-    def _note(self, event: str, about: dict[str, Any]) -> None:
-        if event == "Page.loadEventFired":
-            self._loaded = True
-        elif event == "Network.requestWillBeSent":
-            self.requests.append(about["request"]["url"])
-        elif event == "Runtime.exceptionThrown":
-            self.complaints.append(about["exceptionDetails"]["text"])
-        elif event == "Log.entryAdded" and about["entry"]["level"] in ("error", "warning"):
-            self.complaints.append(about["entry"]["text"])
-        elif event == "Runtime.consoleAPICalled" and about["type"] in ("error", "warning", "assert"):
-            self.complaints.append(str(about["args"]))
+    def wait_for(self, script: str) -> Any:
+        """Asks until the expression is true; returns its value."""
+        while not (value := self.evaluate(script)):
+            time.sleep(0.05)
+            self._check_time(script)
+        return value
 
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._unread:
+            try:
+                part = os.read(self._read, 1 << 20)
+                assert part, "the browser has ended"
+                self._unread += part
+            except BlockingIOError:
+                time.sleep(0.01)
+                self._check_time("an answer")
+        message, _, self._unread = self._unread.partition(b"\0")
+        parsed: dict[str, Any] = json.loads(message)
+        self._seen.add(parsed.get("method", ""))
+        return parsed
 
-@contextlib.contextmanager
-def browser(folder: Path) -> Iterator[Page]:
-    """A page in a new headless Chromium whose profile is `folder`; skips the test where there is no Chromium."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("no Chromium on PATH (Debian: apt-get install chromium)")
-    (here_in, there_out), (there_in, here_out) = os.pipe(), os.pipe()
-    ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (there_in, there_out)]
-
-    def place() -> None:
-        os.dup2(ends[0], 3)
-        os.dup2(ends[1], 4)
-
-    process = subprocess.Popen(
-        [program, *_FLAGS, f"--user-data-dir={folder}"],
-        close_fds=False,
-        preexec_fn=place,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    for end in (there_in, there_out, *ends):
-        os.close(end)
-    try:
-        yield Page(process, here_in, here_out)
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        os.close(here_in)
-        os.close(here_out)
+    def _check_time(self, what: str) -> None:
+        if time.monotonic() > self.deadline:
+            raise TimeoutError(f"The browser took too long for {what}.")

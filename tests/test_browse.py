@@ -15,7 +15,7 @@ from loopq_compile.loops import LoopTag, get_tag, set_tag
 from loopq_compile.printer import source_of
 from loopq_compile.report import browse, write_page
 from loopq_compile.state import CompilerState, attach_state, get_state
-from tests.browser import LEGIBILITY, OVERFLOW, browser
+from tests.pages import LEGIBILITY, OVERFLOW, browser
 from tests.tiny import tiny_model, tiny_program, tokens
 
 
@@ -57,7 +57,9 @@ def test_names_from_files_are_text_and_nothing_else(tmp_path):
     assert file.read_text().count("<script") == 1
     with browser(tmp_path / "profile") as page:
         page.open(file)
-        assert page.complaints == [] and page.run("document.querySelector('.n p').textContent.includes('alert(1)')")
+        assert page.complaints == [] and page.evaluate(
+            "document.querySelector('.n p').textContent.includes('alert(1)')"
+        )
 
 
 def test_the_body_of_a_rolled_loop_is_there_too(tmp_path):
@@ -74,12 +76,12 @@ def test_the_body_of_a_rolled_loop_is_there_too(tmp_path):
 
 def click_through(page):
     """Numbers of shown nodes under several filters."""
-    page.run(
+    page.evaluate(
         "window.use = (name, value) => { document.getElementById(name).value = value; filter(); "
         "return document.querySelectorAll('.n:not([hidden])').length; }"
     )
     return {
-        (name, value): (page.run(f"use({name!r}, {value!r})"), page.run(f"use({name!r}, '')"))
+        (name, value): (page.evaluate(f"use({name!r}, {value!r})"), page.evaluate(f"use({name!r}, '')"))
         for name, value in (
             ("loop", "loop=1"),
             ("module", "layers.0.attn"),
@@ -105,11 +107,11 @@ def test_filters_show_what_they_say(saved, tmp_path):
         assert found["role", "linear"][0] == sum(n.target is linears for n in nodes)
         assert found["words", "LINEAR layers.0.down"][0] >= 3 and found["words", "no such node"][0] == 0
         assert 10 < found["module", "layers.0.attn"][0] < len(nodes)
-        page.run("use('words', 'no such node')")
-        assert page.run("document.getElementById('count').textContent") == f"0 of {len(nodes)} nodes"
-        page.run("location.hash = '#n-linear'")
-        page.run("new Promise(done => setTimeout(done, 100))")
-        assert page.run("document.getElementById('n-linear').checkVisibility()"), "a link shows a hidden node"
+        page.evaluate("use('words', 'no such node')")
+        assert page.evaluate("document.getElementById('count').textContent") == f"0 of {len(nodes)} nodes"
+        page.evaluate("location.hash = '#n-linear'")
+        page.evaluate("new Promise(done => setTimeout(done, 100))")
+        assert page.evaluate("document.getElementById('n-linear').checkVisibility()"), "a link shows a hidden node"
         assert page.complaints == [] and {url.split("#")[0] for url in page.requests} == {saved.as_uri()}
 
 
@@ -118,7 +120,7 @@ def test_it_is_legible_and_not_wider_than_the_window(saved, width, dark, tmp_pat
     with browser(tmp_path) as page:
         page.window(width, dark=dark)
         page.open(saved)
-        widths, contrast = page.run(OVERFLOW), page.run(LEGIBILITY)
+        widths, contrast = page.evaluate(OVERFLOW), page.evaluate(LEGIBILITY)
         assert widths["page"] <= widths["window"] == width and widths["outside"] == []
         assert contrast["seen"] > 1000 and contrast["ratio"] > 4.5, contrast
 
@@ -139,4 +141,4 @@ def test_thousands_of_nodes_are_no_trouble(tmp_path):
         spent = "(start => { use('words', 'layers.3 loop=5'); return performance.now() - start; })(performance.now())"
         found = click_through(page)
         assert found["loop", "loop=1"] == (1000, 6002)
-        assert page.run(spent) < 3000, "milliseconds"
+        assert page.evaluate(spent) < 3000, "milliseconds"

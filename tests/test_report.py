@@ -18,7 +18,7 @@ from loopq_compile.report.render import cells, plot, write_page
 from loopq_compile.report.render import trajectory as trajectory_svg
 from loopq_compile.state import get_state
 from loopq_compile.summary import short_names
-from tests.browser import LEGIBILITY, OVERFLOW, browser
+from tests.pages import LEGIBILITY, OVERFLOW, browser
 from tests.tiny import tiny_model, tiny_program, tokens
 
 VOID = {"meta", "br", "rect", "line", "link", "img", "input", "polyline"}
@@ -97,13 +97,13 @@ def test_chromium_shows_it_whole_and_legible(full, width, dark, tmp_path):
         page.open(file)
         assert page.complaints == []
         assert page.requests == [file.as_uri()], "nothing but the file itself"
-        widths = page.run(OVERFLOW)
+        widths = page.evaluate(OVERFLOW)
         assert widths["page"] <= widths["window"] == width and widths["outside"] == []
-        contrast = page.run(LEGIBILITY)
+        contrast = page.evaluate(LEGIBILITY)
         assert contrast["seen"] > 300 and contrast["ratio"] > 4.5, contrast
-        paper = page.run("getComputedStyle(document.body).backgroundColor")
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert paper == ("rgb(22, 24, 28)" if dark else "rgb(255, 255, 255)")
-        lines = page.run("[...document.querySelectorAll('polyline')].map(e => e.getBoundingClientRect().width)")
+        lines = page.evaluate("[...document.querySelectorAll('polyline')].map(e => e.getBoundingClientRect().width)")
         assert len(lines) == 2 + 2 and min(lines) > width / 8
 
 
@@ -203,8 +203,8 @@ def test_the_trajectory_alone_is_a_picture(full, tmp_path):
     with browser(tmp_path / "profile") as page:
         page.window(720, dark=True)
         page.open(file)
-        assert page.run("getComputedStyle(document.querySelector('.sheet')).fill") == "rgb(22, 24, 28)"
-        boxes = page.run(
+        assert page.evaluate("getComputedStyle(document.querySelector('.sheet')).fill") == "rgb(22, 24, 28)"
+        boxes = page.evaluate(
             "[...document.querySelectorAll('text')].map(e => e.getBoundingClientRect()).map(b => [b.left, b.right])"
         )
         assert len(boxes) >= 8 and all(0 <= left < right <= 720 for left, right in boxes), "no text is cut off"

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json as json_module
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from loopq_compile.cli.common import AllowPickle, Dtype, Json, Model, TokenizerFile, TrustRemoteCode, load, print_json
 from loopq_compile.errors import LoopQError
-
-if TYPE_CHECKING:
-    from loopq_compile.loading import Loaded
-
-END_TOKENS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|end_of_text|>", "<eos>")
-"""What tokenizers call the token that ends a text."""
 
 
 def generate_command(
@@ -51,6 +44,7 @@ def generate_command(
 
     from loopq_compile.evaluate import tokenize
     from loopq_compile.generation import stream
+    from loopq_compile.loading import end_tokens
 
     loaded = load(model, tokenizer, trust_remote_code, None, allow_pickle, dtype)
     ids = tokenize(loaded.tokenizer, prompt).unsqueeze(0)
@@ -83,20 +77,6 @@ def generate_command(
         print_json({"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds})
     else:
         typer.echo()
-
-
-def end_tokens(loaded: Loaded) -> list[int] | int | None:
-    """Ids of the tokens that end a text: those of the generation settings, or one that the tokenizer has by name."""
-    settings = json_module.loads(loaded.settings.get("generation_config.json", "{}"))
-    if settings.get("eos_token_id") is not None:
-        return settings["eos_token_id"]
-    return end_token(loaded.tokenizer)
-
-
-def end_token(tokenizer: Any) -> int | None:
-    """Id of the token that ends a text, None if the tokenizer has none that is known by name."""
-    ids = [tokenizer.token_to_id(name) for name in END_TOKENS]
-    return next((token for token in ids if token is not None), None)
 
 
 def pieces(tokenizer: Any, prompt: list[int], steps: Iterable[int], made: list[int]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from loopq_compile.cli.bench.options import Model, Out, load_model, show, whole_numbers
-from loopq_compile.cli.common import Json, names
+from loopq_compile.cli.common import AllowPickle, Json, TrustRemoteCode, names
 from loopq_compile.errors import LoopQError
 
 
@@ -21,6 +21,8 @@ def loops_command(
     scheme: Annotated[str, typer.Option("--scheme", help="Weights are rounded to nearest, without data.")] = "w4a8",
     length: Annotated[int, typer.Option("--length", min=1, help="Tokens of the call that is timed.")] = 16,
     targets: Annotated[str, typer.Option("--targets", help="Of the export.")] = "qdq,onnxruntime",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -29,7 +31,7 @@ def loops_command(
     from loopq_compile.scheme import Scheme
 
     def with_loops(count: int) -> Any:
-        loaded = load_model(model, None, False, f"{repeat}x{count}" if repeat else None).model
+        loaded = load_model(model, None, trust_remote_code, f"{repeat}x{count}" if repeat else None, allow_pickle).model
         if repeat is None:
             if not hasattr(loaded, "loops"):
                 raise LoopQError(f"{model} has no number of loops to set; name layers to repeat: --repeat FIRST-LAST.")
