@@ -167,12 +167,15 @@ def test_shades_and_lines_take_gaps_and_numbers_that_are_not_finite():
 
 
 @pytest.mark.parametrize("log", [True, False])
-@pytest.mark.parametrize("values", [[0.0314, 0.238], [3.0, 3.0], [1000.0, 1001.0], [1e-9, 5.0], [0.41, 0.43, 0.40]])
+@pytest.mark.parametrize(
+    "values", [[0.0314, 0.238], [3.0, 3.0], [1000.0, 1001.0], [1e-9, 5.0], [0.41, 0.43, 0.40], [0.905284, 1.04761]]
+)
 def test_axes_have_a_few_ticks_inside_the_frame_and_in_order(values, log):
     drawn = plot({"a": values}, log=log)
     ticks = [(tick["y"], float(tick["text"])) for tick in drawn["ticks"]]
     assert 2 <= len(ticks) <= 6 and ticks == sorted(ticks, key=lambda tick: -tick[0])
     assert all(4 <= y <= drawn["bottom"] for y, _ in ticks)
+    assert all(len(tick["text"]) <= 7 for tick in drawn["ticks"]), "labels fit in front of the frame"
     xs = [float(point.split(",")[0]) for point in drawn["lines"][0]["points"].split()]
     assert xs == sorted(xs) and drawn["left"] <= xs[0] <= xs[-1] <= drawn["width"]
 

@@ -198,13 +198,14 @@ def along(points: Sequence[Values]) -> Values:
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
     """Round numbers between `low` and `high`: at most about six, at least the two ends."""
+    step = 10.0 ** math.floor(math.log10(high - low)) if high > low else abs(high) or 1.0
+    sizes = [step * m for m in (0.25, 0.5, 1, 2)]
+    choices = [[size * (math.ceil(low / size) + i) for i in range(12)] for size in sizes]
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        choices = [[m * 10.0**e for e in decades for m in kinds] for kinds in ((1, 2, 5), (1, 3), (1,))]
-    else:
-        step = 10.0 ** math.floor(math.log10(high - low))
-        sizes = [step * m for m in (0.25, 0.5, 1, 2)]
-        choices = [[size * (math.ceil(low / size) + i) for i in range(12)] for size in sizes]
+        fine = [[m * 10.0**e for e in decades for m in kinds] for kinds in ((1, 2, 5), (1, 3), (1,))]
+        coarse = [[10.0**e for e in decades if e % every == 0] for every in (2, 3, 5, 10)]
+        choices = [*fine, *coarse, *choices]
     for choice in choices:
         inside = [v for v in choice if low <= v <= high]
         if 2 <= len(inside) <= 6:

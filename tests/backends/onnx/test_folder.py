@@ -81,12 +81,12 @@ def test_a_whole_folder_is_described_and_runs(good: Path) -> None:
 def test_the_command_lists_tokenizer_and_settings_too(tmp_path: Path) -> None:
     tiny_program("w4a8", "symmetric").save(tmp_path / "p")
     (tmp_path / "p" / "generation_config.json").write_text('{"eos_token_id": 3}')
-    for form in ("unrolled", "rolled"):
-        done = CliRunner().invoke(app, ["export", str(tmp_path / "p"), "--out", str(tmp_path / "o"), "--form", form])
+    for options in (["--form", "rolled"], ["--genai"]):
+        done = CliRunner().invoke(app, ["export", str(tmp_path / "p"), "--out", str(tmp_path / "o"), *options])
         assert done.exit_code == 0, done.output
     done = CliRunner().invoke(app, ["verify", str(tmp_path / "o"), "--json"])
     names = [file["name"] for file in json.loads(done.stdout)["files"]]
-    assert names == ["generation_config.json", "model.onnx"]
+    assert names == ["genai_config.json", "generation_config.json", "model.onnx"]
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..", "", "C:\\secret", ".hidden"])
