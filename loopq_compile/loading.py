@@ -138,10 +138,13 @@ def save_tokenizer(tokenizer: Tokenizer | None, folder: str | Path) -> None:
 
 
 def save_beside(loaded: Loaded, folder: str | Path) -> None:
-    """Puts `tokenizer.json` and the settings beside an export."""
+    """Puts `tokenizer.json` and the settings beside an export, and into its manifest."""
+    from loopq_compile.backends.onnx.folder import record
+
     save_tokenizer(loaded.tokenizer, folder)
     for name, text in loaded.settings.items():
         (Path(folder) / name).write_text(text, encoding="utf-8")
+    record(Path(folder), [*loaded.settings, *([TOKENIZER_FILE] if loaded.tokenizer else [])])
 
 
 def end_tokens(loaded: Loaded) -> list[int] | int | None:

@@ -295,6 +295,16 @@ class Program:
         }
         return write(file, found)
 
+    def browse(self, file: str | os.PathLike[str]) -> Path:
+        """Writes every node, with its code, loop, module, type, pass, inputs and users, as one HTML page to search in.
+
+        Raises:
+            LoopQError: the file cannot be written.
+        """
+        from loopq_compile.report import browse, write_page
+
+        return write_page(file, browse(self.graph_module))
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the program into `directory`: JSON and safetensors; see `loopq_compile.artifact`."""
         from loopq_compile.artifact import save

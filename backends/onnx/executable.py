@@ -14,9 +14,11 @@ from torch import Tensor
 
 from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
 from loopq_compile.backends.onnx.decoder import OnnxDecoder
+from loopq_compile.backends.onnx.folder import check_references
 from loopq_compile.backends.onnx.loop import LOOPS
 from loopq_compile.decoding import Decoder, RecomputingDecoder, has_cache, with_empty_cache
 from loopq_compile.errors import LoopQError
+from loopq_compile.manifest import first_line
 
 
 class OnnxExecutable:
@@ -29,7 +31,8 @@ class OnnxExecutable:
         providers: execution providers by name, the CPU's by default.
 
     Raises:
-        LoopQError: onnxruntime is not installed, the file is missing or damaged, or it was not written by `export`.
+        LoopQError: onnxruntime is not installed, the file is missing or damaged, keeps weights outside of its
+            folder, or was not written by `export`.
     """
 
     def __init__(
@@ -183,9 +186,10 @@ def _open(path: Path, threads: int | None, optimize: bool, providers: Sequence[s
         options.intra_op_num_threads = threads
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    check_references(path)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:
         raise LoopQError(
-            f"ONNX Runtime cannot open {path}; the file is damaged or incomplete: {str(error)[:400]}"
+            f"ONNX Runtime cannot open {path}; the file is damaged or incomplete: {first_line(error)}."
         ) from error

@@ -157,6 +157,9 @@ def _clean_up(model: ir.Model) -> None:
 def _describe_program(
     model: ir.Model, state: CompilerState, outputs: list[Any], *, target: str, form: str, cache: bool
 ) -> None:
+    for node in model.graph:
+        if node.op_type == "Loop":
+            node.metadata_props["loopq.structure"] = state.loops.describe()
     model.producer_name, model.producer_version = "loopq_compile", _version()
     model.doc_string = None
     model.metadata_props[METADATA_KEY] = to_json(state.signature, outputs)
