@@ -172,6 +172,19 @@ def test_line_breaks_in_stop_texts(typed: str, meant: str) -> None:
     assert unescaped(typed) == meant
 
 
+def test_export_to_kernels_needs_no_gpu(program: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kernels"
+    report = run_json("export", program, "--out", out, "--target", "triton", "--sm", "90")
+    assert report["architectures"] == [90] and report["kernels"] > 3 and report["bytes"] > 10_000
+    assert {"kernels.json", "kernels.safetensors", "tokenizer.json", "program.json"} <= {p.name for p in out.iterdir()}
+    run("verify", out)
+    assert "--sm goes with --target triton" in fails("export", program, "--out", tmp_path / "no", "--sm", "90")
+    assert "are for ONNX files" in fails("export", program, "--out", tmp_path / "no", "--target", "triton", "--cache")
+    assert "sm_75 is not supported" in fails(
+        "export", program, "--out", tmp_path / "no", "--target", "triton", "--sm", "75"
+    )
+
+
 def test_generate_from_model_program_and_onnx(program: Path, exported: Path) -> None:
     command = ["--prompt", "w3 w5 w8", "--max-new-tokens", 6]
     made = [run_json("generate", name, *command)["tokens"] for name in (program, exported)]

@@ -179,6 +179,17 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def whole_numbers(option: str, text: str) -> list[int]:
+    """The numbers of a comma-separated list."""
+    try:
+        found = [int(part) for part in names(text)]
+    except ValueError as error:
+        raise LoopQError(f"{option} takes whole numbers, comma-separated; got {text!r}.") from error
+    if any(number < 0 for number in found):
+        raise LoopQError(f"{option} takes numbers from 0 on; got {text!r}.")
+    return found
+
+
 def checked_choice(option: str, value: str, choices: Sequence[str]) -> str:
     """`value`, if it is one of `choices`."""
     from loopq_compile.errors import did_you_mean

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from loopq_compile.cli.bench.options import Model, Out, load_model, show, whole_numbers
-from loopq_compile.cli.common import AllowPickle, Json, TrustRemoteCode, names
+from loopq_compile.cli.bench.options import Model, Out, load_model, show
+from loopq_compile.cli.common import AllowPickle, Json, TrustRemoteCode, names, whole_numbers
 from loopq_compile.errors import LoopQError
 
 
