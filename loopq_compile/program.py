@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from loopq_compile.decoding import CachedDecoder, Decoder, RecomputingDecoder, has_cache, with_empty_cache
+from loopq_compile.decoding import CachedDecoder, Chosen, Decoder, RecomputingDecoder, complete, has_cache
+from loopq_compile.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import LoopStructure
 from loopq_compile.scheme import Scheme
@@ -19,6 +20,7 @@ from loopq_compile.state import LogEntry, attach_state, copy_graph, get_state
 
 if TYPE_CHECKING:
     from loopq_compile.backends.onnx import OnnxExport
+    from loopq_compile.passes.base import Pass
 
 
 class Program:
@@ -33,17 +35,17 @@ class Program:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         get_state(graph_module)
         self.graph_module = graph_module
-        self._decoding: tuple[Any, Program | None] | None = None
+        self._decoding: dict[bool, tuple[Any, Program | None]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the graph without gradients. With a key-value cache, a call that brings none reads a prompt.
+        """Runs the graph without gradients. With a key-value cache, a call that brings none reads a prompt; with early
+        exit (`with_early_exit`), `exit_threshold=0.9` stops when all tokens are done, and without it all loops run.
 
         Raises:
             LoopQError: the arguments do not fit the captured signature.
         """
         signature = get_state(self.graph_module).signature
-        if has_cache(signature) and len(args) <= len(signature.parameters):
-            args, kwargs = (), with_empty_cache(signature, args, kwargs, self.loops.count)
+        args, kwargs = complete(signature, args, kwargs, self.loops.count)
         inputs = signature.bind(args, kwargs)
         try:
             with torch.no_grad():
@@ -101,6 +103,8 @@ class Program:
         cache: bool = False,
         last_token: bool = False,
         head_bits: int | None = None,
+        kv_bits: int | None = None,
+        early_exit: bool = False,
     ) -> OnnxExport:
         """Writes `model.onnx` into `directory`.
 
@@ -115,6 +119,9 @@ class Program:
             last_token: with a cache, `logits` for the last token alone, which saves the head's work on prompts.
             head_bits: with target "onnxruntime", 4 or 8: bits of the head's weights, which schemes leave in floating
                 point.
+            kv_bits: with a cache, 8 or 4: keys and values as integers, with scales as inputs and outputs beside them.
+            early_exit: form "rolled" may stop its loop: one more input, `exit_threshold`, and output, `loops_spent`;
+                see `with_early_exit`.
 
         Returns:
             Path, size and node counts of what was written.
@@ -126,9 +133,10 @@ class Program:
         from loopq_compile.backends.onnx import export
 
         options: dict[str, Any] = {"cache": cache, "last_token": last_token, "head_bits": head_bits}
+        options |= {"kv_bits": kv_bits, "early_exit": early_exit}
         return export(self.graph_module, directory, target=target, form=form, **options)
 
-    def with_cache(self, *, stacked: bool = False, last_token: bool = False) -> Program:
+    def with_cache(self, *, stacked: bool = False, last_token: bool = False, kv_bits: int | None = None) -> Program:
         """This program with a key-value cache: a call takes new tokens and what earlier calls left, and returns a dict.
 
         Inputs are `input_ids` `[batch, sequence]`, `attention_mask` `[batch, past + sequence]` (0 on padding, which
@@ -139,16 +147,45 @@ class Program:
         Args:
             stacked: one cache for all iterations of a loop's layer, `[loops, batch, heads, past, size]`.
             last_token: `logits` for the last token alone.
+            kv_bits: 8 or 4 keeps keys and values as integers, int8 `[..., past, size]` or two to a byte, uint8 `[...,
+                past, size / 2]`, and their scales in `past_key_values.N.key_scale`, `.value_scale`.
 
         Raises:
             LoopQError: the model's attention is not recognised, is not causal, or tokens mix elsewhere.
         """
         from loopq_compile.passes.add_cache import AddCache
+
+        return self._rewritten([AddCache(stacked=stacked, last_token=last_token, kv_bits=kv_bits)])
+
+    def with_early_exit(self, *, cache: bool = False, last_token: bool = False, kv_bits: int | None = None) -> Program:
+        """This program, rolled, with a loop that stops when the model's exit gate says that every token is done.
+
+        A call takes `exit_threshold` and returns a dict that has `loops_spent`. The loop stops behind the first
+        iteration where for every new token the probability to have stopped, `1 - prod(1 - sigmoid(exit logit))`,
+        is at least the threshold; from 1 on, or without it, all loops run. What skipped loops would have returned, keys
+        and values included, is what the last computed loop returned. See the pass `exit-early`.
+
+        Args:
+            cache: also a key-value cache, `[loops, batch, heads, past, size]` for every layer.
+            last_token, kv_bits: as in `with_cache`.
+
+        Raises:
+            LoopQError: no loop, no exit gate among what every loop returns, a loop that cannot be rolled, or no cache.
+        """
+        from loopq_compile.passes.add_cache import AddCache
+        from loopq_compile.passes.exit_early import ExitEarly
+        from loopq_compile.passes.roll_loops import RollLoops
+
+        caches = [AddCache(stacked=True, last_token=last_token, kv_bits=kv_bits)] if cache else []
+        return self._rewritten([*caches, RollLoops(), ExitEarly()])
+
+    def _rewritten(self, passes: Sequence[Pass]) -> Program:
+        """A copy of this program behind `passes`."""
         from loopq_compile.pipeline import Pipeline
 
         copied = copy_graph(self.graph_module)
         attach_state(copied, replace(get_state(self.graph_module), log=list(self.log)))
-        return Program(Pipeline([AddCache(stacked=stacked, last_token=last_token)]).run(copied))
+        return Program(Pipeline(list(passes)).run(copied))
 
     def lower(self, backend: str, **options: Any) -> Any:
         """An executable made by `backend` ("reference", "onnx" or "triton"); see `loopq_compile.backends`."""
@@ -168,15 +205,17 @@ class Program:
         top_p: float | None = None,
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
+        exit_threshold: float | None = None,
     ) -> Tensor:
         """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.generate`.
 
-        With a key-value cache where the model can have one (`with_cache`), by reading all again where it cannot.
+        With a key-value cache where the model can have one (`with_cache`), by reading all again where it cannot. With
+        `exit_threshold`, loops stop early (`with_early_exit`).
         """
         from loopq_compile.generation import generate
 
         return generate(
-            self,
+            Chosen(self, exit_threshold=exit_threshold),
             input_ids,
             max_new_tokens,
             attention_mask=attention_mask,
@@ -188,43 +227,50 @@ class Program:
             eos_token_id=eos_token_id,
         )
 
-    def decoder(self) -> Decoder:
+    def decoder(self, exit_threshold: float | None = None) -> Decoder:
         """What `generate` asks for the next token.
 
         Raises:
-            LoopQError: the program takes more than token ids and an attention mask.
+            LoopQError: the program takes more than token ids and an attention mask, or `exit_threshold` is given and it
+                has no exit gate.
         """
         signature = get_state(self.graph_module).signature
+        early = has_early_exit(signature)
         if has_cache(signature):
-            return CachedDecoder(self, signature, self.loops.count)
-        first, *others = [spec.name for spec in signature.inputs]
+            check_early_exit(signature, exit_threshold)
+            return CachedDecoder(self, signature, self.loops.count, exit_threshold)
+        first, *others = [spec.name for spec in signature.inputs if spec.name != EXIT_THRESHOLD]
         if not set(others) <= {"attention_mask", "position_ids"} or signature.inputs[0].dtype.is_floating_point:
             raise LoopQError(
                 "generate feeds token ids, an attention mask and position ids; this program takes "
                 f"{[spec.name for spec in signature.inputs]}."
             )
-        cached = self._cached()
+        cached = None if early else self._cached(exit_threshold is not None)
         if cached is not None:
-            return cached.decoder()
+            return cached.decoder(exit_threshold)
+        if exit_threshold is not None and not early:
+            return self.with_early_exit().decoder(exit_threshold)
+        extra = {EXIT_THRESHOLD: exit_threshold} if early else {}
 
         def run(ids: Tensor, mask: Tensor | None = None) -> Any:
             mask = torch.ones_like(ids) if mask is None else mask
             known = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
-            return self(**{first: ids}, **{name: known[name].to(ids) for name in others})
+            return self(**{first: ids}, **{name: known[name].to(ids) for name in others}, **extra)
 
         return RecomputingDecoder(run, takes_mask=bool(others))
 
-    def _cached(self) -> Program | None:
+    def _cached(self, early_exit: bool = False) -> Program | None:
         """The program with a cache, None if it cannot have one; made anew when a pass has changed graph or tensors."""
         tensors = [*self.graph_module.parameters(), *self.graph_module.buffers()]
         key = (self.graph_module.code, tuple(map(id, tensors)))
-        if self._decoding is None or self._decoding[0] != key:
+        if early_exit not in self._decoding or self._decoding[early_exit][0] != key:
             try:
                 cached = self.with_cache(last_token=True)
+                cached = self.with_early_exit(cache=True, last_token=True) if early_exit else cached
             except LoopQError:
                 cached = None
-            self._decoding = (key, cached)
-        return self._decoding[1]
+            self._decoding[early_exit] = (key, cached)
+        return self._decoding[early_exit][1]
 
     def report(
         self,
