@@ -38,11 +38,10 @@ from loopq_compile.manifest import (
     write_manifest,
 )
 from loopq_compile.passes.verify import verify_tags
-from loopq_compile.pipeline import MADE_BY
 from loopq_compile.scheme import Scheme
 from loopq_compile.shapes import infer_shapes
 from loopq_compile.signature import signature_from_dict, signature_to_dict
-from loopq_compile.state import CompilerState, LogEntry, Site, attach_state, get_state, get_tensor
+from loopq_compile.state import MADE_BY, CompilerState, LogEntry, Site, attach_state, get_state, get_tensor
 
 FORMAT = "loopq_compile.program"
 GRAPH_FILE, TENSOR_FILE = "program.json", "tensors.safetensors"

@@ -13,10 +13,10 @@ from torch import Tensor, fx
 import loopq_compile.operators  # noqa: F401  (registers the operators that graphs refer to)
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import LoopTag, get_tag, set_tag
-from loopq_compile.pipeline import MADE_BY
 from loopq_compile.printer import site_of
 from loopq_compile.rolled import RolledLoop
 from loopq_compile.shapes import TYPE
+from loopq_compile.state import MADE_BY
 
 _NAMESPACES = ("aten", "loopq", "prims")
 _FORBIDDEN = ("from_file",)

@@ -11,10 +11,7 @@ from loopq_compile.debugging import DebugFolder, PassFailure, Snapshot
 from loopq_compile.errors import InternalError, LoopQError, did_you_mean
 from loopq_compile.passes.base import Pass
 from loopq_compile.passes.verify import verify_tags
-from loopq_compile.state import LogEntry, get_state
-
-MADE_BY = "loopq_pass"
-"""Key in `node.meta` for the name of the pass that made a node."""
+from loopq_compile.state import MADE_BY, LogEntry, get_state
 
 
 class Pipeline:

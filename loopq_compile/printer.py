@@ -9,10 +9,9 @@ import torch
 from torch import fx
 
 from loopq_compile.loops import LoopTag, get_tag
-from loopq_compile.pipeline import MADE_BY
 from loopq_compile.rolled import rolled_loops
 from loopq_compile.shapes import type_of
-from loopq_compile.state import get_state
+from loopq_compile.state import MADE_BY, get_state
 
 _COMMENT_COLUMN = 88
 

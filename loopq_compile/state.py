@@ -13,6 +13,8 @@ from loopq_compile.options import CalibrationOptions
 from loopq_compile.scheme import Scheme
 from loopq_compile.signature import Signature
 
+MADE_BY = "loopq_pass"
+"""Key in `node.meta` for the name of the pass that made a node."""
 _KEY = "loopq"
 
 

@@ -17,10 +17,9 @@ from torch import fx
 
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import get_tag
-from loopq_compile.pipeline import MADE_BY
 from loopq_compile.printer import site_of
 from loopq_compile.shapes import type_of
-from loopq_compile.state import get_state
+from loopq_compile.state import MADE_BY, get_state
 
 COLOURS = {
     "input": "#ffffff",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +22,14 @@ from loopq_compile.cli.common import (
     print_json,
 )
 from loopq_compile.errors import LoopQError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loopq_compile.loading import Loaded
+    from loopq_compile.options import CalibrationOptions
+    from loopq_compile.program import Program
+    from loopq_compile.scheme import Scheme
 
 
 def compile_command(
@@ -87,17 +96,14 @@ def compile_command(
 
     Example: loopq-compile compile bundled --scheme w4a8 --activation static --out my-program
     """
-    from loopq_compile.artifact import GRAPH_FILE, save
-    from loopq_compile.driver import compile as compile_model
+    from loopq_compile.artifact import GRAPH_FILE
     from loopq_compile.folders import check_folder
-    from loopq_compile.loading import BUNDLED, TOKENIZER_FILE
     from loopq_compile.options import CalibrationOptions
     from loopq_compile.pipelines import get_pipeline
     from loopq_compile.scheme import Scheme
 
-    say = note(json)
     wanted = Scheme.parse(scheme, activation=activation, group_size=group_size, skip=tuple(skip or ()))
-    get_pipeline(method)
+    get_pipeline(method)  # unknown names fail before a model is loaded
     options = CalibrationOptions(
         steps=steps,
         seed=seed,
@@ -110,24 +116,56 @@ def compile_command(
     loaded = load(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
     if loaded.kind != "model":
         raise LoopQError(f"{model} is quantized already; compile takes a model in floating point.")
-    source = calibration or ("docs" if model == BUNDLED else None)
-    batches = None
-    if source:
-        batches = calibration_batches(source, loaded.tokenizer, samples, length, seed, model=loaded.model)
-    if batches is not None:
-        say(f"calibrating on {sum(map(len, batches))} samples of {length} tokens from {source}")
+    batches = _batches(calibration, model, loaded, samples, length, seed, note(json))
     if dry_run:
         _predict(loaded.model, wanted, get_pipeline(method), batches, options, json)
-        return
+    else:
+        _show(_compile(loaded, wanted, method, batches, options, out), out, json)
+
+
+def _batches(
+    calibration: str | None,
+    model: str,
+    loaded: Loaded,
+    samples: int,
+    length: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> list[Tensor] | None:
+    from loopq_compile.loading import BUNDLED
+
+    source = calibration or ("docs" if model == BUNDLED else None)
+    if not source:
+        return None
+    batches = calibration_batches(source, loaded.tokenizer, samples, length, seed, model=loaded.model)
+    say(f"calibrating on {sum(map(len, batches))} samples of {length} tokens from {source}")
+    return batches
+
+
+def _compile(
+    loaded: Loaded,
+    scheme: Scheme,
+    method: str,
+    batches: list[Tensor] | None,
+    options: CalibrationOptions,
+    out: Path,
+) -> Program:
+    """Quantizes the model, gives its weights up one by one, and saves the program beside its tokenizer."""
+    from loopq_compile.artifact import save
+    from loopq_compile.driver import compile as compile_model
+    from loopq_compile.loading import TOKENIZER_FILE
+
     program = compile_model(
-        loaded.model, scheme=wanted, method=method, calibration=batches, release_model=True, **options.to_dict()
+        loaded.model, scheme=scheme, method=method, calibration=batches, release_model=True, **options.to_dict()
     )
     beside = {TOKENIZER_FILE: loaded.tokenizer.to_str()} if loaded.tokenizer else {}
     save(program.graph_module, out, beside | dict(loaded.settings))
-    _show(program, out, json)
+    return program
 
 
-def _predict(model: Any, scheme: Any, pipeline: Any, batches: Any, options: Any, json: bool) -> None:
+def _predict(
+    model: Any, scheme: Scheme, pipeline: Any, batches: list[Tensor] | None, options: CalibrationOptions, json: bool
+) -> None:
     from dataclasses import asdict
 
     from loopq_compile.capture import capture
@@ -145,7 +183,7 @@ def _predict(model: Any, scheme: Any, pipeline: Any, batches: Any, options: Any,
     )
 
 
-def _show(program: Any, out: Path, json: bool) -> None:
+def _show(program: Program, out: Path, json: bool) -> None:
     if json:
         print_json(_report(program, out))
     else:
@@ -154,7 +192,7 @@ def _show(program: Any, out: Path, json: bool) -> None:
         say(f"\nwrote {out}; next: loopq-compile inspect {out}, loopq-compile export {out} --out {out}-onnx")
 
 
-def _report(program: Any, out: Path) -> dict[str, Any]:
+def _report(program: Program, out: Path) -> dict[str, Any]:
     from loopq_compile.state import get_state
 
     return {

@@ -83,16 +83,29 @@ def eval_command(
     if tasks is not None:
         _run_tasks(models, loaded_model, json, tasks=names(tasks), folder=task_folder, fewshot=fewshot, limit=limit)
         return
+    _score_text(models, loaded_model, json, file=text, length=length, stride=stride, max_tokens=max_tokens)
+
+
+def _score_text(
+    models: list[str],
+    load: Callable[[str], Loaded],
+    json: bool,
+    *,
+    file: str | None,
+    length: int,
+    stride: int,
+    max_tokens: int,
+) -> None:
     from loopq_compile.evaluate import Remembered, evaluate, tokenize
 
-    content, source = text_source(text) if text else (None, "")
+    content, source = text_source(file) if file else (None, "")
     rows: list[dict[str, Any]] = []
     teacher: Any = None
     teacher_tokens: Any = None
     for name in models:
-        loaded = loaded_model(name)
+        loaded = load(name)
         if content is None:  # takes seconds; not before the model is there
-            content, source = text_source(text)
+            content, source = text_source(file)
         tokens = tokenize(loaded.tokenizer, content, max_tokens)
         compare = teacher if teacher_tokens is not None and tokens.equal(teacher_tokens) else None
         model = Remembered(loaded.model) if teacher_tokens is None and len(models) > 1 else loaded.model

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,10 +17,12 @@ from loopq_compile.errors import LoopQError
 from loopq_compile.generation import generate, logits_of
 from loopq_compile.loops import get_tag
 from loopq_compile.passes.weights import site_calls
-from loopq_compile.program import Program
 from loopq_compile.scheme import Scheme
 from loopq_compile.state import get_state
 from loopq_compile.summary import activation_rows
+
+if TYPE_CHECKING:
+    from loopq_compile.program import Program
 
 WORST = 12
 CONTEXT = 8

@@ -1,0 +1,80 @@
+"""What the bench commands share: options, models to measure, and how a report is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loopq_compile.cli.common import console, load, names, note, table
+from loopq_compile.errors import LoopQError
+
+if TYPE_CHECKING:
+    from loopq_compile.bench.report import Report
+    from loopq_compile.loading import Loaded
+
+Model = Annotated[
+    str, typer.Argument(metavar="[MODEL]", help='"bundled", "smollm2", or a Hugging Face folder or hub id.')
+]
+Schemes = Annotated[str, typer.Option("--schemes", help="Comma-separated, such as w4a4,w4a8.")]
+Methods = Annotated[str, typer.Option("--methods", help="Comma-separated, such as symmetric,las.")]
+Activations = Annotated[str, typer.Option("--activations", help="Comma-separated: static, dynamic.")]
+GroupSize = Annotated[
+    int, typer.Option("--group-size", help="Neighbouring features that share a scale; -1 for whole rows.")
+]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Number of calibration samples.")]
+SampleLength = Annotated[int, typer.Option("--sample-length", min=1, help="Tokens in a calibration sample.")]
+Seeds = Annotated[str, typer.Option("--seeds", help="Comma-separated; with several, means and standard deviations.")]
+Budget = Annotated[
+    int | None, typer.Option("--budget", min=1, help="Optimizer steps of learned methods; by default their own number.")
+]
+WeightSolver = Annotated[
+    str | None, typer.Option("--weight-solver", help="rtn, gptq or loaq for all methods; by default each its own.")
+]
+Numbers = Annotated[
+    str,
+    typer.Option(
+        "--values", metavar="LIST", help="Points of fig4 (groups), fig5 (loops) or fig6 (samples), comma-separated."
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="DIR", help="Folder for JSON, Markdown, PNG, and for finished cells."),
+]
+Fresh = Annotated[
+    bool,
+    typer.Option("--fresh", help="Measure again what DIR/cells has; needed when the code of a method has changed."),
+]
+
+
+def show(report: Report, out: Path | None, json: bool, **about: Any) -> None:
+    """Prints a report, for people or machines, and writes it into `out`."""
+    say = note(json)
+    if json:
+        typer.echo(report.to_json(**about), nl=False)
+    else:
+        console().print(table(report.columns, report.rows, text_columns=report.text_columns, title=report.title))
+        say("\n".join(["", *report.notes]))
+    if out is not None:
+        for path in report.write(out, **about):
+            say(f"wrote {path}")
+
+
+def load_model(model: str, tokenizer: str | None, trust_remote_code: bool, repeat: str | None) -> Loaded:
+    """A model in floating point; what is quantized already is refused."""
+    loaded = load(model, tokenizer, trust_remote_code, repeat)
+    if loaded.kind != "model":
+        raise LoopQError(f"{model} is quantized already; bench takes a model in floating point.")
+    return loaded
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """The numbers of a comma-separated list."""
+    try:
+        found = [int(part) for part in names(text)]
+    except ValueError as error:
+        raise LoopQError(f"{option} takes whole numbers, comma-separated; got {text!r}.") from error
+    if any(number < 0 for number in found):
+        raise LoopQError(f"{option} takes numbers from 0 on; got {text!r}.")
+    return found

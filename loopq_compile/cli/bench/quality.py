@@ -1,0 +1,89 @@
+"""`loopq-compile bench quality`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loopq_compile.cli.bench.options import (
+    Activations,
+    GroupSize,
+    Methods,
+    Model,
+    SampleLength,
+    Samples,
+    Schemes,
+    load_model,
+)
+from loopq_compile.cli.common import (
+    CalibrationText,
+    Json,
+    Length,
+    MaxTokens,
+    RepeatLayers,
+    Stride,
+    TextFile,
+    TokenizerFile,
+    TrustRemoteCode,
+    calibration_batches,
+    console,
+    names,
+    note,
+    table,
+    text_source,
+)
+
+
+def quality_command(
+    model: Model = "bundled",
+    schemes: Schemes = "w4a4,w4a8",
+    methods: Methods = "symmetric,las",
+    activations: Activations = "static,dynamic",
+    group_size: GroupSize = 32,
+    text: TextFile = None,
+    length: Length = 256,
+    stride: Stride = 128,
+    max_tokens: MaxTokens = 4096,
+    calibration: CalibrationText = "docs",
+    samples: Samples = 32,
+    sample_length: SampleLength = 128,
+    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder for quality.json and quality.md.")
+    ] = None,
+    repeat: RepeatLayers = None,
+    tokenizer: TokenizerFile = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Methods by schemes: perplexity, its ratio to full precision, KL divergence, and time.
+
+    Every combination is calibrated on the same samples and measured on the same text.
+    """
+    from loopq_compile import bench
+    from loopq_compile.evaluate import tokenize
+
+    say = note(json)
+    runs = bench.variants(names(methods), names(schemes), names(activations), group_size=group_size)
+    loaded = load_model(model, tokenizer, trust_remote_code, repeat)
+    content, source = text_source(text)
+    tokens = tokenize(loaded.tokenizer, content, max_tokens)
+    batches = calibration_batches(calibration, loaded.tokenizer, samples, sample_length, seed, loaded.model)
+    about: dict[str, Any] = {"model": model, "text": source, "tokens": len(tokens), "length": length, "stride": stride}
+    about |= {"calibration": calibration, "samples": samples, "sample_length": sample_length, "seed": seed}
+    rows = []
+    for row, _ in bench.quality(loaded.model, tokens, runs, batches, length=length, stride=stride):
+        rows.append(row)
+    if json:
+        typer.echo(bench.to_json(rows, **about), nl=False)
+    else:
+        console().print(table(bench.COLUMNS, [row.cells() for row in rows], text_columns=3))
+        say(
+            f"\ntext: {source}, first {len(tokens):,} tokens; calibration: {samples} x {sample_length} tokens, "
+            f"{calibration}"
+        )
+    if out is not None:
+        for path in bench.write_results(rows, out, f"Quality of {model}", **about):
+            say(f"wrote {path}")
