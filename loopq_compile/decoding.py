@@ -128,6 +128,27 @@ class Chosen:
         return self.last
 
 
+class TokenByToken:
+    """Whole texts read one token at a time, as they are written: for perplexity of early exits and integer caches.
+
+    Args:
+        model: has a method `decoder`.
+        options: for it. `loops_spent` has the loops of every token, of a model that may stop early.
+    """
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        self.model, self.options = model, options
+        self.loops_spent: list[int] = []
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Logits `[batch, sequence, vocabulary]` of ids `[batch, sequence]`."""
+        decoder = self.model.decoder(**self.options)
+        mask = torch.ones_like(ids)
+        logits = [decoder(ids[:, at : at + 1], mask[:, : at + 1]) for at in range(ids.shape[1])]
+        self.loops_spent += getattr(decoder, "loops_spent", [])
+        return torch.stack(logits, 1)
+
+
 def cache_inputs(signature: Signature) -> tuple[InputSpec, InputSpec, list[InputSpec]]:
     """Of a program with a key-value cache: token ids, the attention mask, and the cache."""
     ids, mask, *others = signature.inputs

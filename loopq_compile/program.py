@@ -105,6 +105,7 @@ class Program:
         head_bits: int | None = None,
         kv_bits: int | None = None,
         early_exit: bool = False,
+        float_bits: int = 32,
     ) -> OnnxExport:
         """Writes `model.onnx` into `directory`.
 
@@ -122,6 +123,7 @@ class Program:
             kv_bits: with a cache, 8 or 4: keys and values as integers, with scales as inputs and outputs beside them.
             early_exit: form "rolled" may stop its loop: one more input, `exit_threshold`, and output, `loops_spent`;
                 see `with_early_exit`.
+            float_bits: 16 stores scales, embeddings and whatever else stays in floating point as float16.
 
         Returns:
             Path, size and node counts of what was written.
@@ -133,7 +135,7 @@ class Program:
         from loopq_compile.backends.onnx import export
 
         options: dict[str, Any] = {"cache": cache, "last_token": last_token, "head_bits": head_bits}
-        options |= {"kv_bits": kv_bits, "early_exit": early_exit}
+        options |= {"kv_bits": kv_bits, "early_exit": early_exit, "float_bits": float_bits}
         return export(self.graph_module, directory, target=target, form=form, **options)
 
     def with_cache(self, *, stacked: bool = False, last_token: bool = False, kv_bits: int | None = None) -> Program:

@@ -47,7 +47,9 @@ def infer_shapes(graph_module: fx.GraphModule) -> None:
 
 def symbolic_inputs(signature: Signature, loops: int) -> list[Tensor]:
     """Fake tensors for the inputs; dimensions of one name share a symbol. A graph runs a fixed number of `loops`."""
-    specs = [replace(s, shape=tuple(loops if size == LOOPS_AXIS else size for size in s.shape)) for s in signature.inputs]
+    specs = [
+        replace(s, shape=tuple(loops if size == LOOPS_AXIS else size for size in s.shape)) for s in signature.inputs
+    ]
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False, allow_non_fake_inputs=True)
     sizes: dict[str, Any] = {}
     for spec in specs:
@@ -60,10 +62,7 @@ def symbolic_inputs(signature: Signature, loops: int) -> list[Tensor]:
             if isinstance(name, str) and " + " not in name:
                 sizes.setdefault(name, size)
     with mode:
-        return [
-            torch.empty([_named_size(size, sizes) for size in spec.shape], dtype=spec.dtype)
-            for spec in specs
-        ]
+        return [torch.empty([_named_size(size, sizes) for size in spec.shape], dtype=spec.dtype) for spec in specs]
 
 
 def _named_size(size: int | str, sizes: dict[str, Any]) -> Any:

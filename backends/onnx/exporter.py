@@ -21,6 +21,7 @@ from loopq_compile.backends.onnx.prepare import prepare
 from loopq_compile.backends.onnx.qdq import OPSET, lower_to_qdq
 from loopq_compile.backends.onnx.report import OnnxExport, describe
 from loopq_compile.backends.onnx.simplify import simplify
+from loopq_compile.backends.onnx.storage import FLOAT_BITS, store_half
 from loopq_compile.backends.onnx.translate import DOMAIN, translate
 from loopq_compile.backends.onnx.write import EXTERNAL_DATA_THRESHOLD, check_destination, write_model
 from loopq_compile.errors import LoopQError, did_you_mean
@@ -49,6 +50,7 @@ def export(
     head_bits: int | None = None,
     kv_bits: int | None = None,
     early_exit: bool = False,
+    float_bits: int = 32,
     overwrite: bool = True,
     external_data_threshold: int = EXTERNAL_DATA_THRESHOLD,
 ) -> OnnxExport:
@@ -75,6 +77,8 @@ def export(
             `.value_scale` and outputs `present.N.key_scale`, `.value_scale` hold their scales.
         early_exit: form "rolled": the loop stops when the model's exit gate says that every token is done; an input
             `exit_threshold` (float32, scalar), an output `loops_spent`. See the pass `exit-early`.
+        float_bits: 16 stores what stays in floating point (scales, embeddings, head, transforms) as float16; arithmetic
+            stays in single precision.
         overwrite: replace a `model.onnx` that is there already.
         external_data_threshold: bytes of weights above which they go to `model.onnx.data`.
 
@@ -86,6 +90,8 @@ def export(
     _check_dependent(form, cache, last_token=last_token, kv_bits=kv_bits, early_exit=early_exit)
     if head_bits is not None and (head_bits not in (4, 8) or target != "onnxruntime"):
         raise LoopQError(f"head_bits must be 4 or 8, with target='onnxruntime'; got {head_bits!r}, target={target!r}.")
+    if float_bits not in FLOAT_BITS:
+        raise LoopQError(f"float_bits must be 16 or 32; got {float_bits!r}.")
     check_destination(Path(directory), overwrite=overwrite)
     if form == "rolled":
         _check_rollable(graph_module)
@@ -107,6 +113,8 @@ def export(
     else:
         lower_to_qdq(model, prepared.origins)
     roll(model.graph)
+    if float_bits == 16:
+        store_half(model.graph)
     _clean_up(model)
     name_everything(model, prepared.origins)
     _describe_program(model, state, prepared.outputs, target=target, form=form, cache=cache)

@@ -30,6 +30,16 @@ def export_command(
         int | None,
         typer.Option("--head-bits", help="With --target onnxruntime: 4 or 8 bits for the head."),
     ] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option("--kv-bits", help="With --cache: keys and values in 8 or 4 bits.")
+    ] = None,
+    early_exit: Annotated[
+        bool,
+        typer.Option("--early-exit", help="With --form rolled: stop the loop by the model's exit gate."),
+    ] = False,
+    float_bits: Annotated[
+        int, typer.Option("--float-bits", help="16 stores scales, embeddings and head in half the bytes.")
+    ] = 32,
     json: Json = False,
 ) -> None:
     """Write a compiled program as an ONNX file.
@@ -42,7 +52,15 @@ def export_command(
     if loaded.kind != "program":
         raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile {program} --out DIR` first.")
     report = loaded.model.export_onnx(
-        out, target=target, form=form, cache=cache, last_token=last_token, head_bits=head_bits
+        out,
+        target=target,
+        form=form,
+        cache=cache,
+        last_token=last_token,
+        head_bits=head_bits,
+        kv_bits=kv_bits,
+        early_exit=early_exit,
+        float_bits=float_bits,
     )
     save_beside(loaded, out)
     if json:

@@ -1,0 +1,81 @@
+"""`python -m loopq_compile.bench.size_session JSON`: compiles one model from end to end in a process of its own.
+
+Takes a `Job` as JSON and prints JSON: by step its `seconds`, and `peak`, the largest resident size of the process so
+far in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from loopq_compile.errors import LoopQError
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compile.
+
+    Args:
+        config: of an Ouro model, as `OuroConfig.to_dict` writes it.
+        folder: for the file.
+        scheme: compiled without data.
+        head_bits, float_bits: of the export.
+    """
+
+    config: dict[str, Any]
+    folder: str
+    scheme: str = "w4a4"
+    head_bits: int | None = None
+    float_bits: int = 32
+
+
+def measure(job: Job) -> dict[str, dict[str, float]]:
+    """What this module prints, of a process started for it.
+
+    Raises:
+        LoopQError: the process failed, for instance for lack of memory.
+    """
+    command = [sys.executable, "-m", "loopq_compile.bench.size_session", json.dumps(asdict(job))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"it was ended by signal {-done.returncode}"])[-1]
+        raise LoopQError(f"The model could not be compiled: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _main(job: Job) -> None:
+    import torch
+
+    import loopq_compile as lq
+    from loopq_compile.models import Ouro, OuroConfig
+
+    steps: dict[str, dict[str, float]] = {}
+    start = time.perf_counter()
+
+    def done(step: str) -> None:
+        nonlocal start
+        now = time.perf_counter()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        steps[step] = {"seconds": now - start, "peak": peak}
+        start = now
+
+    model = Ouro(OuroConfig.from_dict(job.config)).eval()
+    done("random model")
+    example = torch.ones(2, 8, dtype=torch.int64)
+    program = lq.compile(model, example, scheme=job.scheme, method="symmetric", release_model=True)
+    del model
+    done("capture and passes")
+    options: dict[str, Any] = {"target": "onnxruntime", "form": "rolled", "cache": True, "last_token": True}
+    program.export_onnx(job.folder, head_bits=job.head_bits, float_bits=job.float_bits, **options)
+    done("export")
+    print(json.dumps(steps))
+
+
+if __name__ == "__main__":
+    _main(Job(**json.loads(sys.argv[1])))

@@ -1,0 +1,84 @@
+"""Files that stop their loop early, equal to the program that does."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import loopq_compile as lq
+from loopq_compile.backends.onnx import OnnxExecutable, export
+from loopq_compile.cli import app
+from loopq_compile.decoding import Chosen
+from loopq_compile.generation import generate
+from tests.decoding import ids
+from tests.passes.test_exit_early import program
+
+
+@pytest.mark.parametrize(("target", "masked"), [("qdq", True), ("onnxruntime", False)])
+def test_files_stop_where_programs_do(target: str, masked: bool, tmp_path) -> None:
+    early = program(masked=masked).with_early_exit()
+    report = export(program(masked=masked).graph_module, tmp_path, target=target, form="rolled", early_exit=True)
+    run = OnnxExecutable(report.path, threads=1)
+    assert run.input_names[-1] == "loops" and "exit_threshold" in run.input_names
+    mask = torch.ones_like(ids())
+    mask[1, :3] = 0
+    given = {"attention_mask": mask} if masked else {}
+    spent = set()
+    for threshold in (None, 0.9, 0.6, 1e-6):
+        expected, result = (call(ids(), exit_threshold=threshold, **given) for call in (early, run))
+        assert int(result["loops_spent"]) == int(expected["loops_spent"])
+        for name in ("logits", "exit_logits"):
+            torch.testing.assert_close(result[name], expected[name], rtol=1e-3, atol=1e-3)
+        spent.add(int(result["loops_spent"]))
+    assert len(spent) > 1
+    whole = export(program(masked=masked).graph_module, tmp_path / "whole", target=target, form="rolled")
+    assert torch.equal(OnnxExecutable(whole.path, threads=1)(ids(), **given).logits, run(ids(), **given)["logits"])
+
+
+def test_work_is_saved_with_a_cache(tmp_path) -> None:
+    report = export(program().graph_module, tmp_path, form="rolled", target="onnxruntime", cache=True, early_exit=True)
+    run, tokens = OnnxExecutable(report.path, threads=1), ids(2, 6)
+    for threshold in (None, 0.3):
+        made = [Chosen(model, exit_threshold=threshold) for model in (run, program().with_early_exit(cache=True))]
+        texts = [generate(chosen, tokens, 6) for chosen in made]
+        assert torch.equal(*texts)
+        assert made[0].last.loops_spent == made[1].last.loops_spent
+        assert (set(made[0].last.loops_spent) == {3}) == (threshold is None)
+    first = run(tokens, exit_threshold=1e-6)
+    assert torch.equal(first["present.0.key"][0], first["present.0.key"][2])
+    assert torch.equal(run(tokens, loops=2)["loops_spent"], torch.tensor(2))
+
+
+def test_the_condition_stands_in_the_file(tmp_path) -> None:
+    report = export(program().graph_module, tmp_path, form="rolled", early_exit=True)
+    loop = next(node for node in onnx.load(report.path).graph.node if node.op_type == "Loop")
+    body = loop.attribute[0].g
+    makers = {name: node for node in body.node for name in node.output}
+    condition = makers[body.output[0].name]
+    assert makers[condition.input[0]].op_type in ("Or", "BitwiseOr")
+    with pytest.raises(lq.LoopQError, match="form='rolled'"):
+        export(program().graph_module, tmp_path, early_exit=True)
+    whole = export(program().graph_module, tmp_path, form="rolled")
+    with pytest.raises(lq.LoopQError, match="early_exit=True"):
+        OnnxExecutable(whole.path, threads=1).decoder(exit_threshold=0.5)
+
+
+def test_the_command_line(tmp_path) -> None:
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(app, list(arguments))
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    run("compile", "bundled", "--scheme", "w4a8", "--method", "symmetric", "--out", str(tmp_path / "program"))
+    written = ["--form", "rolled", "--target", "onnxruntime", "--cache", "--early-exit", "--kv-bits", "8", "--json"]
+    made = json.loads(run("export", str(tmp_path / "program"), "--out", str(tmp_path / "onnx"), *written))
+    assert made["outputs"][2].startswith("present.0.key: INT8") or any("INT8" in name for name in made["outputs"])
+    text = ["--prompt", "Return the", "--max-new-tokens", "4", "--exit-threshold", "0.5", "--json"]
+    assert 1 <= json.loads(run("generate", str(tmp_path / "onnx"), *text))["mean_loops"] < 4
+    scored = ["--max-tokens", "40", "--length", "20", "--stride", "20", "--exit-threshold", "0.5", "--json"]
+    row = json.loads(run("eval", str(tmp_path / "onnx"), *scored))["results"][0]
+    assert 1 <= row["loops"] < 4 and row["perplexity"] > 1
