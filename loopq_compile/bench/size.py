@@ -20,6 +20,9 @@ SIZES: Mapping[str, Callable[[], OuroConfig]] = {"ouro-1.4b": OuroConfig.ouro_1_
 """Models by name; their weights are random, which sizes and times do not depend on."""
 
 
+COLUMNS = ("what", "seconds", "of a processor", "peak GiB", "GiB")
+
+
 def size(
     name: str,
     scheme: str = "w4a4",
@@ -55,8 +58,8 @@ def size(
         say("opening it")
         loaded = session.measure(path, 16)
     data: list[Values] = [{"what": step, **values} for step, values in steps.items()]
-    total = {"seconds": sum(x["seconds"] for x in data), "peak": max(x["peak"] for x in data)}
-    data.append({"what": "all together", **total})
+    total = {key: sum(x[key] for x in data) for key in ("seconds", "processor")}
+    data.append({"what": "all together", **total, "peak": max(x["peak"] for x in data)})
     data += [{"what": part, "bytes": count} for part, count in parts.items()]
     data.append({"what": "on disk", "bytes": disk})
     data.append({"what": "loaded", "bytes": loaded["memory"], "seconds": loaded["load_ms"] / 1e3})
@@ -65,13 +68,13 @@ def size(
         "size of the process up to the end of a step. Loaded: what opening the file and calls of 1 x 16 tokens add.",
     ]
     title = f"{name}, {config.num_hidden_layers} layers x {config.total_ut_steps} loops, {scheme}"
-    return Report("size", title, ("what", "seconds", "peak GiB", "GiB"), [_row(x) for x in data], data, notes=notes)
+    return Report("size", title, COLUMNS, [_row(x) for x in data], data, notes=notes)
 
 
 def _row(values: Values) -> tuple[str, ...]:
-    seconds = f"{values['seconds']:.1f}" if "seconds" in values else ""
+    seconds = (f"{values[key]:.1f}" if key in values else "" for key in ("seconds", "processor"))
     sizes = (f"{values[key] / 2**30:.3f}" if key in values else "" for key in ("peak", "bytes"))
-    return (values["what"], seconds, *sizes)
+    return (values["what"], *seconds, *sizes)
 
 
 def _parts(path: Path) -> dict[str, int]:

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from loopq_compile.cli.bench.options import Activations, Model, Out, Samples, Schemes, load_model, show, whole_numbers
-from loopq_compile.cli.common import Json, Length, MaxTokens, TextFile, calibration_batches, names, note, text_source
+from loopq_compile.cli.common import (
+    Json,
+    Length,
+    MaxTokens,
+    RepeatLayers,
+    TextFile,
+    calibration_batches,
+    names,
+    note,
+    text_source,
+)
 from loopq_compile.errors import LoopQError
 
 
@@ -104,6 +114,31 @@ def exit_command(
     tokens = tokenize(loaded.tokenizer, content, max_tokens)
     report = exits(loaded.model, tokens, names(schemes), thresholds, length, say=note(True))
     show(report, out, json, model=model, text=source)
+
+
+def cache_command(
+    model: Model = "bundled",
+    repeat: RepeatLayers = None,
+    schemes: Schemes = "w4a8",
+    values: Annotated[
+        str, typer.Option("--values", metavar="LIST", help="Bits of keys and values; 0 for floating point.")
+    ] = "0,8,4",
+    text: TextFile = None,
+    max_tokens: MaxTokens = 4096,
+    length: Length = 256,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Perplexity and bytes a token of key-value caches in floating point, 8 and 4 bits."""
+    from loopq_compile.bench.cache import caches
+    from loopq_compile.evaluate import tokenize
+
+    loaded = load_model(model, None, False, repeat)
+    content, source = text_source(text)
+    tokens = tokenize(loaded.tokenizer, content, max_tokens)
+    bits = [number or None for number in whole_numbers("--values", values)]
+    report = caches(loaded.model, tokens, names(schemes), bits, length, say=note(True))
+    show(report, out, json, model=f"{model}@{repeat}" if repeat else model, text=source)
 
 
 def size_command(
