@@ -23,6 +23,7 @@ from loopq_compile.cli import app
 from loopq_compile.folders import replacing_folder
 from loopq_compile.manifest import digest, write_manifest
 from tests.cases import cases
+from tests.permissions import as_somebody_else
 
 IDS = torch.arange(6).view(2, 3)
 FILES = ("program.json", "tensors.safetensors", "manifest.json")
@@ -314,16 +315,11 @@ def test_a_full_disk_leaves_the_older_program(original, tmp_path):
     assert verify(tmp_path / "p").unlisted == ()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="as root, permissions are only in force under another user's name")
 def test_a_folder_without_permission_is_refused_by_name(original, tmp_path):
     program = lq.load(original)
     tmp_path.chmod(0o555)
-    os.seteuid(65534)
-    try:
-        with pytest.raises(lq.LoopQError, match=r"Cannot write to .*Permission denied"):
-            program.save(tmp_path / "p")
-    finally:
-        os.seteuid(0)
+    with as_somebody_else(), pytest.raises(lq.LoopQError, match=r"Cannot write to .*Permission denied"):
+        program.save(tmp_path / "p")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 
@@ -33,13 +34,22 @@ def name_everything(model: ir.Model, origins: Mapping[str, Origin]) -> None:
         node.name = _unique(_path(node, origin), seen)
         for number, output in enumerate(node.outputs):
             output.metadata_props.clear()
+            _order_terms(output)
             if id(output) not in kept:
                 output.name = f"{node.name}_output_{number}"
     for value in [*graph.inputs, *graph.outputs]:
         value.metadata_props.clear()
+        _order_terms(value)
     graph.metadata_props.clear()
     model.metadata_props.clear()
     graph.name = "main_graph"
+
+
+def _order_terms(value: ir.Value) -> None:
+    """Writes sums of dimensions in one order: readers of the file take `a + b` and `b + a` for two dimensions."""
+    for axis, size in enumerate(value.shape or ()):
+        if isinstance(size, ir.SymbolicDim) and size.value and re.fullmatch(r"\w+( \+ \w+)+", size.value):
+            value.shape[axis] = " + ".join(sorted(size.value.split(" + ")))  # type: ignore[index]
 
 
 def _path(node: ir.Node, origin: Origin | None) -> str:

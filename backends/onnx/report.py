@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+
+_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class OnnxExport:
                 f"  target {self.target}, form {self.form}, opset {self.opset}",
                 f"  {self.node_count} nodes: {common}{', ...' if len(self.nodes) > 6 else ''}",
                 f"  quantized weights: {weights}",
-                f"  ({', '.join(self.inputs)}) -> ({', '.join(self.outputs)})",
+                f"  ({', '.join(_brief(self.inputs))}) -> ({', '.join(_brief(self.outputs))})",
             ]
         )
 
@@ -80,6 +84,18 @@ def describe(model: ir.Model, files: list[Path], *, target: str, form: str) -> O
 def _value(value: ir.Value) -> str:
     shape = ", ".join(str(getattr(size, "value", size)) for size in value.shape) if value.shape is not None else "?"
     return f"{value.name}: {value.dtype.name if value.dtype is not None else '?'}[{shape}]"
+
+
+def _brief(values: Iterable[str]) -> list[str]:
+    """One entry for those that differ in a number alone: `present.0..29.key: FLOAT[...]`."""
+    alike: dict[str, list[str]] = {}
+    for value in values:
+        number = _NUMBER.search(value)
+        alike.setdefault(_NUMBER.sub(".{}.", value, count=1), []).append(number[1] if number else "")
+    return [
+        form.replace(".{}.", f".{numbers[0]}..{numbers[-1]}." if len(numbers) > 1 else f".{numbers[0]}.")
+        for form, numbers in alike.items()
+    ]
 
 
 def _size(count: int) -> str:

@@ -25,9 +25,13 @@ def check_destination(directory: Path, *, overwrite: bool) -> None:
     Raises:
         LoopQError: `directory` is a file or not writable, or holds a model that must not be overwritten.
     """
-    if not overwrite and (directory / MODEL_FILE).exists():
+    try:
+        there = (directory / MODEL_FILE).exists()
+        existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    except OSError as error:  # a folder above that may not be entered
+        raise LoopQError(f"Cannot write {directory / MODEL_FILE}: {error.strerror or error}.") from error
+    if there and not overwrite:
         raise LoopQError(f"{directory / MODEL_FILE} exists; choose another directory or give overwrite=True.")
-    existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise LoopQError(f"Cannot write {directory / MODEL_FILE}: {existing} is a file.")
     if not os.access(existing, os.W_OK):

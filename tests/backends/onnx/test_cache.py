@@ -62,6 +62,15 @@ def test_a_hugging_face_model(tmp_path) -> None:
     check_decoding(model, run, run.signature)
     graph = onnx.load(report.path).graph
     assert [value.name for value in graph.output][:3] == ["logits", "present.0.key", "present.0.value"]
+    layers = len([value for value in graph.output if value.name.endswith(".key")])
+    assert layers > 1
+    assert f"present.0..{layers - 1}.key: FLOAT[batch, 2, past + sequence, 8]" in str(report), (
+        "said once, not per layer"
+    )
+    sums = {
+        size.dim_param for value in graph.output for size in value.type.tensor_type.shape.dim if "+" in size.dim_param
+    }
+    assert sums == {"past + sequence"}
 
 
 def test_what_is_refused(tmp_path) -> None:

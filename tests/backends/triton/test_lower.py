@@ -7,16 +7,19 @@ import loopq_compile as lq
 from loopq_compile.backends.triton import executable
 from tests.tiny import tiny_model, tiny_program, tokens
 
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-@no_gpu
+@pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu_the_error_says_what_to_do():
     with pytest.raises(lq.LoopQError, match=r"no NVIDIA GPU.*fallback=True.*TRITON_INTERPRET"):
         tiny_program().lower("triton")
 
 
-@no_gpu
+@pytest.mark.usefixtures("no_gpu")
 def test_the_fallback_runs_the_definitions_and_leaves_the_program_alone():
     program = tiny_program()
     before = program.graph_module.code
