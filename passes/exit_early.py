@@ -94,6 +94,7 @@ def _find_gate(graph_module: fx.GraphModule, node: fx.Node, loop: RolledLoop) ->
     inputs = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
     outer = dict(zip(inputs[1 + len(state) :], shared, strict=True))  # type: ignore[arg-type]
     found: dict[fx.Node, None] = {}
+    value: Any
     for value in _results(loop)[len(state) :]:  # type: ignore[arg-type]
         while value.target in _TRANSPARENT:
             value = value.args[0]

@@ -22,19 +22,20 @@ def store_half(graph: ir.Graph) -> None:
     Raises:
         LoopQError: a tensor has numbers that float16 has not.
     """
-    for value in list(graph.initializers.values()):
+    for name, value in list(graph.initializers.items()):
         tensor = value.const_value
         if tensor is None or value.dtype is not ir.DataType.FLOAT or tensor.size < _SMALLEST or value.is_graph_output():
             continue
         array = tensor.numpy()
         if np.abs(array).max() > np.finfo(np.float16).max:
             raise LoopQError(f"{value.name} holds {np.abs(array).max():.3g}, too large for 16 bits: use float_bits=32.")
-        name = f"{value.name}.half"
-        stored = ir.tensor(array.astype(np.float16), name=name)
-        half = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT16), shape=value.shape, const_value=stored)
+        stored = ir.tensor(array.astype(np.float16), name=f"{name}.half")
+        half = ir.Value(
+            name=stored.name, type=ir.TensorType(ir.DataType.FLOAT16), shape=value.shape, const_value=stored
+        )
         graph.register_initializer(half)
         _widen(graph, value, half)
-        del graph.initializers[value.name]
+        del graph.initializers[name]
 
 
 def _widen(graph: ir.Graph, value: ir.Value, half: ir.Value) -> None:

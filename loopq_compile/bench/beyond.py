@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -54,7 +55,7 @@ def beyond(
             for count in counts:
                 say(f"{scheme.name} {scheme.activation}, {count} loops")
                 teacher = model(count)
-                options = {"length": length, "stride": length}
+                options: dict[str, Any] = {"length": length, "stride": length}
                 score = evaluate(partial(run, loops=count), tokens, teacher=teacher, **options)
                 exact = evaluate(teacher, tokens, **options)
                 about = {"scheme": f"{scheme.name} {scheme.activation}", "method": method, "loops": count}

@@ -87,8 +87,8 @@ def eval_command(
     if tasks is not None:
         _run_tasks(models, loaded_model, json, tasks=names(tasks), folder=task_folder, fewshot=fewshot, limit=limit)
         return
-    options = {"length": length, "stride": stride, "max_tokens": max_tokens, "exit_threshold": exit_threshold}
-    _score_text(models, loaded_model, json, file=text, **options)
+    options: dict[str, Any] = {"length": length, "stride": stride, "max_tokens": max_tokens}
+    _score_text(models, loaded_model, json, file=text, exit_threshold=exit_threshold, **options)
 
 
 def _score_text(
@@ -118,7 +118,7 @@ def _score_text(
         early = exit_threshold is not None and hasattr(loaded.model, "decoder")
         run: Any = TokenByToken(loaded.model, exit_threshold=exit_threshold) if early else loaded.model
         model = Remembered(run) if teacher_tokens is None and len(models) > 1 else run
-        options = {"batch": 1} if early else {}
+        options: dict[str, Any] = {"batch": 1} if early else {}
         score = evaluate(model, tokens, teacher=compare, length=length, stride=stride, title=name, **options)
         rows.append({"model": name, "kind": loaded.kind, **score.to_dict()})
         if early:
