@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -267,8 +268,8 @@ class Program:
         key = (self.graph_module.code, tuple(map(id, tensors)))
         if early_exit not in self._decoding or self._decoding[early_exit][0] != key:
             try:
-                cached = self.with_cache(last_token=True)
-                cached = self.with_early_exit(cache=True, last_token=True) if early_exit else cached
+                make = partial(self.with_early_exit, cache=True) if early_exit else self.with_cache
+                cached = make(last_token=True)
             except LoopQError:
                 cached = None
             self._decoding[early_exit] = (key, cached)

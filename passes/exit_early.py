@@ -94,12 +94,12 @@ def _find_gate(graph_module: fx.GraphModule, node: fx.Node, loop: RolledLoop) ->
     inputs = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
     outer = dict(zip(inputs[1 + len(state) :], shared, strict=True))  # type: ignore[arg-type]
     found: dict[fx.Node, None] = {}
-    value: Any
-    for value in _results(loop)[len(state) :]:  # type: ignore[arg-type]
+    for result in _results(loop)[len(state) :]:  # type: ignore[arg-type]
+        value: Any = result
         while value.target in _TRANSPARENT:
             value = value.args[0]
         if value.target is _aten.linear.default:
-            weight = outer.get(value.args[1])
+            weight: Any = outer.get(value.args[1])
             is_stored = isinstance(weight, fx.Node) and weight.op == "get_attr"
             if is_stored and len(get_tensor(graph_module, str(weight.target))) == 1:
                 found[value] = None
