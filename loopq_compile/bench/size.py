@@ -96,6 +96,6 @@ _KINDS = {
     "lm_head": "head",
     "embed_tokens": "embeddings",
     "codes.packed": "packed weights",
-    "scale": "scales of weights",
+    ".scales": "scales of weights",
 }
 """What a tensor is, by a part of its name; the first that fits."""
