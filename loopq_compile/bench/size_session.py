@@ -82,7 +82,7 @@ def run(job: Job) -> dict[str, dict[str, float]]:
 
 
 def _random_model(config: OuroConfig) -> Ouro:
-    """A model whose weights repeat one block of random numbers: a billion of them take longer to draw than to compile."""
+    """A model whose weights repeat one block of random numbers: a billion take longer to draw than to compile."""
     import torch
 
     from loopq_compile.models import Ouro
