@@ -6,15 +6,16 @@ One reads the whole text again for every token; the other keeps keys and values 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from loopq_compile.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit, spent_of, threshold_tensor
 from loopq_compile.errors import LoopQError
 from loopq_compile.signature import LOOPS_AXIS, PAST, InputSpec, Signature
 
+T = TypeVar("T")
 PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 """What names of cache inputs and outputs begin with; a number and `.key` or `.value` follow."""
 
@@ -67,11 +68,19 @@ class RecomputingDecoder:
 
     def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
         self.ids = new_ids if self.ids is None else torch.cat([self.ids, new_ids], 1)
+        return self.read(self.ids, attention_mask)[:, -1]
+
+    def read(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits `[batch, sequence, vocabulary]` of a whole text.
+
+        Raises:
+            LoopQError: there is padding, and the model has no mask for it.
+        """
         if not self.takes_mask and not attention_mask.all():
             raise LoopQError("This model has no attention mask, so rows of a batch cannot be padded.")
-        output = self.model(self.ids, attention_mask) if self.takes_mask else self.model(self.ids)
+        output = self.model(ids, attention_mask) if self.takes_mask else self.model(ids)
         self.loops_spent += spent_of(output)
-        return logits_of(output)[:, -1]
+        return logits_of(output)
 
 
 class CachedDecoder:
@@ -126,6 +135,27 @@ class Chosen:
         """A decoder of the model with the options."""
         self.last = self.model.decoder(**self.options)
         return self.last
+
+
+class Variants(Generic[T]):
+    """Programs made of another one for decoding, by name, until a pass changes its graph or tensors."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.made: dict[str, T | None] = {}
+
+    def get(self, graph_module: fx.GraphModule, name: str, make: Callable[[], T]) -> T | None:
+        """What `make` made when it was first asked for; None where it says that it cannot."""
+        tensors = [*graph_module.parameters(), *graph_module.buffers()]
+        key = (graph_module.code, tuple(map(id, tensors)))
+        if self.key != key:
+            self.key, self.made = key, {}
+        if name not in self.made:
+            try:
+                self.made[name] = make()
+            except LoopQError:
+                self.made[name] = None
+        return self.made[name]
 
 
 class TokenByToken:

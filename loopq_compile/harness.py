@@ -73,7 +73,7 @@ class LanguageModel(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """Id of the token that ends texts, and that stands in front of those without context; 0 if none is known."""
-        from loopq_compile.cli.generate import end_token
+        from loopq_compile.loading import end_token
 
         return end_token(self.tokens) or 0
 

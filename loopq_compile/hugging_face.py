@@ -13,6 +13,7 @@ from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.memory import available_memory
 
 if TYPE_CHECKING:
+    import torch
     from tokenizers import Tokenizer
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -42,6 +43,13 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise LoopQError(f"Unknown dtype {self.dtype!r}.{did_you_mean(self.dtype, list(DTYPES))}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as PyTorch has it."""
+        import torch
+
+        return getattr(torch, self.dtype)
 
 
 def load_hugging_face(name: str, options: LoadOptions, **more: Any) -> tuple[Any, Tokenizer | None, dict[str, str]]:
@@ -126,8 +134,6 @@ def _stored_bytes(name: str) -> tuple[int, int] | None:
 
 
 def _from_pretrained(name: str, options: LoadOptions, **more: Any) -> Any:
-    import torch
-
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
@@ -139,7 +145,7 @@ def _from_pretrained(name: str, options: LoadOptions, **more: Any) -> Any:
     disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, options.dtype), trust_remote_code=options.trust_remote_code, **more
+            name, dtype=options.torch_dtype, trust_remote_code=options.trust_remote_code, **more
         )
     except Exception as error:  # transformers raises many kinds, all of them about what it was asked to load
         raise LoopQError(_explain(name, str(error))) from error

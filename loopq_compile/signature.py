@@ -24,7 +24,7 @@ TOTAL = f"{PAST} + sequence"
 """Dimension of all tokens, cached and new ones."""
 NO_CACHE = (
     "A program takes no key-value cache (past_key_values) and reads the whole sequence in every call; leave it out "
-    "(use_cache=False)."
+    "(use_cache=False). program.with_cache() and program.as_hugging_face() keep keys and values from call to call."
 )
 
 

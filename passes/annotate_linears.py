@@ -42,10 +42,11 @@ class AnnotateLinears(Pass):
         assert state.scheme is not None
         calls = linear_calls(graph_module.graph)
         state.sites = {}
+        vocabularies = _vocabularies(graph_module)
         for weight, nodes in calls.items():
             shape = tuple(get_tensor(graph_module, weight).shape)
             site = Site(weight.removesuffix(".weight"), weight, (shape[0], shape[1]))
-            site.reason = _default_reason(graph_module, weight, nodes)
+            site.reason = _default_reason(graph_module, weight, nodes, vocabularies)
             state.sites[weight] = site
             for node in nodes:
                 node.meta["loopq_site"] = site.name
@@ -88,7 +89,20 @@ def linear_calls(graph: fx.Graph) -> dict[str, list[fx.Node]]:
     return dict(calls)
 
 
-def _default_reason(graph_module: fx.GraphModule, weight: str, nodes: list[fx.Node]) -> str | None:
+def _vocabularies(graph_module: fx.GraphModule) -> set[int]:
+    """Rows of the tables that are looked up by an input."""
+    return {
+        get_tensor(graph_module, str(node.args[0].target)).shape[0]
+        for node in graph_module.graph.nodes
+        if node.target is _aten.embedding.default
+        and node.args[0].op == "get_attr"
+        and node.args[1].op == "placeholder"  # not tables of positions or types
+    }
+
+
+def _default_reason(
+    graph_module: fx.GraphModule, weight: str, nodes: list[fx.Node], vocabularies: set[int]
+) -> str | None:
     tensor = get_tensor(graph_module, weight)
     if tensor.ndim != 2 or not tensor.is_floating_point():
         return f"its weight is {tensor.ndim}-dimensional {tensor.dtype}"
@@ -100,17 +114,10 @@ def _default_reason(graph_module: fx.GraphModule, weight: str, nodes: list[fx.No
         return f"its weight is also used by {other.target}"
     if tensor.shape[0] <= LARGEST_GATE:
         return f"a gate of {tensor.shape[0]} outputs"
-    rows = {
-        get_tensor(graph_module, str(node.args[0].target)).shape[0]
-        for node in graph_module.graph.nodes
-        if node.target is _aten.embedding.default
-        and node.args[0].op == "get_attr"
-        and node.args[1].op == "placeholder"  # not tables of positions or types
-    }
     name = weight.removesuffix(".weight")
     if any(fnmatchcase(name, head) for head in HEADS):
         return "a language-model head"
-    if tensor.shape[0] in rows and not any(_feeds_a_product(node) for node in nodes):
+    if tensor.shape[0] in vocabularies and not any(_feeds_a_product(node) for node in nodes):
         return "a language-model head"
     if not any(_depends_on_input(node.args[0]) for node in nodes):
         return "it does not depend on the input"

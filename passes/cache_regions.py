@@ -55,6 +55,7 @@ _LAYOUT = {
     *(_aten.transpose.int, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.default, _aten.flatten.using_ints),
     *(_aten.unflatten.int, _aten.alias.default, _aten.detach.default, _aten._unsafe_view.default),
     *(_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other, _aten._to_copy.default),
+    _aten.type_as.default,
     *(_aten.embedding.default, _aten.dropout.default, _aten.zeros_like.default, _aten.ones_like.default),
     *(_aten.full_like.default, _aten.new_ones.default, _aten.new_zeros.default, _aten.new_full.default),
 }
@@ -196,7 +197,12 @@ def check_tokens(regions: Regions, attention: set[fx.Node]) -> None:
 
 
 def _mixes(regions: Regions, node: fx.Node) -> str:
-    if is_pointwise(node) or node.target in _LAYOUT or getattr(node.target, "__name__", "") == "getitem":
+    if (
+        is_pointwise(node)
+        or _fills_by_mask(node)
+        or node.target in _LAYOUT
+        or getattr(node.target, "__name__", "") == "getitem"
+    ):
         return ""
     tensors = [argument for argument in node.all_input_nodes if regions.axes(argument)]
     if node.target in _LAST_AXIS:
@@ -212,6 +218,17 @@ def _mixes(regions: Regions, node: fx.Node) -> str:
         if not axes or any(axis % rank in regions.axes(tensor) for axis in axes if rank):
             return "works along the sequence"
     return ""
+
+
+def _fills_by_mask(node: fx.Node) -> bool:
+    """`x[mask] = number`, with a mask of the shape of `x`, as code that chooses a loop for every token has it."""
+    if node.target not in (_aten.index_put.default, _aten._unsafe_index_put.default):
+        return False
+    indices: Any = node.args[1]
+    value = node.args[2].meta.get("val") if isinstance(node.args[2], fx.Node) else None
+    mask = indices[0].meta.get("val") if len(indices) == 1 and isinstance(indices[0], fx.Node) else None
+    is_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool and shape_of(indices[0]) == shape_of(node.args[0])
+    return is_mask and isinstance(value, Tensor) and value.ndim == 0
 
 
 def _named_axes(node: fx.Node) -> Sequence[int] | None:

@@ -1,4 +1,5 @@
-"""Constant expressions: nodes that depend on stored tensors alone, as the chains between weights and linears do."""
+"""Constant expressions: nodes that depend on stored tensors alone, as the chains between weights and linears do; and
+what depends on nothing but those and sizes, as the embedding of a loop's time does."""
 
 from __future__ import annotations
 
@@ -13,6 +14,12 @@ from torch.fx.node import map_arg
 from loopq_compile.memory import trim
 from loopq_compile.state import get_tensor
 
+_aten = torch.ops.aten
+_MADE = {
+    *(_aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.scalar_tensor.default),
+    *(_aten.zeros.default, _aten.ones.default, _aten.full.default, _aten.eye.default, _aten.linspace.default),
+}
+"""What makes a tensor from numbers alone, the same one every time."""
 _LARGE = 1 << 20
 """Entries of a value behind which freed memory is given back to the system."""
 
@@ -24,6 +31,24 @@ def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
         inputs = node.all_input_nodes
         computed = node.op == "call_function" and inputs and all(argument in found for argument in inputs)
         if node.op == "get_attr" or computed:
+            found.add(node)
+    return found
+
+
+def independent_nodes(graph: fx.Graph, sizes: bool = False) -> set[fx.Node]:
+    """The nodes that no input of the graph can change: constant ones, and what is computed from numbers alone.
+
+    Args:
+        graph: with functional operators.
+        sizes: also those that depend on sizes of inputs, and on nothing else of them. These cannot be evaluated.
+    """
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        is_computed = node.op == "call_function" and not is_random and (inputs or node.target in _MADE)
+        is_size = sizes and node.target is _aten.sym_size.int and inputs[0].op == "placeholder"
+        if node.op == "get_attr" or is_size or (is_computed and all(argument in found for argument in inputs)):
             found.add(node)
     return found
 

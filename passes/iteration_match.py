@@ -11,6 +11,10 @@ What a body node reads is, in every iteration, one of these:
   dequantized one as integers and scales; everything else is computed now;
 - a row of an input for each iteration, `past[t]`: a key-value cache, of which the body gets its iteration's entry;
 - different values that do not depend on the loop: stacked in front of it.
+
+What a loop computes from its number alone (an embedding of its time) may be computed differently in each, as sums that
+begin with zero are. Where iterations match but for that (`hoisted`), it is left in front of the loop: constants become
+rows of a table, what depends on sizes is stacked.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from torch.utils import _pytree as pytree
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import get_tag
 from loopq_compile.operators import ops
-from loopq_compile.passes.constants import constant_nodes, evaluate
+from loopq_compile.passes.constants import constant_nodes, evaluate, independent_nodes
 from loopq_compile.passes.insert import call
 from loopq_compile.state import get_tensor
 
@@ -78,25 +82,27 @@ class Match:
     adapters: list[fx.Node] = field(default_factory=list)
 
 
-def match_iterations(graph_module: fx.GraphModule, number: int, skipped: int) -> Match:
+def match_iterations(graph_module: fx.GraphModule, number: int, skipped: int, hoisted: bool = False) -> Match:
     """Matches the iterations of top-level loop `number`, the first `skipped` left out.
 
-    The graph stays as it is.
+    The graph stays as it is. `hoisted` leaves out of the iterations what no input of the graph can change.
 
     Raises:
         LoopQError: the iterations differ; names the node and its loop.
     """
-    return _Matcher(graph_module, number, skipped).run()
+    return _Matcher(graph_module, number, skipped, hoisted).run()
 
 
 class _Matcher:
-    def __init__(self, graph_module: fx.GraphModule, number: int, skipped: int) -> None:
+    def __init__(self, graph_module: fx.GraphModule, number: int, skipped: int, hoisted: bool) -> None:
         self.graph_module, self.skipped = graph_module, skipped
-        self.constant = constant_nodes(graph_module.graph)
+        graph = graph_module.graph
+        self.constant = independent_nodes(graph) if hoisted else constant_nodes(graph)
+        outside = independent_nodes(graph, sizes=True) if hoisted else self.constant
         iterations: dict[int, list[fx.Node]] = {}
-        for node in graph_module.graph.nodes:
+        for node in graph.nodes:
             tag = get_tag(node)
-            if tag is not None and tag.loops[0] == number and node not in self.constant:
+            if tag is not None and tag.loops[0] == number and node not in outside:
                 iterations.setdefault(tag.index[0], []).append(node)
         chosen = [iterations[t] for t in sorted(iterations)][skipped:]
         adapters = [node for nodes in chosen for node in nodes if node.target is _ADAPTER]
@@ -163,7 +169,7 @@ class _Matcher:
             return self._shared(first, Shared(first.name, node=first))
         if self._is_scanned(values):
             return self._shared(("scanned", first), Shared(first.args[0].name, node=first.args[0], scanned=True))
-        if len(values) > 1 and not any(value in self.depends for value in values):
+        if len(values) > 1 and not any(value in self.depends or _is_size(value) for value in values):
             return self._row(("stack", *values), Shared(f"{first.name}_rows", stack=tuple(values)))
         return self._state(readers, values)
 
@@ -283,6 +289,10 @@ class _Matcher:
             "rolled where all iterations do the same on other data; use form='unrolled'.",
             first=t == 0,
         )
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
 def _table_of(node: fx.Node) -> fx.Node | None:

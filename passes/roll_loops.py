@@ -29,9 +29,11 @@ class RollLoops(Pass):
     has a row of zeros for the first loop. `cat` or `stack` over what all loops returned reads the collected tensor
     as a whole; what one loop returned is a row of it.
 
-    If only the first iteration differs from the others (Parcae-like injection from the second loop on), it stays in
-    front of the loop. Iterations of nested loops stay unrolled inside the body. The result is the unrolled program's
-    to the last bit. Does nothing without loops, and to loops that are rolled already.
+    What iterations compute from their number alone, and not all in the same way (LoopFormer's time, which starts as
+    zero), is left in front of the loop, as a table with a row for each. If the first iteration still differs from the
+    others (Parcae-like injection from the second loop on), it stays in front of the loop. Iterations of nested loops
+    stay unrolled inside the body. The result is the unrolled program's to the last bit. Does nothing without loops, and
+    to loops that are rolled already.
 
     Raises:
         LoopQError: iterations differ beyond data; names the node and the loop.
@@ -57,15 +59,17 @@ class RollLoops(Pass):
 
 
 def _match(graph_module: fx.GraphModule, number: int, count: int) -> tuple[Match, int]:
-    try:
-        return match_iterations(graph_module, number, 0), 0
-    except Mismatch as error:
-        if not error.first or count < 3:
-            raise
+    """The body of a loop, and how many iterations stay in front of it."""
+    first: Mismatch | None = None
+    for skipped, hoisted in ((0, False), (0, True), (1, False), (1, True)):
+        if skipped and (count < 3 or not (first and first.first)):
+            break
         try:
-            return match_iterations(graph_module, number, 1), 1
-        except Mismatch:
-            raise error from None
+            return match_iterations(graph_module, number, skipped, hoisted), skipped
+        except Mismatch as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _roll(graph_module: fx.GraphModule, match: Match, number: int, skipped: int) -> None:

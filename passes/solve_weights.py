@@ -97,8 +97,10 @@ class SolveWeights(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
         options = replace(self.options, solver=state.options.weight_solver or self.options.solver)
+        if options.solver == "rtn":
+            return PassResult(graph_module, False)
         chains = [chain for chain in find_chains(graph_module) if not chain.solved]
-        if options.solver == "rtn" or not chains:
+        if not chains:
             return PassResult(graph_module, False)
         if state.calibration is None:
             raise LoopQError(f"The weight solver {options.solver!r} needs calibration data: calibration=[tokens].")

@@ -17,15 +17,26 @@ ARCHITECTURES = (
     "nn.TransformerEncoderLayer",
 )
 _OURS = ("Ouro", "LoopFormer", "Parcae", "Huginn")
-_HF = {"Llama-like, repeated": "llama", "ALBERT": "albert"}
+_LLAMA, _LAYER = "Llama-like, repeated", "nn.TransformerEncoderLayer"
+_KEYS = {name: name.lower() for name in _OURS} | {
+    _LLAMA: "llama",
+    "ALBERT": "albert",
+    "Zamba2": "zamba2",
+    _LAYER: "encoder-layer",
+}
 _PUBLIC = {
     "ALBERT": "test_albert",
     "Zamba2": "test_zamba2",
-    "nn.TransformerEncoderLayer": "test_a_universal_transformer_of_pytorchs_own_layer",
+    _LAYER: "test_a_universal_transformer_of_pytorchs_own_layer",
 }
 _OWN = "tests/models/test_architectures.py"
 _OTHERS = "tests/test_public_models.py"
-_FORMS = "tests/test_call_forms.py::test_a_form_of_call_is_captured_and_quantized"
+_CALLS = "tests/test_call_forms.py"
+_FORMS = f"{_CALLS}::test_a_form_of_call_is_captured_and_quantized"
+_ABSENT = f"{_CALLS}::test_an_argument_that_a_model_does_not_have_is_refused"
+_DECODING = "tests/passes/test_add_cache.py::test_decoding_equals_recomputation"
+NOTHING = ("-", "")
+"""The question does not arise: others' code has no formula and no sizes here."""
 
 Cells = dict[str, tuple[str, str]]
 
@@ -39,16 +50,28 @@ def _public(yes: tuple[str, ...] = tuple(_PUBLIC)) -> Cells:
 
 
 def _form(form: str) -> Cells:
-    return {name: ("yes", f"{_FORMS}[{key}-{form}]") for name, key in _HF.items()}
+    """A way of calling that Llama and ALBERT show one by one, Zamba2 all at once."""
+    return {name: ("yes", f"{_FORMS}[{_KEYS[name]}-{form}]") for name in (_LLAMA, "ALBERT")} | {
+        "Zamba2": ("yes", f"{_FORMS}[zamba2-all]")
+    }
 
 
-_LLAMA = "Llama-like, repeated"
+def _absent(argument: str, names: tuple[str, ...] = (*_OURS, _LAYER)) -> Cells:
+    """A dash, and the test that the model has no such argument."""
+    return {name: ("-", f"{_ABSENT}[{_KEYS[name]}-{argument}]") for name in names}
+
+
+def _nothing(names: tuple[str, ...] = (_LLAMA, *_PUBLIC)) -> Cells:
+    return dict.fromkeys(names, NOTHING)
+
+
 FEATURES: dict[str, Cells] = {
     "equals an independent formula": {
         "Ouro": ("yes", "tests/models/test_ouro.py::test_forward_is_the_stack_run_by_hand[4]"),
         "LoopFormer": ("yes", "tests/models/test_formulas.py::test_loopformer_is_its_formula_for_any_schedule[uneven]"),
         "Parcae": ("yes", "tests/models/test_formulas.py::test_parcae_is_its_formula[diagonal]"),
         "Huginn": ("yes", "tests/models/test_formulas.py::test_huginn_is_its_formula[None]"),
+        **_nothing(),
     },
     "captured, any batch and length": {
         **_ours("test_the_captured_graph_equals_the_model_at_every_size"),
@@ -67,29 +90,41 @@ FEATURES: dict[str, Cells] = {
     },
     "rolled ONNX file": {
         **_ours("test_the_w4a4_program_has_the_loop_and_its_onnx_files_agree"),
-        "LoopFormer": (
-            "refused: its first loop differs",
-            f"{_OWN}::test_the_w4a4_program_has_the_loop_and_its_onnx_files_agree[loopformer]",
-        ),
-        **_public(("ALBERT", "nn.TransformerEncoderLayer")),
+        _LLAMA: ("yes", f"{_CALLS}::test_the_loss_of_an_onnx_file_is_the_programs"),
+        **_public(("ALBERT", _LAYER)),
         "Zamba2": ("refused: layers of its own between", f"{_OTHERS}::test_zamba2"),
     },
-    "padding on both sides": {"Ouro": ("yes", f"{_FORMS}[ouro-mask]"), **_form("mask")},
-    "position ids": _form("positions"),
-    "`inputs_embeds`": _form("embeddings"),
-    "`labels`, with the loss": _form("labels"),
-    "tuples": _form("tuple"),
-    "hidden states": _form("hidden-states"),
+    "padding on both sides": {
+        **{name: ("yes", f"{_FORMS}[{_KEYS[name]}-mask]") for name in ("Ouro", "Parcae", "Huginn")},
+        **_absent("attention_mask", ("LoopFormer",)),
+        **_form("mask"),
+        _LAYER: ("on the right", f"{_FORMS}[encoder-layer-right-mask]"),
+    },
+    "position ids": {**_form("positions"), **_absent("position_ids")},
+    "`inputs_embeds`": {**_form("embeddings"), **_absent("inputs_embeds")},
+    "`labels`, with the loss": {**_form("labels"), **_absent("labels")},
+    "tuples": {**_form("tuple"), **_absent("return_dict")},
+    "hidden states": {**_form("hidden-states"), **_absent("output_hidden_states")},
     "key-value cache": {
-        "Ouro": ("yes", "tests/passes/test_add_cache.py::test_decoding_equals_recomputation[ouro-False]"),
-        "LoopFormer": ("yes", "tests/passes/test_add_cache.py::test_decoding_equals_recomputation[loopformer-False]"),
-        _LLAMA: ("yes", "tests/passes/test_add_cache.py::test_decoding_equals_recomputation[llama-False]"),
+        **{name: ("yes", f"{_DECODING}[{_KEYS[name]}-False]") for name in (*_OURS, _LLAMA, _LAYER)},
+        "ALBERT": ("refused: not causal", f"{_OTHERS}::test_albert"),
+        "Zamba2": ("refused: a convolution mixes tokens", f"{_OTHERS}::test_zamba2"),
+    },
+    "`generate` of Hugging Face": {
+        **{
+            name: ("yes", f"tests/passes/test_add_cache.py::test_hugging_faces_generate[{_KEYS[name]}]")
+            for name in (*_OURS, _LAYER)
+        },
+        _LLAMA: ("yes", "tests/test_pretrained.py::test_generates_what_the_model_generates[True-beams]"),
+        "Zamba2": ("yes, without a cache", f"{_OTHERS}::test_zamba2"),
+        "ALBERT": NOTHING,
     },
     "published sizes": {
         "Ouro": ("1.4B, 2.6B", f"{_OWN}::test_published_sizes[ouro-1.4b]"),
         "LoopFormer": ("the default", f"{_OWN}::test_published_sizes[loopformer]"),
         "Parcae": ("140M to 1.3B", f"{_OWN}::test_published_sizes[parcae-140m]"),
         "Huginn": ("the default", f"{_OWN}::test_published_sizes[huginn]"),
+        **_nothing(),
     },
 }
 """By feature and architecture: what the cell says, and the test that shows it."""
@@ -99,7 +134,7 @@ def table() -> str:
     """The table as Markdown."""
     lines = ["| | " + " | ".join(ARCHITECTURES) + " |", "| --- " * (len(ARCHITECTURES) + 1) + "|"]
     for feature, cells in FEATURES.items():
-        shown = [cells[name][0] if name in cells else "" for name in ARCHITECTURES]
+        shown = [cells[name][0] for name in ARCHITECTURES]
         lines.append(f"| {feature} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 

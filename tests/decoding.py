@@ -13,9 +13,10 @@ from torch.nn import functional as F
 import loopq_compile as lq
 from loopq_compile.capture import capture
 from loopq_compile.generation import logits_of
-from loopq_compile.models import LoopFormer, LoopFormerConfig, Ouro, OuroConfig, repeat_layers
+from loopq_compile.models import Huginn, LoopFormer, LoopFormerConfig, Ouro, OuroConfig, Parcae, repeat_layers
 from loopq_compile.passes.tag_loops import TagLoops
 from loopq_compile.signature import Signature
+from tests.looped_models import HUGINN, PARCAE, UniversalTransformer, with_random_weights
 from tests.tiny import TinyLoopedLM, tiny_model
 
 VOCABULARY = 64
@@ -24,6 +25,13 @@ VOCABULARY = 64
 def ids(batch: int = 2, length: int = 10, seed: int = 0) -> Tensor:
     """Random token ids."""
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded() -> dict[str, Tensor]:
+    """Two rows with their mask, the second padded on the left by three tokens."""
+    tokens, mask = ids(2, 7), torch.ones(2, 7, dtype=torch.int64)
+    tokens[1, :3] = mask[1, :3] = 0
+    return {"input_ids": tokens, "attention_mask": mask}
 
 
 def ouro() -> nn.Module:
@@ -73,6 +81,24 @@ class SlicedPositions(nn.Module):
         return self.head(x)
 
 
+class ExitByThreshold(TinyLoopedLM):
+    """The head reads, for every token, the state of the first loop whose cumulative exit probability is high enough."""
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x, states, gates = self.embed(input_ids), [], []
+        for _ in range(self.loops):
+            for layer in self.layers:
+                x = layer(x)
+            x = self.norm(x)
+            states.append(x)
+            gates.append(self.exit_gate(x).sigmoid())
+        reached = torch.cat(gates, -1).cumsum(-1) >= 1.1
+        step = reached.float().argmax(-1)
+        step[~reached.any(-1)] = self.loops - 1
+        chosen = torch.stack(states, 2).gather(2, step[..., None, None].expand(-1, -1, 1, x.shape[-1]))
+        return {"logits": self.head(chosen.squeeze(2))}
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "ouro": (ouro, False),
     "ouro-mask": (ouro, True),
@@ -80,7 +106,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "llama": (llama, False),
     "llama-mask": (llama, True),
     "llama-eager": (functools.partial(llama, "eager"), True),
+    "parcae": (lambda: with_random_weights(Parcae(PARCAE)), False),
+    "huginn": (lambda: with_random_weights(Huginn(HUGINN)), False),
+    "encoder-layer": (UniversalTransformer, False),
     "sliced": (SlicedPositions, False),
+    "exits": (ExitByThreshold, False),
     "tiny": (TinyLoopedLM, False),
 }
 """By name: the model, and whether it is captured with an attention mask."""

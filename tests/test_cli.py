@@ -14,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+import loopq_compile as lq
 from loopq_compile import bundled
 from loopq_compile.cli import app
 from tests.cli_models import TEXT, WORDS, tiny_llama, tiny_ouro, tokenizer
@@ -98,6 +99,18 @@ def test_compile_with_all_options(tmp_path: Path) -> None:
     assert report["scheme"]["weight_bits"] == 3 and report["scheme"]["activation"] == "static"
     assert report["scheme"]["skip"] == ["*.o_proj"] and report["loop_count"] == 2
     assert report["method"] == "las" and report["bytes"] > 0
+
+
+def test_export_for_onnxruntime_genai(program: Path, tmp_path: Path) -> None:
+    printed = run("export", program, "--out", tmp_path / "genai", "--genai").output
+    assert "past_key_values.0.key" in printed, "a cache comes with it"
+    assert "byte-level BPE" in printed, "that runtime has no reader for this tokenizer"
+    model = json.loads((tmp_path / "genai" / "genai_config.json").read_text())["model"]
+    assert model["eos_token_id"] == WORDS.index("<|endoftext|>") and model["decoder"]["num_hidden_layers"] == 2
+    assert "form='unrolled'" in fails("export", program, "--out", tmp_path / "rolled", "--genai", "--form", "rolled")
+    lq.load(program).save(tmp_path / "bare")  # without its tokenizer
+    assert "which token ends a text" in fails("export", tmp_path / "bare", "--out", tmp_path / "none", "--genai")
+    assert not (tmp_path / "rolled").exists() and not (tmp_path / "none").exists()
 
 
 def test_inspect_shows_loops_passes_and_code(program: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from loopq_compile import LoopQError, hugging_face
 from loopq_compile.cli import app
 from loopq_compile.loading import load_model
 from loopq_compile.models import repeat_layers
-from tests.cli_models import WORDS, tiny_llama, tokenizer
+from tests.cli_models import TEXT, WORDS, tiny_llama, tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -45,6 +45,26 @@ def test_weights_are_loaded_in_the_type_that_is_asked_for(folder: Path, dtype: s
     found = program(IDS).logits
     assert found.dtype == expected.dtype
     assert 0 < (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_benchmarks_load_the_type_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = ["--schemes", "w8a8", "--methods", "symmetric", "--activations", "dynamic", "--calibration", "self"]
+    options += ["--samples", "1", "--sample-length", "4", "--length", "16", "--stride", "16", "--max-tokens", "32"]
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        command = ["bench", "quality", f"{folder}@0x2", *options, "--text", str(tmp_path / "text.txt"), "--json"]
+        result = CliRunner().invoke(app, [*command, "--dtype", dtype])
+        assert result.exit_code == 0, result.output
+        report = json.loads(result.stdout)
+        assert report["dtype"] == dtype
+        found[dtype] = report["rows"][0]["perplexity"]
+    assert 0 < abs(found["bfloat16"] / found["float32"] - 1) < 0.01
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_bundled_model_has_a_type_too(dtype: str) -> None:
+    assert {p.dtype for p in load_model("bundled", dtype=dtype).model.parameters()} == {getattr(torch, dtype)}
 
 
 def test_an_unknown_type_is_refused(folder: Path) -> None:

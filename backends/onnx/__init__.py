@@ -1,4 +1,5 @@
-"""The ONNX backend: `export` writes a program to a file, `OnnxExecutable` runs such a file, `lower` does both.
+"""The ONNX backend: `export` writes a program to a file, `OnnxExecutable` runs such a file, `lower` does both;
+`write_genai_config` is for onnxruntime-genai.
 
 Steps of an export, one module each: `prepare` (a private copy of the graph), `translate` (ATen to ONNX, by torch.onnx),
 `qdq` (the target: what quantization becomes), `naming`, `write`. Another target is another module beside `qdq`.
@@ -13,9 +14,10 @@ from typing import Any
 
 from loopq_compile.backends.onnx.executable import OnnxExecutable
 from loopq_compile.backends.onnx.exporter import export
+from loopq_compile.backends.onnx.genai import write_genai_config
 from loopq_compile.backends.onnx.report import OnnxExport
 
-__all__ = ["OnnxExecutable", "OnnxExport", "export", "lower"]
+__all__ = ["OnnxExecutable", "OnnxExport", "export", "lower", "write_genai_config"]
 
 
 def lower(program: Any, *, threads: int | None = None, optimize: bool = True, **options: Any) -> OnnxExecutable:

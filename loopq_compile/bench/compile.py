@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import tempfile
 import time
@@ -59,7 +60,8 @@ def compile_growth(sizes: Sequence[tuple[int, int]], method: str, scheme: Scheme
         rows,
         data,
         notes=[
-            f"Processor time, one run. Layers x loops: {', '.join(f'{layers} x {loops}' for layers, loops in sizes)}.",
+            "Processor time of one run. Garbage collection, which strikes any step, is counted apart.",
+            f"Layers x loops: {', '.join(f'{layers} x {loops}' for layers, loops in sizes)}.",
             f"The exponent is that between the last two columns, where the last is a tenth of a second or more: 1 is "
             f"linear; above {LINEAR}: {', '.join(x['step'] for x in data if (x['exponent'] or 0) > LINEAR) or 'none'}.",
         ],
@@ -76,13 +78,41 @@ def exponent(calls: Sequence[int], seconds: Sequence[float]) -> float | None:
 def _measure(layers: int, loops: int, method: str, scheme: Scheme, export: bool) -> dict[str, float]:
     """Processor seconds of every step, in order."""
     times: dict[str, float] = {}
+    collected = _Collected()
 
     @contextmanager
     def timed(step: str) -> Iterator[None]:
-        start = time.process_time()
+        start = time.process_time() - collected.seconds
         yield
-        times[step] = times.get(step, 0.0) + time.process_time() - start
+        times[step] = times.get(step, 0.0) + time.process_time() - collected.seconds - start
 
+    with collected:
+        _steps(layers, loops, method, scheme, export, timed)
+    times["garbage collection"] = collected.seconds
+    return times
+
+
+class _Collected:
+    """Processor seconds of Python's garbage collector while this is open; it strikes whatever step runs just then."""
+
+    def __init__(self) -> None:
+        self.seconds, self._start = 0.0, 0.0
+
+    def __enter__(self) -> None:
+        gc.collect()
+        gc.callbacks.append(self._note)
+
+    def __exit__(self, *_: object) -> None:
+        gc.callbacks.remove(self._note)
+
+    def _note(self, phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            self._start = time.process_time()
+        else:
+            self.seconds += time.process_time() - self._start
+
+
+def _steps(layers: int, loops: int, method: str, scheme: Scheme, export: bool, timed: Callable[[str], Any]) -> None:
     with timed("capture"):
         graph_module = capture(_model(layers, loops), _tokens(0))
     pipeline = _Timed(get_pipeline(method), timed)
@@ -102,7 +132,6 @@ def _measure(layers: int, loops: int, method: str, scheme: Scheme, export: bool)
                     program.export_onnx(Path(folder) / form, form=form)
     with timed("roll-loops"):
         Pipeline([RollLoops()]).run(program.graph_module)
-    return times
 
 
 class _Timed(Pipeline):

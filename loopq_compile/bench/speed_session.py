@@ -34,6 +34,7 @@ class Job:
         prefill: lengths of prompts, one row.
         decode: batch sizes, each behind a prompt of `context` tokens, for `steps` tokens.
         repeats: runs, of which the fastest counts.
+        trust_remote_code, allow_pickle: for Hugging Face models, as in `load_model`.
     """
 
     model: str
@@ -43,6 +44,8 @@ class Job:
     context: int = 128
     steps: int = 16
     repeats: int = 3
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -80,7 +83,8 @@ def _load(job: Job) -> Callable[[], Decoder]:
         return OnnxExecutable(job.model, threads=1).decoder
     from loopq_compile.loading import load_model
 
-    model: nn.Module = load_model(job.model).model.to(getattr(torch, job.dtype)).eval()
+    options: Any = {"trust_remote_code": job.trust_remote_code, "allow_pickle": job.allow_pickle}
+    model: nn.Module = load_model(job.model, dtype=job.dtype, **options).model.to(getattr(torch, job.dtype)).eval()
     if hasattr(model, "prepare_inputs_for_generation"):
         return lambda: _HuggingFaceDecoder(model)
     from loopq_compile.capture import capture

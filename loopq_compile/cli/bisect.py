@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopq_compile.cli.common import (
+    AllowPickle,
+    Dtype,
     Json,
     Model,
     RepeatLayers,
     TrustRemoteCode,
     calibration_batches,
     console,
+    default_text,
     load,
     print_json,
     table,
@@ -50,6 +53,8 @@ def bisect_command(
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     repeat: RepeatLayers = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    dtype: Dtype = "float32",
     json: Json = False,
 ) -> None:
     """Find the pass that broke numerics: compile again and compare with the model after every pass.
@@ -63,18 +68,15 @@ def bisect_command(
 
     from loopq_compile.bisect import bisect
     from loopq_compile.capture import capture
-    from loopq_compile.driver import DATA_FREE
-    from loopq_compile.loading import BUNDLED
     from loopq_compile.options import CalibrationOptions
     from loopq_compile.pipelines import get_pipeline
     from loopq_compile.scheme import Scheme
 
     wanted, pipeline = Scheme.parse(scheme, activation=activation), get_pipeline(method)
-    loaded = load(model, None, trust_remote_code, repeat)
+    loaded = load(model, None, trust_remote_code, repeat, allow_pickle, dtype)
     if loaded.kind != "model":
         raise LoopQError(f"{model} is quantized already; bisect compiles a model in floating point again.")
-    needed = pipeline.name not in DATA_FREE or activation == "static"
-    source = calibration or ("docs" if model == BUNDLED and needed else None)
+    source = calibration or default_text(pipeline.name, activation, loaded)
     batches = calibration_batches(source, loaded.tokenizer, samples, length, seed, loaded.model) if source else None
     captured = capture(loaded.model)
     probe = batches[0][:1] if batches else torch.arange(length).unsqueeze(0)

@@ -45,7 +45,7 @@ AllowPickle = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option("--dtype", help="Load Hugging Face weights as float32, bfloat16 or float16; ONNX needs float32."),
+    typer.Option("--dtype", help="Load the model's weights as float32, bfloat16 or float16; ONNX needs float32."),
 ]
 TextFile = Annotated[
     str | None,
@@ -173,6 +173,14 @@ def calibration_batches(
     from loopq_compile.self_generated import calibration_data
 
     return calibration_data(source, model, tokenizer, samples, length, seed, cache=cache)
+
+
+def default_text(method: str, activation: str, loaded: Loaded) -> str | None:
+    """`docs` where a method needs calibration text and nobody named any; None without need, or without a tokenizer."""
+    from loopq_compile.driver import DATA_FREE
+
+    needed = method not in DATA_FREE or activation == "static"
+    return "docs" if needed and loaded.tokenizer is not None else None
 
 
 def names(text: str) -> list[str]:

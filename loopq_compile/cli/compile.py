@@ -17,6 +17,7 @@ from loopq_compile.cli.common import (
     TokenizerFile,
     TrustRemoteCode,
     calibration_batches,
+    default_text,
     load,
     note,
     print_json,
@@ -61,7 +62,7 @@ def compile_command(
         typer.Option(
             metavar="self|docs|mixed|FILE",
             help="Text to calibrate on: sampled by the model itself, docstrings of the installed libraries, half of "
-            "each, or a UTF-8 file. The bundled model takes docs if nothing is said.",
+            "each, or a UTF-8 file. By default docs, if the method needs text.",
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Number of calibration samples.")] = 128,
@@ -116,7 +117,8 @@ def compile_command(
     loaded = load(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
     if loaded.kind != "model":
         raise LoopQError(f"{model} is quantized already; compile takes a model in floating point.")
-    batches = _batches(calibration, model, loaded, samples, length, seed, note(json))
+    source = calibration or default_text(method, activation, loaded)
+    batches = _batches(source, loaded, samples, length, seed, note(json))
     if dry_run:
         _predict(loaded.model, wanted, get_pipeline(method), batches, options, json)
     else:
@@ -124,17 +126,13 @@ def compile_command(
 
 
 def _batches(
-    calibration: str | None,
-    model: str,
+    source: str | None,
     loaded: Loaded,
     samples: int,
     length: int,
     seed: int,
     say: Callable[[str], None],
 ) -> list[Tensor] | None:
-    from loopq_compile.loading import BUNDLED
-
-    source = calibration or ("docs" if model == BUNDLED else None)
     if not source:
         return None
     batches = calibration_batches(source, loaded.tokenizer, samples, length, seed, model=loaded.model)
@@ -199,7 +197,7 @@ def _report(program: Program, out: Path) -> dict[str, Any]:
         "out": str(out),
         "bytes": sum(file.stat().st_size for file in out.iterdir()),
         "method": get_state(program.graph_module).method,
-        "scheme": program.scheme.to_dict(),
+        "scheme": program.scheme.to_dict() if program.scheme else None,
         "loops": program.loops.describe(),
         "loop_count": program.loops.count,
         "passes": [entry.pass_name for entry in program.log],

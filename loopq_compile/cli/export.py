@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json as json_module
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loopq_compile.cli.common import Json, load, note, print_json
 from loopq_compile.errors import LoopQError
+
+if TYPE_CHECKING:
+    from loopq_compile.loading import Loaded
 
 
 def export_command(
@@ -40,6 +45,10 @@ def export_command(
     float_bits: Annotated[
         int, typer.Option("--float-bits", help="16 stores scales, embeddings and head in half the bytes.")
     ] = 32,
+    genai: Annotated[
+        bool,
+        typer.Option("--genai", help="Also write genai_config.json, for onnxruntime-genai; implies --cache."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write a compiled program as an ONNX file.
@@ -51,11 +60,12 @@ def export_command(
     loaded = load(program)
     if loaded.kind != "program":
         raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile {program} --out DIR` first.")
+    ends = _end_tokens(loaded, form) if genai else ()
     report = loaded.model.export_onnx(
         out,
         target=target,
         form=form,
-        cache=cache,
+        cache=cache or genai,
         last_token=last_token,
         head_bits=head_bits,
         kv_bits=kv_bits,
@@ -63,6 +73,8 @@ def export_command(
         float_bits=float_bits,
     )
     save_beside(loaded, out)
+    if genai:
+        _write_genai(loaded, out, ends, note(json))
     if json:
         print_json(
             {
@@ -79,3 +91,34 @@ def export_command(
         )
     else:
         note(json)(str(report))
+
+
+def _end_tokens(loaded: Loaded, form: str) -> int | list[int]:
+    """What ends a text in onnxruntime-genai; checked before anything is written."""
+    from loopq_compile.backends.onnx.genai import ROLLED_REFUSAL
+    from loopq_compile.loading import END_TOKENS, end_tokens
+
+    if form == "rolled":
+        raise LoopQError(ROLLED_REFUSAL)
+    ends = end_tokens(loaded)
+    if ends is None:
+        raise LoopQError(
+            "onnxruntime-genai needs to know which token ends a text. There is no generation_config.json with an "
+            f"eos_token_id, and no tokenizer with one of {', '.join(END_TOKENS)}; export without --genai and call "
+            "loopq_compile.backends.onnx.write_genai_config(DIR, eos_token_id=...)."
+        )
+    return ends
+
+
+def _write_genai(loaded: Loaded, out: Path, ends: int | list[int], say: Callable[[str], None]) -> None:
+    from loopq_compile.backends.onnx.genai import reads_tokenizer, write_genai_config
+
+    settings = json_module.loads(loaded.settings.get("tokenizer_config.json", "{}"))
+    longest = settings.get("model_max_length")
+    known = {"context_length": longest} if isinstance(longest, int) and 0 < longest < 2**20 else {}
+    write_genai_config(out, eos_token_id=ends, **known)
+    if loaded.tokenizer is None or not reads_tokenizer(loaded.tokenizer.to_str()):
+        say(
+            "note: onnxruntime-genai reads tokenizers of byte-level BPE as they are; this folder has none, so compare "
+            "its ids with the tokenizers library's, or give it token ids."
+        )

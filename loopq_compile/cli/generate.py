@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json as json_module
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,12 +20,6 @@ from loopq_compile.cli.common import (
     print_json,
 )
 from loopq_compile.errors import LoopQError
-
-if TYPE_CHECKING:
-    from loopq_compile.loading import Loaded
-
-END_TOKENS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|end_of_text|>", "<eos>")
-"""What tokenizers call the token that ends a text."""
 
 
 def generate_command(
@@ -62,6 +55,7 @@ def generate_command(
 
     from loopq_compile.evaluate import tokenize
     from loopq_compile.generation import stream
+    from loopq_compile.loading import end_tokens
 
     loaded = load(model, tokenizer, trust_remote_code, None, allow_pickle, dtype)
     ids = tokenize(loaded.tokenizer, prompt).unsqueeze(0)
@@ -99,7 +93,7 @@ def generate_command(
             typer.echo(f"{spent['mean_loops']:.2f} loops a call in the mean", err=True)
 
 
-def _chosen(loaded: Loaded, exit_threshold: float | None) -> Any:
+def _chosen(loaded: Any, exit_threshold: float | None) -> Any:
     """The model, with its threshold chosen."""
     from loopq_compile.decoding import Chosen
 
@@ -113,20 +107,6 @@ def _chosen(loaded: Loaded, exit_threshold: float | None) -> Any:
 def _spent(chosen: Any) -> dict[str, float]:
     spent = getattr(getattr(chosen, "last", None), "loops_spent", [])
     return {"mean_loops": sum(spent) / len(spent)} if spent else {}
-
-
-def end_tokens(loaded: Loaded) -> list[int] | int | None:
-    """Ids of the tokens that end a text: those of the generation settings, or one that the tokenizer has by name."""
-    settings = json_module.loads(loaded.settings.get("generation_config.json", "{}"))
-    if settings.get("eos_token_id") is not None:
-        return settings["eos_token_id"]
-    return end_token(loaded.tokenizer)
-
-
-def end_token(tokenizer: Any) -> int | None:
-    """Id of the token that ends a text, None if the tokenizer has none that is known by name."""
-    ids = [tokenizer.token_to_id(name) for name in END_TOKENS]
-    return next((token for token in ids if token is not None), None)
 
 
 def pieces(tokenizer: Any, prompt: list[int], steps: Iterable[int], made: list[int]) -> Iterator[str]:

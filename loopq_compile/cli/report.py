@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from loopq_compile.cli.common import Json, RepeatLayers, TextFile, TrustRemoteCode, load, note, print_json, text_source
+from loopq_compile.cli.common import (
+    AllowPickle,
+    Dtype,
+    Json,
+    RepeatLayers,
+    TextFile,
+    TrustRemoteCode,
+    load,
+    note,
+    print_json,
+    text_source,
+)
 from loopq_compile.errors import LoopQError
 
 
@@ -25,6 +36,8 @@ def report_command(
     samples: Annotated[int, typer.Option(min=0, help="Continuations to show.")] = 2,
     repeat: RepeatLayers = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    dtype: Dtype = "float32",
     json: Json = False,
 ) -> None:
     """Write what quantization did to every loop as one HTML file that needs no network.
@@ -36,13 +49,13 @@ def report_command(
     from loopq_compile.report.measure import check_names
 
     check_names(programs)
-    loaded = {name: load(name, None, trust_remote_code) for name in programs}
+    loaded = {name: load(name) for name in programs}
     for name, one in loaded.items():
         if one.kind != "program":
             raise LoopQError(f"{name} is no compiled program; run `loopq-compile compile {name} --out DIR` first.")
     batches, base, tokenizer = [], None, None
     if model is not None:
-        source = load(model, None, trust_remote_code, repeat)
+        source = load(model, None, trust_remote_code, repeat, allow_pickle, dtype)
         if source.kind != "model":
             raise LoopQError(f"{model} is quantized already; --model takes the model in floating point.")
         base, tokenizer = source.model, source.tokenizer

@@ -23,14 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loopq_compile.models.parts import (
-    add_head_and_state,
-    causal_attention,
-    check_loops,
-    pair_tables,
-    rotate_pairs,
-    split_heads,
-)
+from loopq_compile.models.parts import Context, RecurrentDepth, check_loops, split_heads
 
 
 @dataclass(frozen=True)
@@ -77,12 +70,12 @@ class HuginnAttention(nn.Module):
         )
         self.proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """`[batch, seq, n_embd]` to the same shape."""
         query, key, value = self.Wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         if self.qk_bias is not None:
             query, key = query + self.qk_bias[0], key + self.qk_bias[1]
-        return self.proj(causal_attention(rotate_pairs(query, *tables), rotate_pairs(key, *tables), value))
+        return self.proj(context.attend(context.rotate(query), context.rotate(key), value))
 
 
 class HuginnMLP(nn.Module):
@@ -109,58 +102,55 @@ class HuginnBlock(nn.Module):
             nn.RMSNorm(config.n_embd, eps=config.norm_eps) for _ in range(4)
         )
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """`[batch, seq, n_embd]` to the same shape."""
-        x = self.norm_2(self.attn(self.norm_1(x), tables) + x)
+        x = self.norm_2(self.attn(self.norm_1(x), context) + x)
         return self.norm_4(self.mlp(self.norm_3(x)) + x)
 
 
-class Huginn(nn.Module):
+class Huginn(RecurrentDepth):
     """The recurrent-depth language model: ids `[batch, seq]` in, logits `[batch, seq, vocab_size]` out.
 
     `loops` (None: the configuration's `mean_recurrence`) sets how often the core runs; `seed` makes the initial state.
     """
 
-    initial_state: Tensor
-    lm_head: nn.Linear
+    config: HuginnConfig
 
     def __init__(self, config: HuginnConfig, loops: int | None = None, seed: int = 0) -> None:
-        super().__init__()
-        self.config, self.loops = config, loops
-        embedding = nn.Embedding(config.vocab_size, config.n_embd)
-
         def stack(layers: int) -> nn.ModuleList:
             return nn.ModuleList(HuginnBlock(config) for _ in range(layers))
 
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": embedding,
-                "prelude": stack(config.n_layers_in_prelude),
-                "adapter": nn.Linear(2 * config.n_embd, config.n_embd, bias=config.bias),
-                "core_block": stack(config.n_layers_in_recurrent_block),
-                "coda": stack(config.n_layers_in_coda),
-                "ln_f": nn.RMSNorm(config.n_embd, eps=config.norm_eps),
-            }
-        )
+        parts = {
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "prelude": stack(config.n_layers_in_prelude),
+            "adapter": nn.Linear(2 * config.n_embd, config.n_embd, bias=config.bias),
+            "core_block": stack(config.n_layers_in_recurrent_block),
+            "coda": stack(config.n_layers_in_coda),
+            "ln_f": nn.RMSNorm(config.n_embd, eps=config.norm_eps),
+        }
         std = config.state_scale * config.embedding_scale * math.sqrt(2 / (5 * config.n_embd))
-        add_head_and_state(self, embedding, config.tie_embeddings, config.n_embd, std, seed)
+        tied = config.tie_embeddings
+        super().__init__(config, parts, tied, loops, state_width=config.n_embd, state_std=std, seed=seed)
 
-    def forward(self, input_ids: Tensor, initial_state: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, initial_state: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Logits of all positions.
 
-        initial_state: `[batch, seq, n_embd]`, in place of the constant one.
+        initial_state: `[batch, seq, n_embd]`, in place of the constant one. attention_mask: 0/1 `[batch, seq]`, 0 on
+        padding, left or right (the published code takes one and does not use it).
         """
         config, parts = self.config, self.transformer
-        tables = pair_tables(input_ids.shape[1], config.n_embd // config.n_heads, config.rope_base, input_ids)
-        injected = self._run("prelude", parts["wte"](input_ids) * config.embedding_scale, tables)
-        state = self.initial_state.expand(*input_ids.shape, -1) if initial_state is None else initial_state
-        for _ in range(self.loops or config.mean_recurrence):
-            state = self._run("core_block", self.transformer["adapter"](torch.cat([state, injected], dim=-1)), tables)
-        return self.lm_head(parts["ln_f"](self._run("coda", parts["ln_f"](state), tables))).float()
+        context = Context.of(input_ids, attention_mask, config.n_embd // config.n_heads, config.rope_base)
+        injected = self._run("prelude", parts["wte"](input_ids) * config.embedding_scale, context)
 
-    def _run(self, stack: str, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        layers = self.transformer[stack]
-        assert isinstance(layers, nn.ModuleList)
-        for block in layers:
-            x = block(x, tables)
+        def core(state: Tensor) -> Tensor:
+            return self._run("core_block", parts["adapter"](torch.cat([state, injected], dim=-1)), context)
+
+        state = self.recur(input_ids, initial_state, core)
+        return self.lm_head(parts["ln_f"](self._run("coda", parts["ln_f"](state), context))).float()
+
+    def _run(self, stack: str, x: Tensor, context: Context) -> Tensor:
+        for block in self.layers(stack):
+            x = block(x, context)
         return x

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loopq_compile.models.parts import visible_keys
+
 
 @dataclass(frozen=True)
 class OuroConfig:
@@ -141,18 +143,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def attention_bias(attention_mask: Tensor) -> Tensor:
-    """Which keys a query may see: bool `[batch, 1, seq, seq]` from a 0/1 padding mask `[batch, seq]`.
-
-    A position always sees itself, so that a padded query has something to attend to and its row is never NaN.
-    """
-    length = attention_mask.shape[1]
-    index = torch.arange(length, device=attention_mask.device)
-    distance = index[:, None] - index[None, :]
-    real_key = (attention_mask != 0)[:, None, None, :]
-    return (distance == 0) | ((distance > 0) & real_key)
-
-
 class OuroAttention(nn.Module):
     """Causal self-attention with rotary positions; queries share keys when `num_key_value_heads` is the smaller."""
 
@@ -167,7 +157,7 @@ class OuroAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None) -> Tensor:
-        """`[batch, seq, hidden]` to the same shape; `bias` as from `attention_bias`; None: plain causal attention."""
+        """`[batch, seq, hidden]` to the same shape; `bias` as from `visible_keys`; None: plain causal attention."""
         query = rotate(self._heads(self.q_proj(x)), cos, sin)
         key = rotate(self._heads(self.k_proj(x)), cos, sin)
         value = self._heads(self.v_proj(x))
@@ -233,7 +223,7 @@ class OuroStack(nn.Module):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta)
         cos, sin = cos.to(hidden.dtype), sin.to(hidden.dtype)
-        bias = None if attention_mask is None else attention_bias(attention_mask)
+        bias = None if attention_mask is None else visible_keys(attention_mask)
         states, exits = [], []
         for _ in range(loops):
             for layer in self.layers:

@@ -26,14 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loopq_compile.models.parts import (
-    add_head_and_state,
-    causal_attention,
-    check_loops,
-    pair_tables,
-    rotate_pairs,
-    split_heads,
-)
+from loopq_compile.models.parts import Context, RecurrentDepth, check_loops, split_heads
 
 GATE_CHANNELS = 32
 """Channels of a layer's input that the gate of its value embeddings reads."""
@@ -180,7 +173,7 @@ class ParcaeAttention(nn.Module):
         gated = _alternates(number, config.n_layers_in_recurrent_block * config.mean_backprop_depth)
         self.ve_gate = nn.Linear(GATE_CHANNELS, sizes.num_key_value_heads, bias=False) if gated else None
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], value_embedding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, value_embedding: Tensor | None) -> Tensor:
         """`x` `[batch, seq, width]` to the same shape; `value_embedding` `[batch, seq, kv heads * head size]`."""
         config = self.config
         query, key, value = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.c_q, self.c_k, self.c_v))
@@ -191,10 +184,10 @@ class ParcaeAttention(nn.Module):
             query, key, value = (part.clamp(-config.clip_qkv, config.clip_qkv) for part in (query, key, value))
         if config.qk_bias:
             query, key = query + self.qk_bias[0], key + self.qk_bias[1]
-        query, key = rotate_pairs(query, *tables), rotate_pairs(key, *tables)
+        query, key = context.rotate(query), context.rotate(key)
         if config.qk_norm:
             query, key = F.rms_norm(query, (self.head_dim,)), F.rms_norm(key, (self.head_dim,))
-        return self.c_proj(causal_attention(query, key, value))
+        return self.c_proj(context.attend(query, key, value))
 
 
 class ParcaeMLP(nn.Module):
@@ -224,9 +217,9 @@ class ParcaeBlock(nn.Module):
         self.norm_2 = nn.RMSNorm(sizes.n_embd, eps=config.norm_eps)
         self.mlp = ParcaeMLP(config, sizes)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], value_embedding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, value_embedding: Tensor | None) -> Tensor:
         """`[batch, seq, width]` to the same shape."""
-        x = x + self.attn(self.norm_1(x), tables, value_embedding)
+        x = x + self.attn(self.norm_1(x), context, value_embedding)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -272,23 +265,19 @@ class AdditiveInjection(nn.Module):
 _ADAPTERS = {"diagonal": DiagonalInjection, "linear": LinearInjection, "add": AdditiveInjection}
 
 
-class Parcae(nn.Module):
+class Parcae(RecurrentDepth):
     """The looped language model: ids `[batch, seq]` in, logits `[batch, seq, padded_vocab_size]` out.
 
     `loops` (None: the configuration's `mean_recurrence`) sets how often the core runs; `seed` makes the initial state.
     """
 
-    initial_state: Tensor
-    lm_head: nn.Linear
+    config: ParcaeConfig
 
     def __init__(self, config: ParcaeConfig, loops: int | None = None, seed: int = 0) -> None:
-        super().__init__()
-        self.config, self.loops = config, loops
-        embedding = nn.Embedding(config.padded_vocab_size, config.n_embd)
         before, after = config.n_layers_in_prelude, config.n_layers_in_recurrent_block
         coda = before + after * config.mean_recurrence
         parts: dict[str, nn.Module] = {
-            "wte": embedding,
+            "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
             "prelude": nn.ModuleList(ParcaeBlock(config, config.outer, i) for i in range(before)),
             "adapter": _ADAPTERS[config.injection_type](config),
             "core_block": nn.ModuleList(ParcaeBlock(config, config.core, before + i) for i in range(after)),
@@ -298,7 +287,9 @@ class Parcae(nn.Module):
         }
         if config.prelude_norm:
             parts["ln_prelude"] = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.transformer = nn.ModuleDict(parts)
+        std = config.embedding_scale * math.sqrt(2 / (5 * config.n_embd)) if config.state_init == "like-init" else 0.0
+        width, tied = config.recurrent_embedding_dimension, config.tie_embeddings
+        super().__init__(config, parts, tied, loops, state_width=width, state_std=std, seed=seed)
         kv_width = config.key_value_heads * (config.n_embd // config.num_attention_heads)
         self.value_embeds = nn.ModuleDict(
             {
@@ -307,36 +298,36 @@ class Parcae(nn.Module):
                 if _alternates(layer, config.layers)
             }
         )
-        std = config.embedding_scale * math.sqrt(2 / (5 * config.n_embd)) if config.state_init == "like-init" else 0.0
-        add_head_and_state(self, embedding, config.tie_embeddings, config.recurrent_embedding_dimension, std, seed)
 
-    def forward(self, input_ids: Tensor, initial_state: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, initial_state: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Logits of all positions.
 
-        initial_state: `[batch, seq, recurrent_embedding_dimension]`, in place of the constant one.
+        initial_state: `[batch, seq, recurrent_embedding_dimension]`, in place of the constant one. attention_mask: 0/1
+        `[batch, seq]`, 0 on padding, left or right (the published code takes one and does not use it).
         """
         config, parts = self.config, self.transformer
         head_dim = config.n_embd // config.num_attention_heads
-        tables = pair_tables(input_ids.shape[1], head_dim, config.rope_base, input_ids)
-        injected = parts["wte"](input_ids) * config.embedding_scale
-        injected = self._run("prelude", 0, injected, input_ids, tables)
+        context = Context.of(input_ids, attention_mask, head_dim, config.rope_base)
+        injected = self._run("prelude", 0, parts["wte"](input_ids) * config.embedding_scale, input_ids, context)
         if config.prelude_norm:
             injected = parts["ln_prelude"](injected)
-        state = self.initial_state.expand(*input_ids.shape, -1) if initial_state is None else initial_state
-        for _ in range(self.loops or config.mean_recurrence):
-            state = parts["adapter"](state, injected)
-            state = self._run("core_block", config.n_layers_in_prelude, state, input_ids, tables)
-        after = config.n_layers_in_prelude + config.n_layers_in_recurrent_block
-        logits = self.lm_head(parts["ln_f"](self._run("coda", after, parts["C"](state), input_ids, tables)))
+        first = config.n_layers_in_prelude
+
+        def core(state: Tensor) -> Tensor:
+            return self._run("core_block", first, parts["adapter"](state, injected), input_ids, context)
+
+        state = self.recur(input_ids, initial_state, core)
+        after = first + config.n_layers_in_recurrent_block
+        logits = self.lm_head(parts["ln_f"](self._run("coda", after, parts["C"](state), input_ids, context)))
         logits = logits.float() * config.logit_scale
         cap = config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _run(self, stack: str, first: int, x: Tensor, input_ids: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    def _run(self, stack: str, first: int, x: Tensor, input_ids: Tensor, context: Context) -> Tensor:
         """A stack of layers, whose first has the value embeddings number `first` if there are such."""
-        layers = self.transformer[stack]
-        assert isinstance(layers, nn.ModuleList)
-        for layer, block in enumerate(layers, first):
+        for layer, block in enumerate(self.layers(stack), first):
             has_values = str(layer) in self.value_embeds
-            x = block(x, tables, self.value_embeds[str(layer)](input_ids) if has_values else None)
+            x = block(x, context, self.value_embeds[str(layer)](input_ids) if has_values else None)
         return x

@@ -1,10 +1,10 @@
-"""What the reference models share: rotary positions, attention over heads, constant states, reading configurations."""
+"""What the reference models share: positions, attention over heads, recurrent depth, reading configurations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +51,51 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of `[batch, seq, heads, head_dim]`; keys may have fewer heads. Returns `[batch, seq, width]`."""
+def visible_keys(attention_mask: Tensor) -> Tensor:
+    """Which keys a query may see: bool `[batch, 1, seq, seq]` from a 0/1 padding mask `[batch, seq]`.
+
+    A position always sees itself, so that a padded query has something to attend to and its row is never NaN.
+    """
+    length = attention_mask.shape[1]
+    index = torch.arange(length, device=attention_mask.device)
+    distance = index[:, None] - index[None, :]
+    real_key = (attention_mask != 0)[:, None, None, :]
+    return (distance == 0) | ((distance > 0) & real_key)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Attention of `[batch, seq, heads, head_dim]`; keys may have fewer heads. Returns `[batch, seq, width]`.
+
+    `visible` is as from `visible_keys`; None: plain causal attention.
+    """
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if query.shape[1] != key.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, is_causal=visible is None)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+class Context(NamedTuple):
+    """What every layer reads beside its input: rotary tables as from `pair_tables`, and `visible_keys` or None."""
+
+    cos: Tensor
+    sin: Tensor
+    visible: Tensor | None
+
+    @staticmethod
+    def of(input_ids: Tensor, attention_mask: Tensor | None, head_dim: int, theta: float) -> Context:
+        """For token ids `[batch, seq]` and a 0/1 mask of that shape; None: nothing is padding."""
+        visible = None if attention_mask is None else visible_keys(attention_mask)
+        return Context(*pair_tables(input_ids.shape[1], head_dim, theta, input_ids), visible)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`causal_attention` with what is visible here."""
+        return causal_attention(query, key, value, self.visible)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """`rotate_pairs` with the tables."""
+        return rotate_pairs(x, self.cos, self.sin)
 
 
 def constant_state(width: int, std: float, seed: int) -> Tensor:
@@ -67,20 +105,52 @@ def constant_state(width: int, std: float, seed: int) -> Tensor:
     return nn.init.trunc_normal_(state, std=std, a=-3 * std, b=3 * std, generator=generator) if std else state.zero_()
 
 
-def add_head_and_state(
-    model: nn.Module, embedding: nn.Embedding, tied: bool, state_width: int, state_std: float, seed: int
-) -> None:
-    """Gives a recurrent-depth `model` what all of them have around their stacks.
+class RecurrentDepth(nn.Module):
+    """A model whose core runs again and again from an initial state: a stack of layers by each name, and a head.
 
-    `lm_head`, which is the `embedding` where `tied`; the buffer `initial_state` `[state_width]`, which is no part of
-    checkpoints; and a hook that lets published checkpoints load.
+    Args:
+        config: with `mean_recurrence`, how often the core runs.
+        parts: the stacks and what stands between them; `wte`, the embedding, is also the head where `tied`.
+        loops: how often the core runs instead; change it on the module to run it less or more often.
+        state_width, state_std, seed: of the initial state, a constant vector that is no part of checkpoints.
     """
-    vocabulary, channels = embedding.weight.shape
-    model.lm_head = nn.Linear(channels, vocabulary, bias=False)
-    if tied:
-        model.lm_head.weight = embedding.weight
-    model.register_buffer("initial_state", constant_state(state_width, state_std, seed), persistent=False)
-    model.register_load_state_dict_pre_hook(forget_rotary_table)
+
+    initial_state: Tensor
+
+    def __init__(
+        self,
+        config: Any,
+        parts: Mapping[str, nn.Module],
+        tied: bool,
+        loops: int | None,
+        *,
+        state_width: int,
+        state_std: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.config, self.loops = config, loops
+        self.transformer = nn.ModuleDict(parts)
+        embedding = parts["wte"].weight
+        assert isinstance(embedding, nn.Parameter)
+        self.lm_head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False)
+        if tied:
+            self.lm_head.weight = embedding
+        self.register_buffer("initial_state", constant_state(state_width, state_std, seed), persistent=False)
+        self.register_load_state_dict_pre_hook(forget_rotary_table)
+
+    def layers(self, stack: str) -> nn.ModuleList:
+        """The layers of a stack."""
+        layers = self.transformer[stack]
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def recur(self, input_ids: Tensor, initial_state: Tensor | None, core: Callable[[Tensor], Tensor]) -> Tensor:
+        """The state `[batch, seq, state_width]` behind the last loop, from `initial_state` or else the constant one."""
+        state = self.initial_state.expand(*input_ids.shape, -1) if initial_state is None else initial_state
+        for _ in range(self.loops or self.config.mean_recurrence):
+            state = core(state)
+        return state
 
 
 def forget_rotary_table(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from loopq_compile.models import Huginn, LoopFormer, OuroConfig, Parcae, ParcaeConfig, read_config
+from tests.looped_models import HUGINN, LOOPFORMER, PARCAE, with_random_weights
 from tests.models import formulas
-from tests.models.test_architectures import HUGINN, LOOPFORMER, PARCAE, ids, with_random_weights
+from tests.models.test_architectures import ids
 
 
 def states(width: int) -> Tensor:

@@ -12,7 +12,7 @@ from loopq_compile.capture import capture
 from loopq_compile.passes.add_cache import AddCache
 from loopq_compile.state import get_state
 from tests.backends.onnx.graphs import Recurrent
-from tests.decoding import MODELS, SlicedPositions, captured, check_decoding, decode, ids, quantized
+from tests.decoding import MODELS, SlicedPositions, captured, check_decoding, decode, ids, left_padded, quantized
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,16 @@ def test_decoding_equals_recomputation(name: str, stacked: bool) -> None:
     cached = program.with_cache(stacked=stacked)
     loops = 2 if name.startswith(("llama", "sliced")) else 3
     check_decoding(model, cached, get_state(cached.graph_module).signature, loops=loops)
+
+
+@pytest.mark.parametrize("name", ["ouro", "loopformer", "parcae", "huginn", "encoder-layer"])
+def test_hugging_faces_generate(name: str) -> None:
+    """The cache brings a mask where the model has none; where row 1 is padded it says what it says alone."""
+    program, given = captured(name)[1], left_padded()
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found = program.as_hugging_face().generate(**given, **options)
+    assert torch.equal(found, program.generate(given["input_ids"], 5, attention_mask=given["attention_mask"]))
+    assert torch.equal(found[1:, 3:], program.generate(given["input_ids"][1:, 3:], 5))
 
 
 def test_a_quantized_program() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 import loopq_compile as lq
@@ -87,6 +88,55 @@ def test_adapters_transforms_and_weights_per_loop(learned: Program) -> None:
     assert gate.flatten().tolist()[0] == 0 and len(gate) == 3, "the first loop's row leaves the state as it is"
     stacked = [name for name in tables if name.endswith("codes_loops")]
     assert stacked and all(tables[name].shape[0] == 3 for name in stacked)
+
+
+class Timed(nn.Module):
+    """A block that is told the time, which begins with zero: of shape `[1]`, or `[batch]` as in LoopFormer's code."""
+
+    def __init__(self, per_row: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.time, self.block = nn.Embedding(64, 32), nn.Linear(4, 32), nn.Linear(32, 32)
+        self.per_row = per_row
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        time = torch.zeros(x.shape[0] if self.per_row else 1)
+        for step in (0.5, 0.3, 0.2):
+            angles = time[:, None] * torch.arange(1, 5)
+            x = x + self.block(x * self.time(angles.cos())[:, None]).tanh()
+            time = time + step
+        return x
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_time_that_begins_with_zero_is_a_table(per_row: bool) -> None:
+    """The first time is a constant, the others are sums: iterations differ in nothing but what no input changes."""
+    before = lq.compile(Timed(per_row), tokens(), scheme="w8a8", method="symmetric")
+    after = rolled(before)
+    (loop,) = rolled_loops(after.graph_module)
+    assert (loop.count, loop.skipped) == (3, 0)
+    assert not [node for node in loop.body.graph.nodes if node.target is torch.ops.aten.cos.default]
+    for batch in (1, 3):
+        assert same(before(tokens(7, batch, 9)), after(tokens(7, batch, 9)))
+
+
+class Noisy(Timed):
+    """The same with noise, which is new in every loop and call."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x, time = self.embed(input_ids), torch.zeros(1)
+        for step in (0.5, 0.3, 0.2):
+            x = x + self.block(x + self.time(torch.rand(1, 1, 4) + time)).tanh()
+            time = time + step
+        return x
+
+
+def test_what_is_drawn_anew_is_no_table() -> None:
+    after = rolled(lq.compile(Noisy(False), tokens(), scheme="w8a8", method="symmetric"))
+    (loop,) = rolled_loops(after.graph_module)
+    assert [node for node in loop.body.graph.nodes if node.target is torch.ops.aten.rand.default]
+    assert not same(after(tokens()), after(tokens()))
 
 
 def test_rows_beyond_the_last_hold(learned: Program) -> None:

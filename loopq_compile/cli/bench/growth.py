@@ -8,11 +8,13 @@ import typer
 
 from loopq_compile.cli.bench.options import Activations, Model, Out, Samples, Schemes, load_model, show, whole_numbers
 from loopq_compile.cli.common import (
+    AllowPickle,
     Json,
     Length,
     MaxTokens,
     RepeatLayers,
     TextFile,
+    TrustRemoteCode,
     calibration_batches,
     names,
     note,
@@ -31,6 +33,8 @@ def loops_command(
     scheme: Annotated[str, typer.Option("--scheme", help="Weights are rounded to nearest, without data.")] = "w4a8",
     length: Annotated[int, typer.Option("--length", min=1, help="Tokens of the call that is timed.")] = 16,
     targets: Annotated[str, typer.Option("--targets", help="Of the export.")] = "qdq,onnxruntime",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -39,7 +43,7 @@ def loops_command(
     from loopq_compile.scheme import Scheme
 
     def with_loops(count: int) -> Any:
-        loaded = load_model(model, None, False, f"{repeat}x{count}" if repeat else None).model
+        loaded = load_model(model, None, trust_remote_code, f"{repeat}x{count}" if repeat else None, allow_pickle).model
         if repeat is None:
             if not hasattr(loaded, "loops"):
                 raise LoopQError(f"{model} has no number of loops to set; name layers to repeat: --repeat FIRST-LAST.")
@@ -60,6 +64,8 @@ def beyond_command(
     text: TextFile = None,
     max_tokens: MaxTokens = 4096,
     length: Length = 256,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -69,9 +75,9 @@ def beyond_command(
     from loopq_compile.scheme import Scheme
 
     def with_loops(count: int | None) -> Any:
-        return _with_loops(load_model(model, None, False, None).model, model, count)
+        return _with_loops(load_model(model, None, trust_remote_code, None, allow_pickle).model, model, count)
 
-    loaded = load_model(model, None, False, None)
+    loaded = load_model(model, None, trust_remote_code, None, allow_pickle)
     content, source = text_source(text)
     tokens = tokenize(loaded.tokenizer, content, max_tokens)
     batches = calibration_batches("docs", loaded.tokenizer, samples, 128, 0)
@@ -98,6 +104,8 @@ def exit_command(
     text: TextFile = None,
     max_tokens: MaxTokens = 2048,
     length: Length = 256,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -109,7 +117,7 @@ def exit_command(
         thresholds = [float(value) for value in names(values)]
     except ValueError as error:
         raise LoopQError(f"--values takes numbers, comma-separated; got {values!r}.") from error
-    loaded = load_model(model, None, False, None)
+    loaded = load_model(model, None, trust_remote_code, None, allow_pickle)
     content, source = text_source(text)
     tokens = tokenize(loaded.tokenizer, content, max_tokens)
     report = exits(loaded.model, tokens, names(schemes), thresholds, length, say=note(True))
@@ -126,6 +134,8 @@ def cache_command(
     text: TextFile = None,
     max_tokens: MaxTokens = 4096,
     length: Length = 256,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -133,7 +143,7 @@ def cache_command(
     from loopq_compile.bench.cache import caches
     from loopq_compile.evaluate import tokenize
 
-    loaded = load_model(model, None, False, repeat)
+    loaded = load_model(model, None, trust_remote_code, repeat, allow_pickle)
     content, source = text_source(text)
     tokens = tokenize(loaded.tokenizer, content, max_tokens)
     bits = [number or None for number in whole_numbers("--values", values)]

@@ -61,9 +61,16 @@ def show(report: Report, out: Path | None, json: bool, **about: Any) -> None:
             say(f"wrote {path}")
 
 
-def load_model(model: str, tokenizer: str | None, trust_remote_code: bool, repeat: str | None) -> Loaded:
+def load_model(
+    model: str,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
+    repeat: str | None = None,
+    allow_pickle: bool = False,
+    dtype: str = "float32",
+) -> Loaded:
     """A model in floating point; what is quantized already is refused."""
-    loaded = load(model, tokenizer, trust_remote_code, repeat)
+    loaded = load(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
     if loaded.kind != "model":
         raise LoopQError(f"{model} is quantized already; bench takes a model in floating point.")
     return loaded

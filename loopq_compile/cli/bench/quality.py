@@ -18,7 +18,9 @@ from loopq_compile.cli.bench.options import (
     load_model,
 )
 from loopq_compile.cli.common import (
+    AllowPickle,
     CalibrationText,
+    Dtype,
     Json,
     Length,
     MaxTokens,
@@ -56,6 +58,8 @@ def quality_command(
     repeat: RepeatLayers = None,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    dtype: Dtype = "float32",
     json: Json = False,
 ) -> None:
     """Methods by schemes: perplexity, its ratio to full precision, KL divergence, and time.
@@ -67,12 +71,18 @@ def quality_command(
 
     say = note(json)
     runs = bench.variants(names(methods), names(schemes), names(activations), group_size=group_size)
-    loaded = load_model(model, tokenizer, trust_remote_code, repeat)
+    loaded = load_model(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
     content, source = text_source(text)
     tokens = tokenize(loaded.tokenizer, content, max_tokens)
     batches = calibration_batches(calibration, loaded.tokenizer, samples, sample_length, seed, loaded.model)
     about: dict[str, Any] = {"model": model, "text": source, "tokens": len(tokens), "length": length, "stride": stride}
-    about |= {"calibration": calibration, "samples": samples, "sample_length": sample_length, "seed": seed}
+    about |= {
+        "calibration": calibration,
+        "samples": samples,
+        "sample_length": sample_length,
+        "seed": seed,
+        "dtype": dtype,
+    }
     rows = []
     for row, _ in bench.quality(loaded.model, tokens, runs, batches, length=length, stride=stride):
         rows.append(row)

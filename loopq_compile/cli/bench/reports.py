@@ -27,7 +27,9 @@ from loopq_compile.cli.bench.options import (
     whole_numbers,
 )
 from loopq_compile.cli.common import (
+    AllowPickle,
     CalibrationText,
+    Dtype,
     Json,
     Length,
     MaxTokens,
@@ -103,6 +105,8 @@ def _command(name: str, about: str, own_methods: str, own_schemes: str, own_acti
         fresh: Fresh = False,
         tokenizer: TokenizerFile = None,
         trust_remote_code: TrustRemoteCode = False,
+        allow_pickle: AllowPickle = False,
+        dtype: Dtype = "float32",
         json: Json = False,
     ) -> None:
         from loopq_compile.bench import variants
@@ -127,7 +131,7 @@ def _command(name: str, about: str, own_methods: str, own_schemes: str, own_acti
             whole_numbers("--seeds", seeds) or [0],
             whole_numbers("--values", values),
         )
-        loaded = load_model(model, tokenizer, trust_remote_code, repeat)
+        loaded = load_model(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
         _measure(name, loaded, selection, settings, (content, max_tokens), out, fresh, json)
 
     command.__doc__ = (

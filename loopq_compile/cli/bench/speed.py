@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loopq_compile.cli.bench.options import Model, Out, Schemes, load_model, show, whole_numbers
-from loopq_compile.cli.common import Json, RepeatLayers, names, note
+from loopq_compile.cli.common import AllowPickle, Json, RepeatLayers, TrustRemoteCode, names, note
 
 
 def speed_command(
@@ -29,6 +29,8 @@ def speed_command(
     pytorch: Annotated[
         str, typer.Option("--pytorch", metavar="LIST", help="Types in which PyTorch runs the model.")
     ] = "float32,bfloat16",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -42,9 +44,18 @@ def speed_command(
     from loopq_compile.bench.speed_session import Job
 
     name = f"{model}@{repeat}" if repeat else model
-    loaded = load_model(model, None, False, repeat).model
+    loaded = load_model(model, None, trust_remote_code, repeat, allow_pickle).model
     lengths, batches = (whole_numbers(*pair) for pair in (("--prefill", prefill), ("--decode", decode)))
-    job = Job(name, prefill=tuple(lengths), decode=tuple(batches), context=context, steps=steps, repeats=repeats)
+    job = Job(
+        name,
+        prefill=tuple(lengths),
+        decode=tuple(batches),
+        context=context,
+        steps=steps,
+        repeats=repeats,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
     bits = [number or None for number in whole_numbers("--head-bits", heads)]
     report = speed(
         name,

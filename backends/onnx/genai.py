@@ -1,0 +1,157 @@
+"""Exported folders for onnxruntime-genai, which brings its own tokenizer, caches and search.
+
+That runtime reads `genai_config.json`: what inputs and outputs are called, how many caches there are and of which size.
+It knows one form of cache, a key and a value `[batch, heads, past, size]` per attention, all of one size. In a looped
+model an attention runs once a loop, so its `num_hidden_layers` is loops times layers here.
+
+Facts (onnxruntime-genai 0.18): prompts of different length in a batch are padded on the right, tokens in front count as
+text whatever they are, and positions of what follows are expected from the file's input `position_ids`. Our files count
+columns instead, so a batch needs prompts of one length; `OnnxExecutable.generate` pads on the left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from loopq_compile.decoding import PAST_PREFIX, PRESENT_PREFIX
+from loopq_compile.errors import LoopQError
+
+CONFIG_FILE = "genai_config.json"
+ROLLED_REFUSAL = (
+    "onnxruntime-genai keeps one cache [batch, heads, past, size] for every attention; a rolled file has one "
+    "[loops, batch, heads, past, size] for every layer: export with form='unrolled'."
+)
+
+_FED = ("input_ids", "attention_mask", "position_ids")
+"""What the runtime feeds besides caches."""
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+
+
+def write_genai_config(
+    directory: str | os.PathLike[str],
+    *,
+    eos_token_id: int | Sequence[int],
+    pad_token_id: int | None = None,
+    context_length: int = 4096,
+) -> Path:
+    """Makes an export with a cache a folder that `onnxruntime_genai.Model` opens.
+
+    Writes `genai_config.json` and, beside a `tokenizer.json` without one, a `tokenizer_config.json`. The model stays as
+    it is.
+
+    Args:
+        directory: where `export(..., cache=True, form="unrolled")` wrote `model.onnx`.
+        eos_token_id: the token that ends a text, or several.
+        pad_token_id: fills up rows of a batch that have ended; the first end token by default.
+        context_length: tokens of prompt and answer together that the runtime allows; tables of learned positions may
+            hold fewer.
+
+    Returns:
+        The path of `genai_config.json`.
+
+    Raises:
+        LoopQError: there is no such file, it has no cache or one of another form (as rolled files), it needs inputs
+            that the runtime does not feed, or an argument is out of range.
+    """
+    path = Path(directory) / "model.onnx"
+    if not path.is_file():
+        raise LoopQError(f"There is no {path}; write it with program.export_onnx({str(directory)!r}, cache=True).")
+    graph = onnx.load(path, load_external_data=False).graph
+    decoder = _decoder(graph)
+    vocabulary = _shape(next(value for value in graph.output if value.name == "logits"))[-1]
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    _check(ends, pad_token_id, context_length, vocabulary)
+    config = {
+        "model": {
+            "type": "decoder",
+            "eos_token_id": ends if len(ends) > 1 else ends[0],
+            "pad_token_id": ends[0] if pad_token_id is None else pad_token_id,
+            "context_length": context_length,
+            "vocab_size": vocabulary,
+            "decoder": decoder,
+        },
+        # The file joins caches itself: what it returns has another size than what it was given.
+        "search": {"do_sample": False, "past_present_share_buffer": False},
+    }
+    try:
+        target = path.parent / CONFIG_FILE
+        _write(target, config)
+        if (path.parent / "tokenizer.json").is_file() and not (path.parent / "tokenizer_config.json").exists():
+            _write(path.parent / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    except OSError as error:
+        raise LoopQError(f"Cannot write {CONFIG_FILE} into {path.parent}: {error.strerror or error}.") from error
+    return target
+
+
+def reads_tokenizer(tokenizer: str) -> bool:
+    """Whether a `tokenizer.json` is byte-level BPE, which the runtime's own reader was found to read alike.
+
+    Others differ: with 0.18, BPE that falls back to bytes gave other ids, Unigram and WordLevel were not opened.
+    """
+    parsed = json.loads(tokenizer)
+    before = parsed.get("pre_tokenizer") or {}
+    steps = before.get("pretokenizers", [before])
+    return parsed["model"]["type"] == "BPE" and any(step.get("type") == "ByteLevel" for step in steps)
+
+
+def _decoder(graph: onnx.GraphProto) -> dict[str, Any]:
+    """The section about the file: names, and the number and size of caches."""
+    inputs = {value.name: value for value in graph.input}
+    caches = [value for name, value in inputs.items() if name.startswith(PAST_PREFIX)]
+    if not caches or "logits" not in [value.name for value in graph.output]:
+        raise LoopQError("onnxruntime-genai needs a file with a key-value cache and logits: export with cache=True.")
+    others = [name for name in inputs if name not in _FED and not name.startswith(PAST_PREFIX)]
+    shapes = {tuple(_shape(value)) for value in caches}
+    if "loops" in others or any(len(shape) == 5 for shape in shapes):
+        raise LoopQError(ROLLED_REFUSAL)
+    if others:
+        raise LoopQError(f"onnxruntime-genai feeds {', '.join(_FED)} and caches; this file also takes {others}.")
+    if len(shapes) > 1 or any(len(shape) != 4 or shape[2] != "past" for shape in shapes):
+        listed = ", ".join(map(str, sorted(shapes, key=str)))
+        raise LoopQError(f"onnxruntime-genai needs caches of one size [batch, heads, past, size]; these are {listed}.")
+    if any(value.type.tensor_type.elem_type not in _FLOATS for value in caches):
+        raise LoopQError("onnxruntime-genai cannot read quantized caches of this file; export without quantizing them.")
+    _, heads, _, size = next(iter(shapes))
+    return {
+        "filename": "model.onnx",
+        # As `OnnxExecutable` opens files: products that ONNX Runtime fuses itself are in single precision.
+        "session_options": {"session.qdq_matmulnbits_accuracy_level": "1", "provider_options": []},
+        "num_hidden_layers": len(caches) // 2,
+        "num_key_value_heads": heads,
+        "head_size": size,
+        "inputs": {
+            **{name: name for name in _FED if name in inputs},
+            "past_key_names": f"{PAST_PREFIX}%d.key",
+            "past_value_names": f"{PAST_PREFIX}%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": f"{PRESENT_PREFIX}%d.key",
+            "present_value_names": f"{PRESENT_PREFIX}%d.value",
+        },
+    }
+
+
+def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
+    return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+
+
+def _check(ends: list[int], pad: int | None, context: int, vocabulary: int | str) -> None:
+    if not ends:
+        raise LoopQError("eos_token_id is empty: give at least one token that ends a text.")
+    tokens = [*(("eos_token_id", end) for end in ends), *([("pad_token_id", pad)] if pad is not None else [])]
+    for name, token in tokens:
+        if not isinstance(token, int) or not isinstance(vocabulary, int) or not 0 <= token < vocabulary:
+            raise LoopQError(f"{name} must be a token id from 0 to {vocabulary} (excluded); got {token!r}.")
+    if not isinstance(context, int) or context < 1:
+        raise LoopQError(f"context_length must be a positive integer; got {context!r}.")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
