@@ -60,7 +60,7 @@ def export_command(
     loaded = load(program)
     if loaded.kind != "program":
         raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile {program} --out DIR` first.")
-    ends = _end_tokens(loaded, form) if genai else ()
+    ends = _end_tokens(loaded, form) if genai else []
     report = loaded.model.export_onnx(
         out,
         target=target,
