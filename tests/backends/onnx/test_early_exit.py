@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import onnx
 import pytest
@@ -17,6 +18,14 @@ from loopq_compile.generation import generate
 from tests.cli_models import TEXT, tiny_ouro, tokenizer
 from tests.decoding import ids
 from tests.passes.test_exit_early import program
+
+
+def check_condition(path: Path) -> None:
+    """The loop's own condition is computed in its body: a comparison, or else that the threshold allows no stop."""
+    loop = next(node for node in onnx.load(path).graph.node if node.op_type == "Loop")
+    body = loop.attribute[0].g
+    makers = {name: node for node in body.node for name in node.output}
+    assert makers[makers[body.output[0].name].input[0]].op_type in ("Or", "BitwiseOr")
 
 
 @pytest.mark.parametrize(("target", "masked"), [("qdq", True), ("onnxruntime", False)])
@@ -36,15 +45,23 @@ def test_files_stop_where_programs_do(target: str, masked: bool, tmp_path) -> No
             torch.testing.assert_close(result[name], expected[name], rtol=1e-3, atol=1e-3)
         spent.add(int(result["loops_spent"]))
     assert len(spent) > 1
-    whole = export(program(masked=masked).graph_module, tmp_path / "whole", target=target, form="rolled")
-    assert torch.equal(OnnxExecutable(whole.path, threads=1)(ids(), **given).logits, run(ids(), **given)["logits"])
+    if not masked:
+        whole = export(program().graph_module, tmp_path / "whole", target=target, form="rolled")
+        unable = OnnxExecutable(whole.path, threads=1)
+        assert torch.equal(unable(ids()).logits, run(ids())["logits"])
+        with pytest.raises(lq.LoopQError, match="early_exit=True"):
+            unable.decoder(exit_threshold=0.5)
+    with pytest.raises(lq.LoopQError, match="form='rolled'"):
+        export(program(masked=masked).graph_module, tmp_path, early_exit=True)
+    check_condition(report.path)
 
 
 def test_work_is_saved_with_a_cache(tmp_path) -> None:
     report = export(program().graph_module, tmp_path, form="rolled", target="onnxruntime", cache=True, early_exit=True)
     run, tokens = OnnxExecutable(report.path, threads=1), ids(2, 6)
+    early = program().with_early_exit(cache=True)
     for threshold in (None, 0.3):
-        made = [Chosen(model, exit_threshold=threshold) for model in (run, program().with_early_exit(cache=True))]
+        made = [Chosen(model, exit_threshold=threshold) for model in (run, early)]
         texts = [generate(chosen, tokens, 6) for chosen in made]
         assert torch.equal(*texts)
         assert made[0].last.loops_spent == made[1].last.loops_spent
@@ -52,20 +69,6 @@ def test_work_is_saved_with_a_cache(tmp_path) -> None:
     first = run(tokens, exit_threshold=1e-6)
     assert torch.equal(first["present.0.key"][0], first["present.0.key"][2])
     assert torch.equal(run(tokens, loops=2)["loops_spent"], torch.tensor(2))
-
-
-def test_the_condition_stands_in_the_file(tmp_path) -> None:
-    report = export(program().graph_module, tmp_path, form="rolled", early_exit=True)
-    loop = next(node for node in onnx.load(report.path).graph.node if node.op_type == "Loop")
-    body = loop.attribute[0].g
-    makers = {name: node for node in body.node for name in node.output}
-    condition = makers[body.output[0].name]
-    assert makers[condition.input[0]].op_type in ("Or", "BitwiseOr")
-    with pytest.raises(lq.LoopQError, match="form='rolled'"):
-        export(program().graph_module, tmp_path, early_exit=True)
-    whole = export(program().graph_module, tmp_path, form="rolled")
-    with pytest.raises(lq.LoopQError, match="early_exit=True"):
-        OnnxExecutable(whole.path, threads=1).decoder(exit_threshold=0.5)
 
 
 def test_the_command_line(tmp_path) -> None:
