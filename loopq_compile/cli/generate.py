@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from loopq_compile.cli.common import AllowPickle, Dtype, Json, Model, TokenizerFile, TrustRemoteCode, load, print_json
+from loopq_compile.cli.common import (
+    AllowPickle,
+    Dtype,
+    ExitThreshold,
+    Json,
+    Model,
+    TokenizerFile,
+    TrustRemoteCode,
+    load,
+    print_json,
+)
 from loopq_compile.errors import LoopQError
 
 
@@ -28,6 +38,7 @@ def generate_command(
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", help=r"End behind this text (\n: line break); may be given repeatedly."),
     ] = None,
+    exit_threshold: ExitThreshold = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on behind the end-of-text token.")] = False,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -52,10 +63,11 @@ def generate_command(
     stops = [unescaped(text) for text in stop or ()]
     loaded = load(model, tokenizer, trust_remote_code, None, allow_pickle, dtype)
     ids = tokenize(loaded.tokenizer, prompt).unsqueeze(0)
+    chosen = _chosen(loaded, exit_threshold)
     start = time.perf_counter()
     with torch.no_grad():
         steps = stream(
-            loaded.model,
+            chosen,
             ids,
             max_new_tokens,
             do_sample=do_sample,
@@ -78,9 +90,27 @@ def generate_command(
     if json:
         text = loaded.tokenizer.decode(tokens)  # type: ignore[union-attr]
         seconds = round(time.perf_counter() - start, 3)
-        print_json({"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds})
+        print_json({"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds, **_spent(chosen)})
     else:
         typer.echo()
+        if spent := _spent(chosen):
+            typer.echo(f"{spent['mean_loops']:.2f} loops a call in the mean", err=True)
+
+
+def _chosen(loaded: Any, exit_threshold: float | None) -> Any:
+    """The model, with its threshold chosen."""
+    from loopq_compile.decoding import Chosen
+
+    if exit_threshold is None:
+        return loaded.model
+    if not hasattr(loaded.model, "decoder"):
+        raise LoopQError("--exit-threshold is for compiled programs and ONNX files; run `loopq-compile compile` first.")
+    return Chosen(loaded.model, exit_threshold=exit_threshold)
+
+
+def _spent(chosen: Any) -> dict[str, float]:
+    spent = getattr(getattr(chosen, "last", None), "loops_spent", [])
+    return {"mean_loops": sum(spent) / len(spent)} if spent else {}
 
 
 def _check_sampling(do_sample: bool, temperature: float, top_k: int | None, top_p: float | None) -> None:
