@@ -89,7 +89,7 @@ def read(directory: str | os.PathLike[str]) -> fx.GraphModule:
     """
     folder = Path(directory)
     if not (folder / GRAPH_FILE).is_file():
-        raise LoopQError(f"{folder} is no saved program: it has no {GRAPH_FILE}.")
+        raise LoopQError(f"{folder} is no saved program: it has no {GRAPH_FILE}. `loopq-compile compile` writes one.")
     records = check_files(folder, (GRAPH_FILE, TENSOR_FILE))
     data = read_json(folder / GRAPH_FILE)
     if data.get("format") != FORMAT:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 import loopq_compile.operators  # noqa: F401  (registers the operators that graphs refer to)
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import LoopTag, get_tag, set_tag
-from loopq_compile.printer import site_of
+from loopq_compile.printer import SOURCE, site_of, source_of
 from loopq_compile.rolled import RolledLoop
 from loopq_compile.shapes import TYPE
 from loopq_compile.state import MADE_BY
@@ -30,7 +30,7 @@ _FUNCTIONS = {
     for name in names.split()
     if hasattr(module, name)
 }
-_KEPT = ("loopq_site", "loopq_group", "loopq_bits", "loopq_transform", "loopq_learn", MADE_BY, TYPE)
+_KEPT = ("loopq_site", "loopq_group", "loopq_bits", "loopq_transform", "loopq_learn", MADE_BY, TYPE, SOURCE)
 
 
 def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
@@ -95,6 +95,8 @@ def _rolled_to_json(node: fx.Node) -> dict[str, Any]:
     numbers: dict[str, Any] = {"count": loop.count, "rows": loop.rows, "skipped": loop.skipped, "number": loop.number}
     if loop.scanned:
         numbers["scanned"] = list(loop.scanned)
+    if loop.survival is not None:
+        numbers["survival"] = loop.survival
     return {**numbers, "body": graph_to_json(loop.body.graph)}
 
 
@@ -121,7 +123,8 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
         entry["tag"] = [list(tag.loops), list(tag.index)]
     if node.op == "call_function" and site_of(node) != node.meta.get("loopq_site"):
         entry["module"] = site_of(node)
-    return entry | {key: node.meta[key] for key in _KEPT if node.meta.get(key)}
+    kept = {**node.meta, SOURCE: source_of(node)}
+    return entry | {key: kept[key] for key in _KEPT if kept.get(key)}
 
 
 def _name_of(node: fx.Node) -> str:

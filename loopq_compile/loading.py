@@ -143,9 +143,13 @@ def save_tokenizer(tokenizer: Tokenizer | None, folder: str | Path) -> None:
 
 
 def save_beside(loaded: Loaded, folder: str | Path) -> None:
-    """Puts `tokenizer.json` and the settings beside an export."""
-    for name, text in loaded.files().items():
+    """Puts `tokenizer.json` and the settings beside an export, and into its manifest."""
+    from loopq_compile.backends.onnx.folder import record
+
+    files = loaded.files()
+    for name, text in files.items():
         (Path(folder) / name).write_text(text, encoding="utf-8")
+    record(Path(folder), list(files))
 
 
 def end_tokens(loaded: Loaded) -> list[int] | int | None:

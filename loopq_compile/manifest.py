@@ -1,4 +1,4 @@
-"""The manifest of a saved program: which files belong to it, how long they are, and their SHA-256.
+"""The manifest of a saved program or an export: which files belong to it, how long they are, and their SHA-256.
 
 Reading starts here. Names must be plain file names, files must be regular and inside the folder, so that nothing
 outside of it is ever opened, and hashes are compared before anything is parsed.
@@ -26,6 +26,19 @@ _LARGEST_JSON = 1 << 30
 
 
 @dataclass(frozen=True)
+class ManifestKind:
+    """What a manifest is about: its file name, format and version, and a word for people."""
+
+    file: str
+    format: str
+    version: int
+    what: str
+
+
+PROGRAM = ManifestKind(MANIFEST_FILE, FORMAT, FORMAT_VERSION, "program")
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """One file of a program: its name, its size in bytes, and its SHA-256 in hexadecimal."""
 
@@ -34,31 +47,44 @@ class FileRecord:
     sha256: str
 
 
-def write_manifest(folder: Path) -> None:
-    """Writes `manifest.json` about all other files of `folder`.
+def write_manifest(
+    folder: Path, kind: ManifestKind = PROGRAM, names: Iterable[str] | None = None, more: dict[str, Any] | None = None
+) -> None:
+    """Writes the manifest about files of `folder`; an older one stays until the new one is complete.
+
+    Args:
+        folder: of the program or export.
+        kind: of manifest.
+        names: of files that belong to it; None for all that are there.
+        more: what else to write into it.
 
     Raises:
         OSError: a file cannot be read or the manifest cannot be written.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST_FILE)
+    names = (path.name for path in folder.iterdir() if path.name != kind.file) if names is None else names
     content = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "readable_from": FORMAT_VERSION,
+        "format": kind.format,
+        "version": kind.version,
+        "readable_from": kind.version,
         "loopq_compile": loopq_compile.__version__,
+        **(more or {}),
         "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)[1]} for name in names
+            name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)[1]}
+            for name in sorted(names)
         },
     }
-    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    beside = folder / f".{kind.file}.part"
+    beside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    beside.replace(folder / kind.file)
 
 
-def check_files(folder: Path, needed: Iterable[str]) -> dict[str, FileRecord] | None:
+def check_files(folder: Path, needed: Iterable[str], kind: ManifestKind = PROGRAM) -> dict[str, FileRecord] | None:
     """Compares every file of a program with its manifest.
 
     Args:
         folder: of the program.
         needed: names that the manifest must list.
+        kind: of manifest.
 
     Returns:
         Records by file name; None if there is no manifest, as version 1 had it.
@@ -67,23 +93,23 @@ def check_files(folder: Path, needed: Iterable[str]) -> dict[str, FileRecord] | 
         LoopQError: the manifest is damaged or from a newer version, a file is missing, no regular file inside the
             folder, or not what was written.
     """
-    path = folder / MANIFEST_FILE
+    path = folder / kind.file
     if not os.path.lexists(path):
         return None
     data = read_json(path)
-    if data.get("format") != FORMAT or not isinstance(data.get("files"), dict):
-        raise LoopQError(f"{path} is not the manifest of a loopq_compile program.")
-    check_version(folder, data)
+    if data.get("format") != kind.format or not isinstance(data.get("files"), dict):
+        raise LoopQError(f"{path} is not the manifest of a loopq_compile {kind.what}.")
+    check_version(folder, data, kind.version)
     records = {name: _record(path, name, entry) for name, entry in data["files"].items()}
     for name in needed:
         if name not in records:
             raise LoopQError(f"{path} is damaged: it does not list {name}.")
     for record in records.values():
-        _compare(folder, record)
+        _compare(folder, record, kind.file)
     return records
 
 
-def check_version(folder: Path, data: dict[str, Any]) -> None:
+def check_version(folder: Path, data: dict[str, Any], known: int = FORMAT_VERSION) -> None:
     """Refuses what only a newer version can read.
 
     Raises:
@@ -93,10 +119,10 @@ def check_version(folder: Path, data: dict[str, Any]) -> None:
     oldest = data.get("readable_from", version)
     if not isinstance(version, int) or not isinstance(oldest, int):
         raise LoopQError(f"{folder} is damaged: its format version is {version!r}, not a number.")
-    if oldest > FORMAT_VERSION:
+    if oldest > known:
         raise LoopQError(
             f"{folder} has format version {version} (written by loopq_compile {_short(data.get('loopq_compile'))}); "
-            f"this version reads up to {FORMAT_VERSION}. Update loopq_compile."
+            f"this version reads up to {known}. Update loopq_compile."
         )
 
 
@@ -173,18 +199,18 @@ def _record(path: Path, name: str, entry: Any) -> FileRecord:
     return FileRecord(name, size, found)
 
 
-def _compare(folder: Path, record: FileRecord) -> None:
+def _compare(folder: Path, record: FileRecord, manifest: str) -> None:
     path = folder / record.name
     check_regular(path)
     try:
         size = path.stat().st_size
         if size != record.bytes:
             raise LoopQError(
-                f"{path} does not match {MANIFEST_FILE}: it has {size:,} bytes, not {record.bytes:,}; it was changed "
+                f"{path} does not match {manifest}: it has {size:,} bytes, not {record.bytes:,}; it was changed "
                 "or cut off."
             )
         if digest(path)[1] != record.sha256:
-            raise LoopQError(f"{path} does not match {MANIFEST_FILE}: its SHA-256 differs; it was changed or cut off.")
+            raise LoopQError(f"{path} does not match {manifest}: its SHA-256 differs; it was changed or cut off.")
     except OSError as error:
         raise LoopQError(f"{path} cannot be read: {error.strerror or error}.") from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -13,7 +15,11 @@ from loopq_compile.rolled import rolled_loops
 from loopq_compile.shapes import type_of
 from loopq_compile.state import MADE_BY, get_state
 
+SOURCE = "loopq_source"
+"""Key in `node.meta` for `source_of`, kept where stack traces are not (in saved programs)."""
 _COMMENT_COLUMN = 88
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n(.*)')
+_LIBRARY = str(PurePath(torch.__file__).parent)
 
 
 def print_graph(graph_module: fx.GraphModule) -> str:
@@ -78,18 +84,37 @@ def site_of(node: fx.Node) -> str:
     return "" if path.startswith("_empty") else path.split("@")[0]
 
 
-def _line(node: fx.Node) -> str:
+def source_of(node: fx.Node) -> str:
+    """Where the model computes this: `ouro.py:120: x = self.up(y)`; "" for what a pass made, and constants."""
+    if SOURCE in node.meta:
+        return str(node.meta[SOURCE])
+    if node.meta.get(MADE_BY):
+        return ""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    lines = [(file, line, code) for file, line, code in frames if not file.startswith(_LIBRARY)]
+    return f"{PurePath(lines[-1][0]).name}:{lines[-1][1]}: {lines[-1][2].strip()}" if lines else ""
+
+
+def code_of(node: fx.Node) -> str:
+    """A node as one statement of Python, without comment."""
     if node.op == "output":
-        return f"    return {_value(node.args[0])}"
+        return f"return {_value(node.args[0])}"
+    if node.op == "placeholder":
+        return f"{node.name} = {node.target}"
     if node.op == "get_attr":
-        code = f'    {node.name} = operator.attrgetter("{node.target}")(self)'
         if all(part.isidentifier() for part in str(node.target).split(".")):
-            code = f"    {node.name} = self.{node.target}"
-    else:
-        arguments = [_value(argument) for argument in node.args]
-        arguments += [f"{name}={_value(argument)}" for name, argument in node.kwargs.items()]
-        function = f"self.{node.target}" if node.op == "call_module" else _function(node.target)
-        code = f"    {node.name} = {function}({', '.join(arguments)})"
+            return f"{node.name} = self.{node.target}"
+        return f'{node.name} = operator.attrgetter("{node.target}")(self)'
+    arguments = [_value(argument) for argument in node.args]
+    arguments += [f"{name}={_value(argument)}" for name, argument in node.kwargs.items()]
+    function = f"self.{node.target}" if node.op == "call_module" else _function(node.target)
+    return f"{node.name} = {function}({', '.join(arguments)})"
+
+
+def _line(node: fx.Node) -> str:
+    code = "    " + code_of(node)
+    if node.op == "output":
+        return code
     tag, site, made_by = get_tag(node), site_of(node), node.meta.get(MADE_BY)
     notes = [str(tag or ""), f"site={site}" if site and node.op != "get_attr" else "", type_of(node)]
     notes += [f"by {made_by}" if made_by else ""]

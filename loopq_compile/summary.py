@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
@@ -59,6 +60,15 @@ def activation_rows(graph_module: fx.GraphModule) -> dict[str, Tensor]:
             values = table.amax(1) * quantized_range(scheme.activation_bits)[1] if static else table.mean(1)
             rows[node.meta["loopq_group"]] = values
     return rows
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names of modules without the modules that all of them are in."""
+    parts = [name.split(".") for name in names]
+    same = 0
+    while parts and all(len(path) > same + 1 and path[same] == parts[0][same] for path in parts):
+        same += 1
+    return [".".join(path[same:]) for path in parts]
 
 
 def _site_table(graph_module: fx.GraphModule, state: CompilerState) -> str:

@@ -64,7 +64,7 @@ def loop_graph(graph_module: fx.GraphModule, loop: int | None = None) -> nx.DiGr
     shown = {node for node in inside if not _is_size(node)}
     for node in inside:
         if node in shown:
-            _add(graph, node, _role(node), site_of(node))
+            _add(graph, node, role_of(node), site_of(node))
     for node in inside:
         if node in shown:
             _connect(graph, node, shown)
@@ -122,7 +122,8 @@ def _is_constant(node: fx.Node) -> bool:
     return node.op == "get_attr" or bool(node.all_input_nodes and all(map(_is_constant, node.all_input_nodes)))
 
 
-def _role(node: fx.Node) -> str:
+def role_of(node: fx.Node) -> str:
+    """A key of `COLOURS`: what a node is for."""
     if node.op == "get_attr":
         return "weight"
     namespace = str(node.target).split(".")[0]
@@ -161,7 +162,7 @@ def _connect(graph: nx.DiGraph, node: fx.Node, shown: set[fx.Node]) -> None:
 
 def _connect_constant(graph: nx.DiGraph, source: fx.Node, user: fx.Node, target: str, module: str) -> None:
     """Shows weights, and what is computed from them, beside the node that reads them."""
-    made = _add(graph, source, _role(source), module, f"{source.name} for {user.name}")
+    made = _add(graph, source, role_of(source), module, f"{source.name} for {user.name}")
     graph.add_edge(made, target)
     for inner in source.all_input_nodes:
         _connect_constant(graph, inner, user, made, module)

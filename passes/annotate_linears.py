@@ -113,7 +113,7 @@ def _default_reason(
     if other is not None:
         return f"its weight is also used by {other.target}"
     if tensor.shape[0] <= LARGEST_GATE:
-        return f"a gate of {tensor.shape[0]} outputs"
+        return f"a gate with {tensor.shape[0]} output{'s' if tensor.shape[0] != 1 else ''}"
     name = weight.removesuffix(".weight")
     if any(fnmatchcase(name, head) for head in HEADS):
         return "a language-model head"

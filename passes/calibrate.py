@@ -30,7 +30,7 @@ from loopq_compile.trajectory.training import Training
 
 LARGEST_CONDITION = 1e4
 """States with a transform whose condition number is larger are not kept."""
-_KEPT_BYTES = 4 << 30
+KEPT_BYTES = 4 << 30
 """Without `recompute="on"`, everything is kept for the backward pass up to this estimate."""
 
 
@@ -84,7 +84,7 @@ class Calibrate(Pass):
         if not learnables:
             return PassResult(graph_module, False)
         phase = len(state.results.setdefault("calibration", []))
-        training = self._training(graph_module, learnables, options, steps, phase)
+        training = self.training(graph_module, learnables, options, steps, phase)
         learned = training.run(f"Calibrating {state.method}")
         for name, value in learned.items():
             set_tensor(graph_module, name, value.to(get_tensor(graph_module, name).dtype).contiguous())
@@ -98,7 +98,7 @@ class Calibrate(Pass):
         )
         return PassResult(graph_module, bool(learned))
 
-    def _training(
+    def training(
         self,
         graph_module: fx.GraphModule,
         learnables: list[Learnable],
@@ -106,6 +106,7 @@ class Calibrate(Pass):
         steps: int,
         phase: int,
     ) -> Training:
+        """One phase, ready to run."""
         state = self.state(graph_module)
         vocabulary = vocabulary_size(graph_module)
         batches = regroup(list(calibration_batches(state.calibration, state.signature, vocabulary)), options.batch_rows)
@@ -132,7 +133,7 @@ class Calibrate(Pass):
 
     def _recompute(self, graph_module: fx.GraphModule, batch: Batch) -> bool:
         wanted = get_state(graph_module).options.recompute
-        return wanted == "on" if wanted != "auto" else _activation_bytes(graph_module, batch) > _KEPT_BYTES
+        return wanted == "on" if wanted != "auto" else activation_bytes(graph_module, batch) > KEPT_BYTES
 
 
 def find_learnables(graph_module: fx.GraphModule, kinds: frozenset[str]) -> list[Learnable]:
@@ -183,7 +184,7 @@ def guard(values: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _activation_bytes(graph_module: fx.GraphModule, batch: Batch) -> float:
+def activation_bytes(graph_module: fx.GraphModule, batch: Batch) -> float:
     """About how much a step keeps for its backward pass without recomputation."""
     tokens = max(tensor[..., 0].numel() if tensor.is_floating_point() else tensor.numel() for tensor in batch)
     total = 0

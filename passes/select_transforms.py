@@ -23,7 +23,7 @@ from loopq_compile.trajectory.teacher import Teacher, predictions
 
 LEAST_GROUPS = 2
 """Groups that are selected even if the budget is smaller."""
-_SEQUENCES = 16
+SEQUENCES = 16
 """Sequences that the gradients are taken from."""
 _DAMPING = 0.1
 """Epsilon of the score, relative to the median of the Fisher information."""
@@ -110,7 +110,7 @@ def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, f
     objective = Objective(state.options, len(ends))
     sums = {item.name: torch.zeros_like(item.raw) for item in learnables}
     squares = {item.name: torch.zeros_like(item.raw[0]) for item in learnables}
-    batches = regroup(list(calibration_batches(state.calibration, state.signature, vocabulary)), 1)[:_SEQUENCES]
+    batches = regroup(list(calibration_batches(state.calibration, state.signature, vocabulary)), 1)[:SEQUENCES]
     for number, inputs in enumerate(progress(batches, "Scoring transforms", len(batches))):
         targets = teacher.targets(number, inputs)
         with torch.enable_grad():

@@ -33,19 +33,53 @@ class Plan:
     tied: bool
     normed: bool
     inject: bool
+    attention: str
+    sandwich: bool
+
+
+HEADS = {"": (0, 0), "single": (1, 1), "many": (4, 4), "grouped": (4, 2), "shared key": (4, 1), "fused": (4, 2)}
+"""Query heads and key-value heads by kind of attention."""
+
+
+class Attention(nn.Module):
+    """Causal attention, with one projection or three."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.heads, self.pairs = HEADS[plan.attention]
+        self.size = DIM // self.heads
+        parts = [self.heads * self.size, self.pairs * self.size, self.pairs * self.size]
+        self.parts = [sum(parts)] if plan.attention == "fused" else parts
+        self.into = nn.ModuleList([nn.Linear(DIM, width, bias=plan.bias) for width in self.parts])
+        self.out = nn.Linear(DIM, DIM, bias=plan.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = torch.cat([layer(x) for layer in self.into], -1)
+        batch, length, _ = x.shape
+        heads = whole.view(batch, length, self.heads + 2 * self.pairs, self.size).transpose(1, 2)
+        q, k, v = heads.split([self.heads, self.pairs, self.pairs], 1)
+        k, v = (y.repeat_interleave(self.heads // self.pairs, 1) for y in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(batch, length, DIM))
 
 
 class Layer(nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
+        self.attention = Attention(plan) if plan.attention else None
+        self.before = nn.RMSNorm(DIM) if plan.attention else None
+        self.after = nn.RMSNorm(DIM) if plan.sandwich else None
         self.norm = nn.RMSNorm(DIM)
         self.gate = nn.Linear(DIM, DIM, bias=plan.bias) if plan.gated else None
         self.up, self.down = nn.Linear(DIM, DIM, bias=plan.bias), nn.Linear(DIM, DIM, bias=plan.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.attention is not None and self.before is not None:
+            x = x + self.attention(self.before(x))
         y = self.norm(x)
         up = self.up(y) if self.gate is None else F.silu(self.gate(y)) * self.up(y)
-        return x + self.down(F.silu(up))
+        down = self.down(F.silu(up))
+        return x + (down if self.after is None else self.after(down))
 
 
 class Random(nn.Module):
@@ -92,6 +126,8 @@ plans = st.builds(
     tied=st.booleans(),
     normed=st.booleans(),
     inject=st.booleans(),
+    attention=st.sampled_from(list(HEADS)),
+    sandwich=st.booleans(),
 )
 
 

@@ -40,6 +40,16 @@ def test_custom_pass(capsys: pytest.CaptureFixture[str]) -> None:
     assert "loop=2: 8 matrix products" in capsys.readouterr().out
 
 
+def test_the_pass_in_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.tiny import tiny_model, tokens
+
+    text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8").split("### Your own pass")[1]
+    code = text.split("```python\n")[1].split("```")[0]
+    exec(code, {"model": tiny_model(), "x": tokens(), "batches": [tokens(1)]})
+    promised = code.split("  # ")[-1].split(" for a model")[0]
+    assert capsys.readouterr().out.strip() == promised
+
+
 def test_looped_smollm2() -> None:
     pytest.importorskip("transformers")
     example = load("looped_smollm2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -163,18 +164,21 @@ print((peak - before) / size)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from Linux's /proc")
 def test_loading_and_packing_stay_near_one_copy(folder: Path, tmp_path: Path) -> None:
-    """A model of 25 million parameters, stored in bfloat16, loaded in float32: about one copy, 100 MB.
+    """A model of 25 million parameters, stored in bfloat16, loaded in float32: about one copy, 109 MB.
 
-    A second copy of the weights would make it 2; on a busy machine 1.37 has been seen.
+    glibc's allocator raises the size from which it gives memory back at once whenever such memory is freed, and then
+    leaves holes that depend on the order of threads: the same run measured 1.20 to 1.37 copies. With that size fixed,
+    what is measured is what the compiler holds: 1.15 to 1.18 copies in twenty runs on a busy machine.
     """
     config = transformers.LlamaConfig(
         vocab_size=2048, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8
     )
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     command = [sys.executable, "-c", MEASURE, str(folder), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert 0.9 < float(done.stdout) < 1.6
+    assert 0.9 < float(done.stdout) < 1.25
 
 
 def test_tokenizer_and_settings_travel_along(folder: Path, tmp_path: Path) -> None:

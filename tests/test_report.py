@@ -1,8 +1,7 @@
 """Reports: one file, no network, the right numbers in it."""
 
 import json
-import shutil
-import subprocess
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
@@ -15,11 +14,14 @@ from loopq_compile.capture import capture
 from loopq_compile.cli import app
 from loopq_compile.report import measure, render
 from loopq_compile.report.measure import carry, drift
-from loopq_compile.report.render import cells, plot
+from loopq_compile.report.render import cells, plot, write_page
+from loopq_compile.report.render import trajectory as trajectory_svg
 from loopq_compile.state import get_state
+from loopq_compile.summary import short_names
+from tests.pages import LEGIBILITY, OVERFLOW, browser
 from tests.tiny import tiny_model, tiny_program, tokens
 
-VOID = {"meta", "br", "rect", "line", "link", "img", "input"}
+VOID = {"meta", "br", "rect", "line", "link", "img", "input", "polyline"}
 
 
 class Page(HTMLParser):
@@ -32,7 +34,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        self.outside += [value for name, value in attrs if name in ("src", "href", "action")]
+        links = [value for name, value in attrs if name in ("src", "href", "action")]
+        self.outside += [link for link in links if not link.startswith("#")]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -63,22 +66,45 @@ def test_the_page_is_whole_and_needs_nothing_else(written):
 
 def test_the_page_has_every_part_for_every_program(written):
     page = Page(written.read_text(encoding="utf-8"))
-    assert page.count("table", "heatmap") == 2 * 4
+    assert page.count("table", "heatmap") == 2 * 5
     for kind in ("carry", "parts", "worst"):
         assert page.count("table", kind) == 2
     assert page.count("polyline") == 2, "one line a program along the trajectory"
     assert page.count("line", "mark") >= 2, "two transitions at least"
-    assert "layers.0.down" in page.text and "insert-las" in page.text and "Sample 1" in page.text
+    assert any(attrs.get("title") == "layers.0.down" for _, attrs in page.tags), "the whole name of a row"
+    assert "insert-las" in page.text and "Sample 1" in page.text
+    for loop in range(3):
+        assert f"loop {loop}" in page.text
+    assert "top-1 agreement" in page.text and page.text.count("KL, nats") == 3
 
 
-def test_chromium_draws_it(written, tmp_path):
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium on PATH")
-    shot = tmp_path / "shot.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={shot}", written.as_uri()]
-    subprocess.run([browser, *options], check=True, capture_output=True, timeout=60)
-    assert shot.stat().st_size > 5000
+@pytest.fixture(scope="module")
+def full():
+    """Numbers of two programs, one of which shows all that calibration leaves behind."""
+    program, model = tiny_program("w4a4", "las", "static"), tiny_model()
+    found = measure(program, model, [tokens(5, 1, 12)])
+    curve = [{"step": 10 * i, "validation": 0.3 / (i + 1)} for i in range(30)]
+    scores = [{"layers.0.down": 0.7, "layers.0.gate+up": 0.2}, {"layers.0.gate+up": 0.4}]
+    learned = found | {"curve": [curve, curve[:9]], "selected": {"groups": ["layers.0.down"], "scores": scores}}
+    return {"a program with quite a long name": learned, "other": found}
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (380, False)])
+def test_chromium_shows_it_whole_and_legible(full, width, dark, tmp_path):
+    file = write_page(tmp_path / "report.html", render(full))
+    with browser(tmp_path / "profile") as page:
+        page.window(width, dark=dark)
+        page.open(file)
+        assert page.complaints == []
+        assert page.requests == [file.as_uri()], "nothing but the file itself"
+        widths = page.evaluate(OVERFLOW)
+        assert widths["page"] <= widths["window"] == width and widths["outside"] == []
+        contrast = page.evaluate(LEGIBILITY)
+        assert contrast["seen"] > 300 and contrast["ratio"] > 4.5, contrast
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert paper == ("rgb(22, 24, 28)" if dark else "rgb(255, 255, 255)")
+        lines = page.evaluate("[...document.querySelectorAll('polyline')].map(e => e.getBoundingClientRect().width)")
+        assert len(lines) == 2 + 2 and min(lines) > width / 8
 
 
 def graphs(scheme="w4a4"):
@@ -117,23 +143,46 @@ def test_drift_equals_the_covariances_written_out():
     moments = [x.T @ x / (x.T @ x).trace() for x in xs]
     expected = [float((m - moments[0]).norm() / moments[0].norm()) for m in moments]
     assert found[group]["covariance"] == pytest.approx(expected, abs=1e-3)
+    for peak, x in zip(found[group]["peak"], xs, strict=True):
+        assert float((x.abs() > peak * (1 + 1e-6)).double().mean()) == pytest.approx(0.001, abs=1 / x.numel())
     assert sum(found[group]["scale"]) == pytest.approx(3)
 
 
 def test_without_a_model_the_page_shows_what_the_program_knows():
     found = measure(tiny_program("w4a4", "las", "static"))
     assert "points" not in found and len(found["ranges"]) == 4
+    first, *_, last = found["ranges"]
+    assert first.endswith("v_proj") and last.endswith("down"), "program order"
     page = Page(render({"p": found}))
     assert page.count("table", "heatmap") == 1 and page.count("polyline") == 0
 
 
 def test_shades_and_lines_take_gaps_and_numbers_that_are_not_finite():
-    (row,) = cells({"a": [1.0, None, float("nan"), 0.5]})
+    (row,) = cells({"a": [1.0, None, float("nan"), 0.5]})["rows"]
     assert [cell["shade"] for cell in row["cells"]] == [85, 0, 0, 42]
     drawn = plot({"a": [1.0, None, 10.0], "b": [0.0, 100.0, float("inf")]}, marks=[1])
     assert [len(line["points"].split()) for line in drawn["lines"]] == [2, 1]
-    assert [tick["text"] for tick in drawn["ticks"]] == ["1", "100"] and len(drawn["marks"]) == 1
+    assert [tick["text"] for tick in drawn["ticks"]] == ["1", "3", "10", "30", "100"] and len(drawn["marks"]) == 1
     assert plot({})["lines"] == []
+
+
+@pytest.mark.parametrize("log", [True, False])
+@pytest.mark.parametrize(
+    "values", [[0.0314, 0.238], [3.0, 3.0], [1000.0, 1001.0], [1e-9, 5.0], [0.41, 0.43, 0.40], [0.905284, 1.04761]]
+)
+def test_axes_have_a_few_ticks_inside_the_frame_and_in_order(values, log):
+    drawn = plot({"a": values}, log=log)
+    ticks = [(tick["y"], float(tick["text"])) for tick in drawn["ticks"]]
+    assert 2 <= len(ticks) <= 6 and ticks == sorted(ticks, key=lambda tick: -tick[0])
+    assert all(4 <= y <= drawn["bottom"] for y, _ in ticks)
+    assert all(len(tick["text"]) <= 7 for tick in drawn["ticks"]), "labels fit in front of the frame"
+    xs = [float(point.split(",")[0]) for point in drawn["lines"][0]["points"].split()]
+    assert xs == sorted(xs) and drawn["left"] <= xs[0] <= xs[-1] <= drawn["width"]
+
+
+def test_names_lose_the_modules_they_share():
+    assert short_names(["m.layers.0.q", "m.layers.0.up", "m.layers.1.q"]) == ["0.q", "0.up", "1.q"]
+    assert short_names(["m.q"]) == ["q"] and short_names([]) == []
 
 
 def test_the_command_reports_on_saved_programs(tmp_path):
@@ -144,6 +193,26 @@ def test_the_command_reports_on_saved_programs(tmp_path):
     assert Page(out.read_text()).count("table", "heatmap") == 1
     done = CliRunner().invoke(app, ["report", str(tmp_path / "p"), str(tmp_path / "p")])
     assert done.exit_code == 1 and "different names" in done.stderr
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "p"), "--svg", str(tmp_path / "t.svg")])
+    assert done.exit_code == 1 and "give --model" in done.stderr and not (tmp_path / "t.svg").exists()
+
+
+def test_the_trajectory_alone_is_a_picture(full, tmp_path):
+    file = write_page(tmp_path / "t.svg", trajectory_svg(full))
+    root = ET.fromstring(file.read_text())
+    lines = root.iter("{http://www.w3.org/2000/svg}polyline")
+    shown = sum(point["error"] > 0 for point in full["other"]["points"])  # the logarithm of zero is nowhere
+    assert [len(line.get("points").split()) for line in lines] == [shown] * 2 and shown > 6
+    with browser(tmp_path / "profile") as page:
+        page.window(720, dark=True)
+        page.open(file)
+        assert page.evaluate("getComputedStyle(document.querySelector('.sheet')).fill") == "rgb(22, 24, 28)"
+        boxes = page.evaluate(
+            "[...document.querySelectorAll('text')].map(e => e.getBoundingClientRect()).map(b => [b.left, b.right])"
+        )
+        assert len(boxes) >= 8 and all(0 <= left < right <= 720 for left, right in boxes), "no text is cut off"
+    with pytest.raises(lq.LoopQError, match="give --model"):
+        trajectory_svg({"p": measure(tiny_program())})
 
 
 def test_a_file_that_cannot_be_written_is_refused():

@@ -35,6 +35,9 @@ schemes = st.builds(
 )
 
 
+LEARNED = ["loopq", "loopq-paper", "flatquant-e2e", "flatquant", "spinquant"]
+
+
 def ids(seed, shape=(2, 5)):
     return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -49,13 +52,28 @@ def close(actual, expected, scheme):
 @given(plans, schemes, st.sampled_from(["symmetric", "las"]))
 def test_random_models_go_through_every_scheme_and_both_forms(tmp_path_factory, plan, scheme, method):
     program = lq.compile(Random(plan).eval(), ids(0), scheme=scheme, method=method, calibration=[ids(1), ids(2)])
-    folder = tmp_path_factory.mktemp("random")
+    through(program, scheme, tmp_path_factory.mktemp("random"))
+
+
+def through(program, scheme, folder):
+    """Saves, loads and exports a program in both forms, and compares what they compute."""
     program.save(folder / "p")
     x = ids(3, (3, 4))
     assert torch.equal(lq.load(folder / "p")(x), program(x))
     for form in ("unrolled", "rolled"):
         report = program.export_onnx(folder / form, form=form)
         close(torch.as_tensor(OnnxExecutable(report.path)(x)), program(x), scheme)
+
+
+@cases(1)
+@given(
+    plans, st.sampled_from(["w4a4", "w4a8", "w3a6"]), st.sampled_from(LEARNED), st.sampled_from(["static", "dynamic"])
+)
+def test_random_models_are_learned_for_a_few_steps(tmp_path_factory, plan, scheme, method, activation):
+    model, data = Random(plan).eval(), [ids(seed, (2, 16)) for seed in range(4)]
+    scheme = lq.Scheme.parse(scheme, group_size=8, activation=activation)
+    program = lq.compile(model, ids(0), scheme=scheme, method=method, calibration=data, steps=2, batch_rows=2)
+    through(program, scheme, tmp_path_factory.mktemp("learned"))
 
 
 def test_threads_share_a_loaded_program(tmp_path):
@@ -136,9 +154,19 @@ def test_shells_can_complete():
 def test_the_estimate_times_a_batch():
     from loopq_compile.capture import capture
     from loopq_compile.estimate import estimate
+    from loopq_compile.options import CalibrationOptions
+    from loopq_compile.state import get_state
 
     graph, data = capture(tiny_model(), tokens()), [tokens(1), tokens(2)]
+    nodes = len(graph.graph.nodes)
     plain = estimate(graph, lq.Scheme.parse("w4a8"), lq.pipelines.symmetric(), data)
     learned = estimate(graph, lq.Scheme.parse("w4a8"), lq.pipelines.loopq(), data)
     assert 0 < plain.seconds < learned.seconds and plain.memory < learned.memory
     assert estimate(graph, lq.Scheme.parse("w4a8"), lq.pipelines.symmetric()).seconds is None
+    assert plain.bytes < learned.bytes, "selected groups have weights per loop"
+    few, many = (
+        estimate(graph, lq.Scheme.parse("w4a8"), lq.pipelines.flatquant_e2e(), data, CalibrationOptions(steps=steps))
+        for steps in (1, 2000)
+    )
+    assert many.seconds > 20 * few.seconds
+    assert len(graph.graph.nodes) == nodes and not get_state(graph).log, "the model's graph stays as it was"

@@ -19,6 +19,7 @@ from typing import Any
 
 import onnx
 
+from loopq_compile.backends.onnx.folder import KIND, record
 from loopq_compile.decoding import PAST_PREFIX, PRESENT_PREFIX
 from loopq_compile.errors import LoopQError
 
@@ -81,9 +82,13 @@ def write_genai_config(
     }
     try:
         target = path.parent / CONFIG_FILE
-        _write(target, config)
+        files = {CONFIG_FILE: config}
         if (path.parent / "tokenizer.json").is_file() and not (path.parent / "tokenizer_config.json").exists():
-            _write(path.parent / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+            files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        for name, content in files.items():
+            _write(path.parent / name, content)
+        if (path.parent / KIND.file).exists():
+            record(path.parent, files)
     except OSError as error:
         raise LoopQError(f"Cannot write {CONFIG_FILE} into {path.parent}: {error.strerror or error}.") from error
     return target

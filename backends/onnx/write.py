@@ -10,9 +10,9 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from loopq_compile.backends.onnx.folder import KIND, MODEL_FILE, record
 from loopq_compile.errors import InternalError, LoopQError
 
-MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 
 EXTERNAL_DATA_THRESHOLD = 2**31 - 2**26
@@ -39,7 +39,8 @@ def check_destination(directory: Path, *, overwrite: bool) -> None:
 
 
 def write_model(model: ir.Model, directory: Path, *, threshold: int) -> list[Path]:
-    """Writes `model.onnx` (and `model.onnx.data` if the weights take more than `threshold` bytes) into `directory`.
+    """Writes `model.onnx` (and `model.onnx.data` if the weights take more than `threshold` bytes) into `directory`, and
+    a manifest with their sizes and hashes.
 
     The files are written to a temporary folder inside `directory`, pass `onnx.checker` with shape inference there, and
     are then moved into position; whatever goes wrong before leaves the directory as it was.
@@ -63,7 +64,8 @@ def write_model(model: ir.Model, directory: Path, *, threshold: int) -> list[Pat
         ir.save(model, temporary / MODEL_FILE, external_data=DATA_FILE if external else None)
         _check(temporary / MODEL_FILE)
         written = [name for name in (DATA_FILE, MODEL_FILE) if (temporary / name).exists()]
-        for name in written:  # the data first: a model never stands without its weights
+        record(temporary, written)
+        for name in (*written, KIND.file):  # the data first: a model never stands without its weights
             os.replace(temporary / name, directory / name)
         if not external:
             (directory / DATA_FILE).unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from loopq_compile.pipeline import Pipeline
 from loopq_compile.scheme import Scheme
 from loopq_compile.state import copy_graph, get_state
 from loopq_compile.statistics import static_range
+from loopq_compile.summary import short_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +47,7 @@ def fig1(study: Study, selection: Selection) -> Report:
             figure,
             left,
             list(even.values()),
-            _short(list(even)),
+            short_names(list(even)),
             loops,
             "99th percentile / mean over loops",
         )
@@ -122,7 +123,13 @@ def fig3(study: Study, selection: Selection) -> Report:
         axes = figure.subplots()
         names = [f"round {i + 1}" for i in range(len(rounds))]
         plots.heat(
-            figure, axes, values_by_group, _short(groups), names, "score / largest of the round (x: selected)", marked
+            figure,
+            axes,
+            values_by_group,
+            short_names(groups),
+            names,
+            "score / largest of the round (x: selected)",
+            marked,
         )
 
     return Report(
@@ -134,15 +141,6 @@ def fig3(study: Study, selection: Selection) -> Report:
         draw,
         text_columns=2,
     )
-
-
-def _short(groups: Sequence[str]) -> list[str]:
-    """Names without the modules that all of them are in."""
-    parts = [group.split(".") for group in groups]
-    same = 0
-    while all(len(names) > same + 1 and names[same] == parts[0][same] for names in parts):
-        same += 1
-    return [".".join(names[same:]) for names in parts]
 
 
 def _range_settings(study: Study, scheme: Scheme) -> Values:

@@ -73,6 +73,15 @@ RepeatLayers = Annotated[
         "model name MODEL@12-15x3.",
     ),
 ]
+ExitThreshold = Annotated[
+    float | None,
+    typer.Option(
+        "--exit-threshold",
+        metavar="P",
+        help="Stop the loop of every token when its exit gate has given this cumulative probability. For programs, and "
+        "files written with `export --form rolled --early-exit`.",
+    ),
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=0, help="Score only the first N tokens; 0 for all.")]
 
 

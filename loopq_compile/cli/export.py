@@ -16,6 +16,17 @@ from loopq_compile.errors import LoopQError
 if TYPE_CHECKING:
     from loopq_compile.loading import Loaded
 
+_NO_ONNX_OPTIONS = {
+    "form": "unrolled",
+    "cache": False,
+    "last_token": False,
+    "head_bits": None,
+    "kv_bits": None,
+    "early_exit": False,
+    "float_bits": 32,
+}
+"""Options of ONNX files when nobody gives any."""
+
 
 def export_command(
     program: Annotated[str, typer.Argument(metavar="DIR", help="Folder written by `loopq-compile compile`.")],
@@ -42,6 +53,16 @@ def export_command(
         int | None,
         typer.Option("--head-bits", help="With --target onnxruntime: 4 or 8 bits for the head."),
     ] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option("--kv-bits", help="With --cache: keys and values in 8 or 4 bits.")
+    ] = None,
+    early_exit: Annotated[
+        bool,
+        typer.Option("--early-exit", help="With --form rolled: stop the loop by the model's exit gate."),
+    ] = False,
+    float_bits: Annotated[
+        int, typer.Option("--float-bits", help="16 stores scales, embeddings and head in half the bytes.")
+    ] = 32,
     genai: Annotated[
         bool,
         typer.Option("--genai", help="Also write genai_config.json, for onnxruntime-genai; implies --cache."),
@@ -59,13 +80,21 @@ def export_command(
     loaded = load(program)
     if loaded.kind != "program":
         raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile {program} --out DIR` first.")
-    options: dict[str, Any] = {"form": form, "cache": cache or genai, "last_token": last_token, "head_bits": head_bits}
+    options = {
+        "form": form,
+        "cache": cache or genai,
+        "last_token": last_token,
+        "head_bits": head_bits,
+        "kv_bits": kv_bits,
+        "early_exit": early_exit,
+        "float_bits": float_bits,
+    }
     if target != "triton":
         if architectures:
             raise LoopQError("--sm goes with --target triton.")
         _export_onnx(loaded, out, {"target": target, **options}, genai, json)
-    elif options != {"form": "unrolled", "cache": False, "last_token": False, "head_bits": None}:
-        raise LoopQError("--form, --cache, --genai, --last-token and --head-bits are for ONNX files, not for triton.")
+    elif options != _NO_ONNX_OPTIONS:
+        raise LoopQError("With --target triton there is --sm alone; the other options are for ONNX files.")
     else:
         _export_kernels(loaded, out, architectures, json)
 
@@ -73,10 +102,10 @@ def export_command(
 def _export_onnx(loaded: Loaded, out: Path, options: dict[str, Any], genai: bool, json: bool) -> None:
     from loopq_compile.loading import save_beside
 
-    ends = _end_tokens(loaded, options["form"]) if genai else []
+    ends = _end_tokens(loaded, options["form"]) if genai else None
     report = loaded.model.export_onnx(out, **options)
     save_beside(loaded, out)
-    if genai:
+    if ends is not None:
         _write_genai(loaded, out, ends, note(json))
     if json:
         print_json(

@@ -33,6 +33,10 @@ def inspect_command(
     svg: Annotated[
         Path | None, typer.Option("--svg", metavar="FILE", help="Draw one loop's graph (needs the extra 'plot').")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the whole program as one page to browse and search in."),
+    ] = None,
     dot: Annotated[Path | None, typer.Option("--dot", metavar="FILE", help="The same as Graphviz text.")] = None,
     code: Annotated[bool, typer.Option("--code", help="Print the graph as Python instead of the tables.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -43,7 +47,11 @@ def inspect_command(
     """Show what is inside: loops, linear layers with bits and ranges of every loop, and what each pass did.
 
     Takes a compiled program, or a model, which is then captured and its loops are found, but not quantized. In the
-    picture, linear layers are blue, quantization is orange, weights are grey; point at a node to see more.
+    picture, linear layers are blue, quantization is orange, weights are grey; point at a node to see more. The page
+    has every node with its code, loop, module, type and pass, links to its inputs and users, and filters; it opens in
+    any browser, without network.
+
+    Example: loopq-compile inspect my-program --html my-program.html
     """
     loaded = load(model, None, trust_remote_code, None, allow_pickle, dtype)
     if loaded.kind == "onnx":
@@ -56,6 +64,8 @@ def inspect_command(
         typer.echo(_code(program, loop))
     else:
         _print_tables(program)
+    if html:
+        say(f"wrote {program.browse(html)}")
     if svg or dot:
         _draw(program, loop, svg, dot)
         for path in filter(None, (dot, svg)):

@@ -31,6 +31,9 @@ def report_command(
         str | None,
         typer.Option(metavar="MODEL", help="What they were compiled from, such as bundled; for errors and samples."),
     ] = None,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", help="Also write the error along the loops as a picture.")
+    ] = None,
     text: TextFile = None,
     max_tokens: Annotated[int, typer.Option(min=16, help="Held-out tokens to compare on, in rows of 64.")] = 256,
     samples: Annotated[int, typer.Option(min=0, help="Continuations to show.")] = 2,
@@ -45,12 +48,18 @@ def report_command(
     Example: loopq-compile report my-program other-program --model bundled --out report.html
     """
     from loopq_compile.evaluate import tokenize
-    from loopq_compile.report import measure, write
+    from loopq_compile.report import measure, trajectory, write, write_page
     from loopq_compile.report.measure import check_names
 
     check_names(programs)
-    loaded = {name: load(name) for name in programs}
+    if svg and model is None:
+        raise LoopQError("--svg draws errors, which need the model: give --model.")
+    last = [Path(program).name for program in programs]
+    names = last if len(set(last)) == len(last) else programs
+    loaded = {name: load(program) for name, program in zip(names, programs, strict=True)}
     for name, one in loaded.items():
+        if one.kind == "onnx":
+            raise LoopQError(f"{name} is an ONNX export; report takes the program that it was made from.")
         if one.kind != "program":
             raise LoopQError(f"{name} is no compiled program; run `loopq-compile compile {name} --out DIR` first.")
     batches, base, tokenizer = [], None, None
@@ -65,7 +74,9 @@ def report_command(
         name: measure(one.model, base, batches, tokenizer=tokenizer, samples=samples) for name, one in loaded.items()
     }
     path = write(out, found)
+    if svg:
+        write_page(svg, trajectory(found))
     if json:
         print_json({"out": str(path), "programs": found})
     else:
-        note(json)(f"wrote {path}")
+        note(json)(f"wrote {path}{f' and {svg}' if svg else ''}")

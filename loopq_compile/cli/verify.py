@@ -4,31 +4,53 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loopq_compile.cli.common import Json, console, print_json, table
 
+if TYPE_CHECKING:
+    from loopq_compile.artifact import Verified
+
 
 def verify_command(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder written by `loopq-compile compile`.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder written by `loopq-compile compile` or `export`.")
+    ],
     json: Json = False,
 ) -> None:
-    """Check that a saved program is whole: hashes, format version, shapes, finite tables, a valid graph, loop tags.
+    """Check that a saved program or an export is whole.
+
+    Compares sizes and hashes with the manifest. Of a program also format version, shapes, finite tables, a valid graph
+    and loop tags; of an export, that its weights lie in the folder, have their sizes and no NaN, and that the ONNX
+    checker takes the model.
 
     Ends with status 0 if nothing is wrong, else with one line that says what is, and status 1. Nothing in the folder
     is executed or unpickled.
     """
-    from loopq_compile.artifact import verify
-
-    found = verify(directory)
+    found = _verify(directory)
     if json:
-        print_json(asdict(found))
+        print_json(asdict(found[0]) if len(found) == 1 else [asdict(one) for one in found])
         return
     out = console()
-    out.print(table(("file", "bytes", "sha256"), [(f.name, f"{f.bytes:,}", f.sha256) for f in found.files]))
-    out.print(f"\n{found.description}", markup=False, soft_wrap=True)
-    out.print(f"{found.nodes:,} nodes, {found.tensors} tensors, format version {found.version}: nothing is wrong")
-    if found.unlisted:
-        out.print(f"not part of the program: {', '.join(found.unlisted)}", markup=False, soft_wrap=True)
+    for one in found:
+        out.print(table(("file", "bytes", "sha256"), [(f.name, f"{f.bytes:,}", f.sha256) for f in one.files]))
+        out.print(f"\n{one.description}", markup=False, soft_wrap=True)
+        out.print(f"{one.nodes:,} nodes, {one.tensors} tensors, format version {one.version}: nothing is wrong")
+    unlisted = set.intersection(*(set(one.unlisted) for one in found))
+    if unlisted:
+        out.print(f"not part of it: {', '.join(sorted(unlisted))}", markup=False, soft_wrap=True)
+
+
+def _verify(directory: Path) -> list[Verified]:
+    """What is found in a folder with a program, an export, or both."""
+    from loopq_compile import artifact
+    from loopq_compile.backends.onnx import folder
+
+    if directory.suffix == ".onnx" and directory.is_file():
+        directory = directory.parent
+    exported = (directory / folder.MODEL_FILE).exists() or (directory / folder.KIND.file).exists()
+    saved = (directory / artifact.GRAPH_FILE).exists() or not exported
+    checks = ([artifact.verify] if saved else []) + ([folder.verify] if exported else [])
+    return [check(directory) for check in checks]

@@ -1,6 +1,7 @@
-"""A report on one program or several: what quantization did to every loop, as one HTML file that needs no network."""
+"""Pages that need no network: a report on what quantization did to every loop, and a whole program to browse."""
 
+from loopq_compile.report.browse import browse
 from loopq_compile.report.measure import measure
-from loopq_compile.report.render import render, write
+from loopq_compile.report.render import render, trajectory, write, write_page
 
-__all__ = ["measure", "render", "write"]
+__all__ = ["browse", "measure", "render", "trajectory", "write", "write_page"]

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 WORST = 12
 CONTEXT = 8
+PEAK = 0.999
+"""Share of entries below what counts as a group's range."""
 Values = dict[str, Any]
 
 
@@ -53,7 +55,9 @@ def measure(
         LoopQError: the program does not take token ids alone, or they do not fit.
     """
     state = get_state(program.graph_module)
-    ranges = {group: rows.tolist() for group, rows in activation_rows(program.graph_module).items()}
+    known = {group: rows.tolist() for group, rows in activation_rows(program.graph_module).items()}
+    order = dict.fromkeys(site.group for site in state.sites.values())
+    ranges = {group: known[group] for group in order if group in known}
     found: Values = {
         "about": {
             "model": state.model_name,
@@ -74,7 +78,7 @@ def measure(
     found["parameters"] = parameters.by_part(captured, program.graph_module)
     with torch.no_grad():
         found |= _compare(program, captured, tokens)
-        found["worst"] = _worst_tokens(program, model, tokens, tokenizer)
+        found["fidelity"], found["worst"] = _predictions(program, model, tokens, tokenizer)
         found["samples"] = [_sample(program, model, row, tokenizer) for row in _rows(tokens)[:samples]]
     return found
 
@@ -141,8 +145,9 @@ def drift(reference: fx.GraphModule, batch: Tensor) -> dict[str, Values]:
         batch: token ids `[batch, sequence]`.
 
     Returns:
-        By group `{"scale": [...], "covariance": [...]}` with an entry per loop: the root mean square relative to its
-        mean over loops; and `|C_t - C_0| / |C_0|` (Frobenius) of second moments divided by their traces.
+        By group `{"peak": [...], "scale": [...], "covariance": [...]}` with an entry per loop: the magnitude that one
+        entry in a thousand exceeds; the root mean square relative to its mean over loops; and `|C_t - C_0| / |C_0|`
+        (Frobenius) of second moments divided by their traces.
     """
     nodes: dict[str, dict[int, str]] = defaultdict(dict)
     for site, linears in site_calls(reference):
@@ -155,13 +160,14 @@ def drift(reference: fx.GraphModule, batch: Tensor) -> dict[str, Values]:
     found = {}
     for group, rows in nodes.items():
         flat = [run.values[rows[t]].float().flatten(0, -2) for t in sorted(rows)]
+        peaks = [float(x.abs().flatten().kthvalue(math.ceil(PEAK * x.numel())).values) for x in flat]
         sizes = [float(x.square().mean().sqrt()) for x in flat]
         mean = sum(sizes) / len(sizes) or 1.0
         unit = [x / (float(x.norm()) or 1.0) for x in flat]  # second moments of trace 1
         first = _inner(unit[0], unit[0])
         distances = [first + _inner(x, x) - 2 * _inner(unit[0], x) for x in unit]
         covariance = [math.sqrt(max(0.0, d) / first) if first else 0.0 for d in distances]
-        found[group] = {"scale": [size / mean for size in sizes], "covariance": covariance}
+        found[group] = {"peak": peaks, "scale": [size / mean for size in sizes], "covariance": covariance}
     return found
 
 
@@ -189,13 +195,18 @@ def _rows(tokens: Sequence[Tensor]) -> list[Tensor]:
     return [row.unsqueeze(0) for batch in tokens for row in batch]
 
 
-def _worst_tokens(program: Program, model: nn.Module, tokens: Sequence[Tensor], tokenizer: Any) -> list[Values]:
-    """The tokens at which predictions moved most, by KL divergence from the model."""
+def _predictions(
+    program: Program, model: nn.Module, tokens: Sequence[Tensor], tokenizer: Any
+) -> tuple[Values, list[Values]]:
+    """How far predictions moved, over all tokens, and the tokens at which they moved most (KL divergence, in nats)."""
     found: list[Values] = []
+    total, agreed, count = 0.0, 0, 0
     for row in _rows(tokens):
         y = logits_of(model(row)).float().log_softmax(-1)[0]
         x = logits_of(program(row)).float().log_softmax(-1)[0]
         divergence = (y.exp() * (y - x)).sum(-1)
+        total, count = total + float(divergence.sum()), count + len(divergence)
+        agreed += int((y.argmax(-1) == x.argmax(-1)).sum())
         for position in divergence.topk(min(WORST, len(divergence))).indices.tolist():
             found.append(
                 {
@@ -205,7 +216,8 @@ def _worst_tokens(program: Program, model: nn.Module, tokens: Sequence[Tensor], 
                     "program": _text(x[position].argmax().view(1), tokenizer),
                 }
             )
-    return sorted(found, key=lambda entry: -entry["kl"])[:WORST]
+    fidelity = {"tokens": count, "kl": total / count, "agreement": agreed / count}
+    return fidelity, sorted(found, key=lambda entry: -entry["kl"])[:WORST]
 
 
 def _sample(program: Program, model: nn.Module, row: Tensor, tokenizer: Any, new: int = 24) -> Values:

@@ -44,7 +44,7 @@ def test_linears_that_read_one_tensor_form_a_group():
 
 def test_heads_and_gates_stay_in_floating_point_and_say_why():
     reasons = {site.name: site.reason for site in get_state(prepared()).sites.values() if site.reason}
-    assert reasons == {"head": "a language-model head", "exit_gate": "a gate of 1 outputs"}
+    assert reasons == {"head": "a language-model head", "exit_gate": "a gate with 1 output"}
 
 
 def test_patterns_choose_what_is_quantized():

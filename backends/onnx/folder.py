@@ -1,0 +1,181 @@
+"""Exported folders that prove themselves whole: a manifest beside the model, and checks of files from anywhere.
+
+ONNX files name the files that hold their weights, so a file from a stranger could make a runtime read anything. Before
+one is opened, every such name must be a plain one of a regular file in the same folder, long enough for its tensors.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import mmap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (numpy types of ONNX's small floats)
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from loopq_compile.artifact import Verified
+from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
+from loopq_compile.errors import LoopQError
+from loopq_compile.manifest import (
+    ManifestKind,
+    check_files,
+    check_name,
+    check_regular,
+    first_line,
+    read_json,
+    write_manifest,
+)
+
+MODEL_FILE = "model.onnx"
+KIND = ManifestKind("onnx_manifest.json", "loopq_compile.onnx", 1, "export")
+_PACKAGES = ("torch", "onnx", "onnxruntime")
+
+
+def record(folder: Path, names: Iterable[str]) -> None:
+    """Adds files to the manifest of an export, with their sizes and hashes; the others keep theirs.
+
+    Raises:
+        OSError: a file cannot be read or the manifest cannot be written.
+    """
+    path = folder / KIND.file
+    known = read_json(path).get("files", {}) if path.exists() else {}
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    write_manifest(folder, KIND, {*known, *names}, {"versions": versions})
+
+
+def verify(directory: Path) -> Verified:
+    """Reads an exported folder: every file whole, references inside the folder, a valid model, finite numbers.
+
+    Raises:
+        LoopQError: says in one line what is wrong.
+    """
+    records = check_files(directory, (MODEL_FILE,), KIND)
+    path = directory / MODEL_FILE
+    if records is None:
+        raise LoopQError(f"{directory} has no {KIND.file} to compare {MODEL_FILE} with; export the program again.")
+    model = check_model_file(path)
+    for tensor in _tensors(model.graph):
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value not in records:
+                raise LoopQError(f"{path} is refused: {KIND.file} does not list {entry.value!r}, where it has weights.")
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    if METADATA_KEY not in metadata:
+        raise LoopQError(f"{path} is damaged: it does not say how it is called.")
+    from_json(metadata[METADATA_KEY])
+    _check_values(path, model)
+    try:
+        onnx.checker.check_model(str(path))
+    except Exception as error:  # a file from anywhere: whatever the checker's C++ says of it
+        raise LoopQError(f"{path} is damaged: {first_line(error)}.") from error
+    here = {file.name for file in directory.iterdir()} - set(records) - {KIND.file}
+    return Verified(
+        directory=str(directory),
+        version=read_json(directory / KIND.file)["version"],
+        files=tuple(records.values()),
+        unlisted=tuple(sorted(here)),
+        description=metadata.get("loopq.program", "no description"),
+        nodes=sum(len(graph.node) for graph in _graphs(model.graph)),
+        tensors=sum(1 for _ in _tensors(model.graph)),
+    )
+
+
+def check_model_file(path: Path) -> onnx.ModelProto:
+    """A model file with its references to other files checked, and nothing of those read.
+
+    Raises:
+        LoopQError: it is no ONNX model, or its weights lie outside of its folder, are cut off, or are not in a regular
+            file.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's own classes, from C++
+        raise LoopQError(f"{path} is damaged: {first_line(error)}.") from error
+    for tensor in _tensors(model.graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            _check_reference(path, tensor)
+    for function in model.functions:
+        for tensor in _node_tensors(function.node):
+            if tensor.external_data:
+                raise LoopQError(f"{path} is refused: a function has weights in another file.")
+    return model
+
+
+def check_references(path: Path) -> None:
+    """`check_model_file` at the cost of a search where a file names no other, however large its own weights are.
+
+    The model itself may be a link, as in the cache of a hub; what it names may not.
+
+    Raises:
+        LoopQError: as there, or it is no file.
+    """
+    if not path.is_file():
+        raise LoopQError(f"{path} is no file.")
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            refers = content.find(b"location") != -1  # the key under which a file is named, whatever encodes it
+    except (OSError, ValueError) as error:  # ValueError: an empty file
+        raise LoopQError(f"{path} is damaged: {first_line(error)}.") from error
+    if refers:
+        check_model_file(path)
+
+
+def _check_reference(path: Path, tensor: onnx.TensorProto) -> None:
+    about = {entry.key: entry.value for entry in tensor.external_data}
+    try:
+        name = check_name(about.get("location"))
+    except LoopQError as error:
+        raise LoopQError(f"{path} is refused: weight {tensor.name[:80]!r} lies elsewhere: {error}") from error
+    file = path.with_name(name)
+    check_regular(file)
+    size = file.stat().st_size
+    try:
+        offset = int(about.get("offset", 0))
+        length = int(about.get("length", size - offset))
+    except ValueError as error:
+        raise LoopQError(f"{path} is damaged: weight {tensor.name[:80]!r}: {first_line(error)}.") from error
+    if offset < 0 or length < 0 or offset + length > size:
+        raise LoopQError(
+            f"{file} is cut off: it has {size:,} bytes, and weight {tensor.name[:80]!r} ends at {offset + length:,}."
+        )
+
+
+def _check_values(path: Path, model: onnx.ModelProto) -> None:
+    """Every tensor has as many numbers as its shape says, and floating-point ones are finite."""
+    for tensor in _tensors(model.graph):
+        try:
+            values = numpy_helper.to_array(tensor, base_dir=str(path.parent))
+        except Exception as error:  # sizes that do not fit, unknown types
+            raise LoopQError(f"{path} is damaged: tensor {tensor.name[:80]!r}: {first_line(error)}.") from error
+        # An attention mask adds -inf; no weight, scale or table has a NaN.
+        if values.dtype.kind in "fV" and np.isnan(values.astype(np.float32)).any():
+            raise LoopQError(f"{path} is damaged: tensor {tensor.name[:80]!r} holds NaN.")
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+                yield from _graphs(inner)
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    for part in _graphs(graph):
+        yield from part.initializer
+        for sparse in part.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+        yield from _node_tensors(part.node)
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from [*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors]
