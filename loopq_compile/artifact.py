@@ -50,14 +50,16 @@ _LARGEST_HEADER = 100_000_000
 
 
 def save(
-    graph_module: fx.GraphModule, directory: str | os.PathLike[str], extra_files: Mapping[str, str] | None = None
+    graph_module: fx.GraphModule,
+    directory: str | os.PathLike[str],
+    extra_files: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Writes a program; the folder appears when it is complete, or not at all.
 
     Args:
         graph_module: with its compiler state.
         directory: new, empty, or an earlier program, which is replaced.
-        extra_files: text files by name to put beside it, such as `tokenizer.json`.
+        extra_files: files by name to put beside it, such as `tokenizer.json`; text is written as UTF-8.
 
     Raises:
         LoopQError: the folder cannot be written, the graph holds something that files cannot name, or a tensor NaN.
@@ -66,7 +68,7 @@ def save(
     tensors = _stored_tensors(graph_module, description["packed"])
     check_values(graph_module.graph, tensors)
     description["tensors"] = {name: _kind(tensor) for name, tensor in tensors.items()}
-    extra = {check_name(name): text for name, text in (extra_files or {}).items()}
+    extra = {check_name(name): content for name, content in (extra_files or {}).items()}
     with replacing_folder(directory, GRAPH_FILE) as folder:
         try:
             save_file(tensors, folder / TENSOR_FILE)
@@ -74,8 +76,8 @@ def save(
             raise LoopQError(f"Cannot write {directory}: {error}") from error
         description["sha256"] = digest(folder / TENSOR_FILE)[1]
         (folder / GRAPH_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
-        for name, text in extra.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        for name, content in extra.items():
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
         write_manifest(folder)
 
 

@@ -6,14 +6,16 @@ One reads the whole text again for every token; the other keeps keys and values 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from loopq_compile.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit, spent_of, threshold_tensor
 from loopq_compile.errors import LoopQError
 from loopq_compile.signature import LOOPS_AXIS, PAST, InputSpec, Signature
 
+T = TypeVar("T")
 PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 """What names of cache inputs and outputs begin with; a number and `.key` or `.value` follow."""
 
@@ -55,11 +57,14 @@ class RecomputingDecoder:
 
     Args:
         model: maps ids `[batch, sequence]` (and, if `takes_mask`, an attention mask) to logits.
+
+    `loops_spent` has the loops of every call, of a model that may stop early.
     """
 
     def __init__(self, model: Callable[..., Any], *, takes_mask: bool = False) -> None:
         self.model, self.takes_mask = model, takes_mask
         self.ids: Tensor | None = None
+        self.loops_spent: list[int] = []
 
     def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
         self.ids = new_ids if self.ids is None else torch.cat([self.ids, new_ids], 1)
@@ -73,7 +78,9 @@ class RecomputingDecoder:
         """
         if not self.takes_mask and not attention_mask.all():
             raise LoopQError("This model has no attention mask, so rows of a batch cannot be padded.")
-        return logits_of(self.model(ids, attention_mask) if self.takes_mask else self.model(ids))
+        output = self.model(ids, attention_mask) if self.takes_mask else self.model(ids)
+        self.loops_spent += spent_of(output)
+        return logits_of(output)
 
 
 class CachedDecoder:
@@ -83,17 +90,23 @@ class CachedDecoder:
         run: a program with a key-value cache, called by keyword.
         signature: its calling convention.
         loops: iterations of a loop whose caches stand in one tensor.
+        exit_threshold: for programs that may stop early; `loops_spent` has the loops of every call.
     """
 
-    def __init__(self, run: Callable[..., Any], signature: Signature, loops: int = 1) -> None:
+    def __init__(
+        self, run: Callable[..., Any], signature: Signature, loops: int = 1, exit_threshold: float | None = None
+    ) -> None:
         self.run, self.signature, self.loops = run, signature, loops
+        self.extra = {EXIT_THRESHOLD: threshold_tensor(exit_threshold)} if has_early_exit(signature) else {}
         self.past: dict[str, Tensor] | None = None
+        self.loops_spent: list[int] = []
 
     def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        ids, mask, *caches = self.signature.inputs
+        ids, mask, caches = cache_inputs(self.signature)
         if self.past is None:
             self.past = {spec.name: empty_cache(spec, len(new_ids), self.loops) for spec in caches}
-        result = self.run(**{ids.name: new_ids, mask.name: attention_mask}, **self.past)
+        result = self.run(**{ids.name: new_ids, mask.name: attention_mask}, **self.past, **self.extra)
+        self.loops_spent += spent_of(result)
         self.past = {name: result[present_name(name)] for name in self.past}
         return logits_of(result)[:, -1]
 
@@ -103,13 +116,101 @@ def has_cache(signature: Signature) -> bool:
     return any(spec.name.startswith(PAST_PREFIX) for spec in signature.inputs)
 
 
-def with_empty_cache(
+class Chosen:
+    """A program or file whose decoders are made with options, for `generate`.
+
+    Args:
+        model: has a method `decoder`.
+        options: for it. `last` is the newest decoder.
+    """
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        self.model, self.options = model, options
+        self.last: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def decoder(self) -> Decoder:
+        """A decoder of the model with the options."""
+        self.last = self.model.decoder(**self.options)
+        return self.last
+
+
+class Variants(Generic[T]):
+    """Programs made of another one for decoding, by name, until a pass changes its graph or tensors."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.made: dict[str, T | None] = {}
+
+    def get(self, graph_module: fx.GraphModule, name: str, make: Callable[[], T]) -> T | None:
+        """What `make` made when it was first asked for; None where it says that it cannot."""
+        tensors = [*graph_module.parameters(), *graph_module.buffers()]
+        key = (graph_module.code, tuple(map(id, tensors)))
+        if self.key != key:
+            self.key, self.made = key, {}
+        if name not in self.made:
+            try:
+                self.made[name] = make()
+            except LoopQError:
+                self.made[name] = None
+        return self.made[name]
+
+
+class TokenByToken:
+    """Whole texts read one token at a time, as they are written: for perplexity of early exits and integer caches.
+
+    Args:
+        model: has a method `decoder`.
+        options: for it. `loops_spent` has the loops of every token, of a model that may stop early.
+    """
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        self.model, self.options = model, options
+        self.loops_spent: list[int] = []
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Logits `[batch, sequence, vocabulary]` of ids `[batch, sequence]`."""
+        decoder = self.model.decoder(**self.options)
+        mask = torch.ones_like(ids)
+        logits = [decoder(ids[:, at : at + 1], mask[:, : at + 1]) for at in range(ids.shape[1])]
+        self.loops_spent += getattr(decoder, "loops_spent", [])
+        return torch.stack(logits, 1)
+
+
+def cache_inputs(signature: Signature) -> tuple[InputSpec, InputSpec, list[InputSpec]]:
+    """Of a program with a key-value cache: token ids, the attention mask, and the cache."""
+    ids, mask, *others = signature.inputs
+    return ids, mask, [spec for spec in others if spec.name.startswith(PAST_PREFIX)]
+
+
+def complete(
+    signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any], loops: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call with what may be left out: the threshold of an early exit, and the cache of one that reads a prompt.
+
+    Raises:
+        LoopQError: a threshold for a program that runs all its loops, or one that is no number.
+    """
+    check_early_exit(signature, kwargs.get(EXIT_THRESHOLD))
+    if len(args) > len(signature.parameters):
+        return tuple(args), dict(kwargs)  # which is refused where arguments are bound
+    if has_early_exit(signature):
+        given = dict(zip(signature.parameters, args, strict=False)) | dict(kwargs)
+        args, kwargs = (), given | {EXIT_THRESHOLD: threshold_tensor(given.get(EXIT_THRESHOLD))}
+    if has_cache(signature):
+        args, kwargs = (), _with_empty_cache(signature, args, kwargs, loops)
+    return tuple(args), dict(kwargs)
+
+
+def _with_empty_cache(
     signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any], loops: int
 ) -> dict[str, Any]:
     """The arguments of a call by name; where it brings no keys and values, it reads a prompt: the cache is empty, and
     without an attention mask nothing is padding."""
     given = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
-    ids, mask, *caches = signature.inputs
+    ids, mask, caches = cache_inputs(signature)
     tokens = given.get(ids.name)
     if isinstance(tokens, Tensor) and tokens.ndim == 2 and not any(spec.name in given for spec in caches):
         given.update({spec.name: empty_cache(spec, len(tokens), loops) for spec in caches})

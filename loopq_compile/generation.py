@@ -30,26 +30,35 @@ def stream(
     """Yields the next token of every sequence, `[batch]`, `max_new_tokens` times or until all have ended.
 
     A model with a method `decoder()` (a `Program`, an `OnnxExecutable`) is asked for one, which uses a key-value cache
-    where it can; any other reads the whole text again for every token.
+    where it can; any other reads the whole text again for every token. Arguments are checked by the call itself, before
+    the first token is asked for.
     """
     _check(input_ids, max_new_tokens, temperature, top_k, top_p)
     mask = _checked_mask(input_ids, attention_mask)
     decoder: Decoder = model.decoder() if hasattr(model, "decoder") else RecomputingDecoder(model)
     generator = torch.Generator().manual_seed(seed)
     ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ()))
+
+    def choose(logits: Tensor) -> Tensor:
+        if not do_sample:
+            return logits.argmax(-1)
+        return torch.multinomial(_filtered(logits / temperature, top_k, top_p), 1, generator=generator)[:, 0]
+
+    return _steps(decoder, choose, input_ids, mask, ends, max_new_tokens)
+
+
+def _steps(
+    decoder: Decoder, choose: Callable[[Tensor], Tensor], input_ids: Tensor, mask: Tensor, ends: Tensor, count: int
+) -> Iterator[Tensor]:
     ended = torch.zeros(len(input_ids), dtype=torch.bool)
     new = input_ids
-    for step in range(max_new_tokens):
-        logits = decoder(new, mask).float().cpu()
-        if do_sample:
-            token = torch.multinomial(_filtered(logits / temperature, top_k, top_p), 1, generator=generator)[:, 0]
-        else:
-            token = logits.argmax(-1)
+    for step in range(count):
+        token = choose(decoder(new, mask).float().cpu())
         if len(ends):
             token = torch.where(ended, torch.full_like(token, int(ends[0])), token)
             ended |= torch.isin(token, ends)
         yield token
-        if ended.all() or step + 1 == max_new_tokens:
+        if ended.all() or step + 1 == count:
             return
         new = token.to(input_ids).unsqueeze(1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -100,7 +109,7 @@ def _check(input_ids: Any, max_new_tokens: int, temperature: float, top_k: int |
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise LoopQError(f"{name} must be a number; got {value!r}.")
     if not temperature > 0:
-        raise LoopQError(f"temperature must be positive; got {temperature!r} (for greedy text use do_sample=False).")
+        raise LoopQError(f"temperature must be positive; got {temperature!r} (for greedy text leave out do_sample).")
     if top_k is not None and top_k < 1:
         raise LoopQError(f"top_k must be at least 1; got {top_k!r}.")
     if top_p is not None and not 0 < top_p <= 1:

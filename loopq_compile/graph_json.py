@@ -95,6 +95,8 @@ def _rolled_to_json(node: fx.Node) -> dict[str, Any]:
     numbers: dict[str, Any] = {"count": loop.count, "rows": loop.rows, "skipped": loop.skipped, "number": loop.number}
     if loop.scanned:
         numbers["scanned"] = list(loop.scanned)
+    if loop.survival is not None:
+        numbers["survival"] = loop.survival
     return {**numbers, "body": graph_to_json(loop.body.graph)}
 
 

@@ -48,6 +48,11 @@ class Loaded(NamedTuple):
             "model" if isinstance(self.model, nn.Module) else "program" if isinstance(self.model, Program) else "onnx"
         )
 
+    def files(self) -> dict[str, str]:
+        """What travels along with a program or an export: text by file name."""
+        tokenizer = {TOKENIZER_FILE: self.tokenizer.to_str(pretty=True)} if self.tokenizer is not None else {}
+        return {**tokenizer, **self.settings}
+
 
 def load_model(
     name_or_path: str | Path, *, trust_remote_code: bool = False, allow_pickle: bool = False, dtype: str = "float32"
@@ -141,10 +146,10 @@ def save_beside(loaded: Loaded, folder: str | Path) -> None:
     """Puts `tokenizer.json` and the settings beside an export, and into its manifest."""
     from loopq_compile.backends.onnx.folder import record
 
-    save_tokenizer(loaded.tokenizer, folder)
-    for name, text in loaded.settings.items():
+    files = loaded.files()
+    for name, text in files.items():
         (Path(folder) / name).write_text(text, encoding="utf-8")
-    record(Path(folder), [*loaded.settings, *([TOKENIZER_FILE] if loaded.tokenizer else [])])
+    record(Path(folder), list(files))
 
 
 def end_tokens(loaded: Loaded) -> list[int] | int | None:

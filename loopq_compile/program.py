@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from loopq_compile.decoding import CachedDecoder, Decoder, RecomputingDecoder, has_cache, with_empty_cache
+from loopq_compile.decoding import CachedDecoder, Chosen, Decoder, RecomputingDecoder, Variants, complete, has_cache
+from loopq_compile.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import LoopStructure
 from loopq_compile.scheme import Scheme
@@ -19,6 +21,7 @@ from loopq_compile.state import LogEntry, attach_state, copy_graph, get_state
 
 if TYPE_CHECKING:
     from loopq_compile.backends.onnx import OnnxExport
+    from loopq_compile.passes.base import Pass
     from loopq_compile.pretrained import ProgramForCausalLM
 
 
@@ -34,17 +37,17 @@ class Program:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         get_state(graph_module)
         self.graph_module = graph_module
-        self._decoding: tuple[Any, dict[bool, Program | None]] | None = None
+        self._variants: Variants[Program] = Variants()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the graph without gradients. With a key-value cache, a call that brings none reads a prompt.
+        """Runs the graph without gradients. With a key-value cache, a call that brings none reads a prompt; with early
+        exit (`with_early_exit`), `exit_threshold=0.9` stops when all tokens are done, and without it all loops run.
 
         Raises:
             LoopQError: the arguments do not fit the captured signature.
         """
         signature = get_state(self.graph_module).signature
-        if has_cache(signature) and len(args) <= len(signature.parameters):
-            args, kwargs = (), with_empty_cache(signature, args, kwargs, self.loops.count)
+        args, kwargs = complete(signature, args, kwargs, self.loops.count)
         inputs = signature.bind(args, kwargs)
         try:
             with torch.no_grad():
@@ -102,6 +105,9 @@ class Program:
         cache: bool = False,
         last_token: bool = False,
         head_bits: int | None = None,
+        kv_bits: int | None = None,
+        early_exit: bool = False,
+        float_bits: int = 32,
     ) -> OnnxExport:
         """Writes `model.onnx` into `directory`.
 
@@ -116,6 +122,10 @@ class Program:
             last_token: with a cache, `logits` for the last token alone, which saves the head's work on prompts.
             head_bits: with target "onnxruntime", 4 or 8: bits of the head's weights, which schemes leave in floating
                 point.
+            kv_bits: with a cache, 8 or 4: keys and values as integers, with scales as inputs and outputs beside them.
+            early_exit: form "rolled" may stop its loop: one more input, `exit_threshold`, and output, `loops_spent`;
+                see `with_early_exit`.
+            float_bits: 16 stores scales, embeddings and whatever else stays in floating point as float16.
 
         Returns:
             Path, size and node counts of what was written.
@@ -127,9 +137,10 @@ class Program:
         from loopq_compile.backends.onnx import export
 
         options: dict[str, Any] = {"cache": cache, "last_token": last_token, "head_bits": head_bits}
+        options |= {"kv_bits": kv_bits, "early_exit": early_exit, "float_bits": float_bits}
         return export(self.graph_module, directory, target=target, form=form, **options)
 
-    def with_cache(self, *, stacked: bool = False, last_token: bool = False) -> Program:
+    def with_cache(self, *, stacked: bool = False, last_token: bool = False, kv_bits: int | None = None) -> Program:
         """This program with a key-value cache: a call takes new tokens and what earlier calls left, and returns a dict.
 
         Inputs are `input_ids` `[batch, sequence]`, `attention_mask` `[batch, past + sequence]` (0 on padding, which
@@ -140,16 +151,45 @@ class Program:
         Args:
             stacked: one cache for all iterations of a loop's layer, `[loops, batch, heads, past, size]`.
             last_token: `logits` for the last token alone.
+            kv_bits: 8 or 4 keeps keys and values as integers, int8 `[..., past, size]` or two to a byte, uint8 `[...,
+                past, size / 2]`, and their scales in `past_key_values.N.key_scale`, `.value_scale`.
 
         Raises:
             LoopQError: the model's attention is not recognised, is not causal, or tokens mix elsewhere.
         """
         from loopq_compile.passes.add_cache import AddCache
+
+        return self._rewritten([AddCache(stacked=stacked, last_token=last_token, kv_bits=kv_bits)])
+
+    def with_early_exit(self, *, cache: bool = False, last_token: bool = False, kv_bits: int | None = None) -> Program:
+        """This program, rolled, with a loop that stops when the model's exit gate says that every token is done.
+
+        A call takes `exit_threshold` and returns a dict that has `loops_spent`. The loop stops behind the first
+        iteration where for every new token the probability to have stopped, `1 - prod(1 - sigmoid(exit logit))`,
+        is at least the threshold; from 1 on, or without it, all loops run. What skipped loops would have returned, keys
+        and values included, is what the last computed loop returned. See the pass `exit-early`.
+
+        Args:
+            cache: also a key-value cache, `[loops, batch, heads, past, size]` for every layer.
+            last_token, kv_bits: as in `with_cache`.
+
+        Raises:
+            LoopQError: no loop, no exit gate among what every loop returns, a loop that cannot be rolled, or no cache.
+        """
+        from loopq_compile.passes.add_cache import AddCache
+        from loopq_compile.passes.exit_early import ExitEarly
+        from loopq_compile.passes.roll_loops import RollLoops
+
+        caches = [AddCache(stacked=True, last_token=last_token, kv_bits=kv_bits)] if cache else []
+        return self._rewritten([*caches, RollLoops(), ExitEarly()])
+
+    def _rewritten(self, passes: Sequence[Pass]) -> Program:
+        """A copy of this program behind `passes`."""
         from loopq_compile.pipeline import Pipeline
 
         copied = copy_graph(self.graph_module)
         attach_state(copied, replace(get_state(self.graph_module), log=list(self.log)))
-        return Program(Pipeline([AddCache(stacked=stacked, last_token=last_token)]).run(copied))
+        return Program(Pipeline(list(passes)).run(copied))
 
     def lower(self, backend: str, **options: Any) -> Any:
         """An executable made by `backend` ("reference", "onnx" or "triton"); see `loopq_compile.backends`."""
@@ -169,15 +209,17 @@ class Program:
         top_p: float | None = None,
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
+        exit_threshold: float | None = None,
     ) -> Tensor:
         """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.generate`.
 
-        With a key-value cache where the model can have one (`with_cache`), by reading all again where it cannot.
+        With a key-value cache where the model can have one (`with_cache`), by reading all again where it cannot. With
+        `exit_threshold`, loops stop early (`with_early_exit`).
         """
         from loopq_compile.generation import generate
 
         return generate(
-            self,
+            Chosen(self, exit_threshold=exit_threshold),
             input_ids,
             max_new_tokens,
             attention_mask=attention_mask,
@@ -206,25 +248,35 @@ class Program:
 
         return ProgramForCausalLM(self, generation_config)
 
-    def decoder(self) -> Decoder:
+    def decoder(self, exit_threshold: float | None = None) -> Decoder:
         """What `generate` asks for the next token.
 
         Raises:
-            LoopQError: the program takes more than token ids and an attention mask.
+            LoopQError: the program takes more than token ids and an attention mask, or `exit_threshold` is given and it
+                has no exit gate.
         """
         signature = get_state(self.graph_module).signature
         if has_cache(signature):
-            return CachedDecoder(self, signature, self.loops.count)
+            check_early_exit(signature, exit_threshold)
+            return CachedDecoder(self, signature, self.loops.count, exit_threshold)
+        if has_early_exit(signature):
+            return self.reader(exit_threshold)
+        if exit_threshold is not None:
+            make = partial(self.with_early_exit, cache=True, last_token=True)
+            early = self._variants.get(self.graph_module, "early exit", make)
+            return (self.with_early_exit() if early is None else early).decoder(exit_threshold)
         reader, cached = self.reader(), self.cached(last_token=True)
         return reader if cached is None else cached.decoder()
 
-    def reader(self) -> RecomputingDecoder:
+    def reader(self, exit_threshold: float | None = None) -> RecomputingDecoder:
         """Logits of whole texts, from token ids and an attention mask.
 
         Raises:
             LoopQError: the program takes more than these and position ids.
         """
-        inputs = get_state(self.graph_module).signature.inputs
+        signature = get_state(self.graph_module).signature
+        extra = {EXIT_THRESHOLD: exit_threshold} if has_early_exit(signature) else {}
+        inputs = [spec for spec in signature.inputs if spec.name not in extra]
         first, *others = [spec.name for spec in inputs]
         if not set(others) <= {"attention_mask", "position_ids"} or inputs[0].dtype.is_floating_point:
             raise LoopQError(
@@ -235,7 +287,7 @@ class Program:
         def run(ids: Tensor, mask: Tensor | None = None) -> Any:
             mask = torch.ones_like(ids) if mask is None else mask
             known = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
-            return self(**{first: ids}, **{name: known[name].to(ids) for name in others})
+            return self(**{first: ids}, **{name: known[name].to(ids) for name in others}, **extra)
 
         return RecomputingDecoder(run, takes_mask=bool(others))
 
@@ -244,19 +296,11 @@ class Program:
 
         Made anew when a pass has changed graph or tensors. Where `last_token` is not possible, with all logits.
         """
-        tensors = [*self.graph_module.parameters(), *self.graph_module.buffers()]
-        key = (self.graph_module.code, tuple(map(id, tensors)))
-        if self._decoding is None or self._decoding[0] != key:
-            self._decoding = (key, {})
-        made = self._decoding[1]
         for wanted in dict.fromkeys((last_token, False)):
-            if wanted not in made:
-                try:
-                    made[wanted] = self.with_cache(last_token=wanted)
-                except LoopQError:
-                    made[wanted] = None
-            if made[wanted] is not None:
-                return made[wanted]
+            make = partial(self.with_cache, last_token=wanted)
+            found = self._variants.get(self.graph_module, f"last_token={wanted}", make)
+            if found is not None:
+                return found
         return None
 
     def report(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class RolledLoop(nn.Module):
@@ -25,6 +26,8 @@ class RolledLoop(nn.Module):
         skipped: iterations that stand in front of the loop, because they are not like the others.
         number: which of the program's loops this is (`LoopTag.loops[0]`).
         scanned: which shared values the body gets one entry of, that of its iteration: key-value caches `[loops, ...]`.
+        survival: for loops that stop early, which part of the state holds every token's probability to go on; see the
+            pass `exit-early`. None: all iterations run.
     """
 
     def __init__(
@@ -35,17 +38,20 @@ class RolledLoop(nn.Module):
         skipped: int = 0,
         number: int = 0,
         scanned: Sequence[int] = (),
+        survival: int | None = None,
     ) -> None:
         super().__init__()
-        self.scanned = tuple(scanned)
+        self.scanned, self.survival = tuple(scanned), survival
         self.body, self.count, self.rows, self.skipped, self.number = body, count, rows, skipped, number
 
-    def forward(self, state: Sequence[Tensor], shared: Sequence[Any]) -> tuple[Tensor, ...]:
+    def forward(self, state: Sequence[Tensor], shared: Sequence[Any], *threshold: Tensor) -> tuple[Tensor, ...]:
         """The state behind the last iteration, then everything collected, `[count, ...]` each.
 
         Args:
             state: what the first iteration starts from.
             shared: tensors and sizes that all iterations read.
+            threshold: a number, where the loop may stop early (`goes_on`). For iterations that do not run, the results
+                of the last one that did are collected.
         """
         current, collected = list(state), []
         for iteration in range(self.count):
@@ -53,10 +59,32 @@ class RolledLoop(nn.Module):
             results = self.body(min(iteration, self.rows - 1), *current, *given)
             current = list(results[: len(current)])
             collected.append(results[len(current) :])
+            if self.survival is not None and not _may_go_on(current[self.survival], *threshold):
+                break
+        collected += collected[-1:] * (self.count - len(collected))
         return (*current, *(torch.stack(values) for values in zip(*collected, strict=True)))
 
     def extra_repr(self) -> str:
-        return f"count={self.count}, rows={self.rows}, skipped={self.skipped}"
+        early = "" if self.survival is None else f", survival={self.survival}"
+        return f"count={self.count}, rows={self.rows}, skipped={self.skipped}{early}"
+
+
+def goes_on(survival: Tensor, threshold: Tensor) -> Tensor:
+    """Whether a loop runs once more: while, for some token, the probability to have stopped is below `threshold`.
+
+    Args:
+        survival: probability of each token to have come through all iterations so far, 0 for tokens that do not count.
+        threshold: a number. From 1 on the loop never stops early, not even where probabilities are rounded to 1.
+
+    Returns:
+        A bool tensor without dimensions.
+    """
+    return (survival.amax(list(range(survival.ndim))) > 1 - threshold) | (threshold >= 1)
+
+
+def _may_go_on(survival: Tensor, threshold: Tensor) -> bool:
+    # Without values (shapes are being inferred) all iterations are looked at.
+    return isinstance(survival, FakeTensor) or bool(goes_on(survival, threshold))
 
 
 def rolled_loops(graph_module: fx.GraphModule) -> list[RolledLoop]:

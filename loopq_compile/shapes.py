@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from loopq_compile.signature import Signature
+from loopq_compile.signature import LOOPS_AXIS, Signature
 from loopq_compile.state import get_state, get_tensor
 
 TYPE = "loopq_type"
@@ -34,7 +35,8 @@ def infer_shapes(graph_module: fx.GraphModule) -> None:
     """Computes `node.meta["val"]` of every node anew from those of the inputs, with symbolic batch and sequence."""
     inputs = [node.meta.get("val") for node in graph_module.graph.nodes if node.op == "placeholder"]
     if any(value is None for value in inputs):
-        inputs = symbolic_inputs(get_state(graph_module).signature)
+        state = get_state(graph_module)
+        inputs = symbolic_inputs(state.signature, state.loops.count)
     mode = inputs[0].fake_mode  # type: ignore[union-attr]
     with torch.no_grad(), enable_python_dispatcher():  # PyTorch's C++ has no symbolic sizes for `pad`
         FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
@@ -43,11 +45,14 @@ def infer_shapes(graph_module: fx.GraphModule) -> None:
         node.meta[TYPE] = _type(graph_module, node, names)
 
 
-def symbolic_inputs(signature: Signature) -> list[Tensor]:
-    """Fake tensors for the inputs; dimensions of one name share a symbol."""
+def symbolic_inputs(signature: Signature, loops: int) -> list[Tensor]:
+    """Fake tensors for the inputs; dimensions of one name share a symbol. A graph runs a fixed number of `loops`."""
+    specs = [
+        replace(s, shape=tuple(loops if size == LOOPS_AXIS else size for size in s.shape)) for s in signature.inputs
+    ]
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False, allow_non_fake_inputs=True)
     sizes: dict[str, Any] = {}
-    for spec in signature.inputs:
+    for spec in specs:
         example = torch.zeros(
             [size if isinstance(size, int) else 5 + len(size) for size in spec.shape], dtype=spec.dtype
         )
@@ -57,10 +62,7 @@ def symbolic_inputs(signature: Signature) -> list[Tensor]:
             if isinstance(name, str) and " + " not in name:
                 sizes.setdefault(name, size)
     with mode:
-        return [
-            torch.empty([_named_size(size, sizes) for size in spec.shape], dtype=spec.dtype)
-            for spec in signature.inputs
-        ]
+        return [torch.empty([_named_size(size, sizes) for size in spec.shape], dtype=spec.dtype) for spec in specs]
 
 
 def _named_size(size: int | str, sizes: dict[str, Any]) -> Any:

@@ -166,6 +166,25 @@ def result_names(outputs: pytree.TreeSpec) -> list[str]:
     return names
 
 
+def named_results(outputs: pytree.TreeSpec, values: Sequence[Any]) -> list[str]:
+    """Names for the flat results of a program that is going to return a dict: their own where they have one.
+
+    The first without one, if it runs over batch, sequence and vocabulary, is called logits, as files' readers expect.
+
+    Args:
+        outputs: the structure the results have now.
+        values: the results, fake tensors among them.
+    """
+    names = result_names(outputs)
+    made: list[str] = []
+    for number, (name, value) in enumerate(zip(names, values, strict=True)):
+        if not name:
+            is_logits = "logits" not in (*names, *made) and isinstance(value, Tensor) and value.ndim == 3
+            name = "logits" if is_logits else f"output_{number}"
+        made.append(name)
+    return made
+
+
 def signature_to_dict(signature: Signature) -> dict[str, Any]:
     """Plain values for JSON. An output type that PyTorch cannot name in a file is kept as a dict by field name."""
     try:

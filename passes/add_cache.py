@@ -27,10 +27,12 @@ from loopq_compile.passes.cache_regions import (
     shape_of,
     where,
 )
+from loopq_compile.passes.cache_store import CacheStore, cache_shape
+from loopq_compile.passes.insert import inserting
 from loopq_compile.passes.last_rows import LastRows
 from loopq_compile.passes.learned_positions import find_tables, read_by_token
 from loopq_compile.shapes import infer_shapes
-from loopq_compile.signature import LOOPS_AXIS, PAST, TOTAL, InputSpec, result_names
+from loopq_compile.signature import LOOPS_AXIS, PAST, TOTAL, InputSpec, named_results
 from loopq_compile.state import CompilerState
 
 _aten = torch.ops.aten
@@ -54,6 +56,8 @@ class AddCache(Pass):
         stacked: caches of one layer stand in one tensor for all iterations of its loop, `[loops, batch, heads, past,
             size]`, which `roll-loops` turns into a cache that a loop reads and writes by row.
         last_token: `logits` are those of the last token alone, `[batch, 1, vocabulary]`; the head runs on no other.
+        kv_bits: 8 or 4 stores keys and values as integers, with scales beside them (`.key_scale`, `.value_scale`).
+            Attention reads what is stored, that of new tokens too, so a prompt gives the same in one call as in many.
 
     Does nothing to a graph that has a cache already.
 
@@ -62,9 +66,9 @@ class AddCache(Pass):
             node, loop and source line.
     """
 
-    def __init__(self, *, stacked: bool = False, last_token: bool = False) -> None:
+    def __init__(self, *, stacked: bool = False, last_token: bool = False, kv_bits: int | None = None) -> None:
         super().__init__()
-        self.stacked, self.last_token = stacked, last_token
+        self.stacked, self.last_token, self.kv_bits = stacked, last_token, kv_bits
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
@@ -74,7 +78,7 @@ class AddCache(Pass):
         attention = find_attention(regions)
         inside = {node for found in attention for node in (found.node, *found.inside)}
         check_tokens(regions, inside)
-        _Cacher(state, regions, attention, self.stacked).run()
+        _Cacher(state, regions, attention, self.stacked, self.kv_bits).run()
         if self.last_token:
             _keep_last(regions)
         graph_module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
@@ -86,13 +90,17 @@ class AddCache(Pass):
 
 
 class _Cacher:
-    def __init__(self, state: CompilerState, regions: Regions, attention: list[Attention], stacked: bool) -> None:
-        self.state, self.regions, self.attention = state, regions, attention
+    def __init__(
+        self, state: CompilerState, regions: Regions, attention: list[Attention], stacked: bool, bits: int | None
+    ) -> None:
+        self.state, self.regions, self.attention, self.bits = state, regions, attention, bits
         self.graph = regions.graph_module.graph
         self.inside = {node for found in attention for node in found.inside}
         self.slots = _slots(attention) if stacked else [[found] for found in attention]
-        self.stacked = stacked
-        self.specs: list[InputSpec] = []
+        self.stacks = {found.node for found in attention if stacked and _loop_of(found) is not None}
+        self.inputs: dict[tuple[int, str], list[fx.Node]] = {}
+        self.pasts: dict[tuple[fx.Node, str], list[fx.Node]] = {}
+        self.stores: dict[tuple[fx.Node, str], CacheStore] = {}
         self.variants: dict[tuple[fx.Node, bool], fx.Node] = {}
 
     def run(self) -> None:
@@ -111,7 +119,7 @@ class _Cacher:
         masks = Masks(self.regions, self.rows, mask)
         for found in self.attention:
             masks.apply(found)
-        presents: dict[tuple[fx.Node, str], fx.Node] = {}
+        presents: dict[tuple[fx.Node, str], list[fx.Node]] = {}
         for found in self.attention:
             for kind, entry in (("key", found.key), ("value", found.value)):
                 presents[found.node, kind] = self._append(found, entry, kind, stems[found.node, kind])
@@ -129,25 +137,14 @@ class _Cacher:
         else:
             specs = [replace(s, shape=("batch", TOTAL)) if s.name == ATTENTION_MASK else s for s in specs]
         last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
-        self.pasts: dict[tuple[fx.Node, str], fx.Node] = {}
         with self.graph.inserting_after(last):
             spot = self.graph.call_function(_aten.sym_size.int, (ids, 1))
         self.new = spot
         spot.name = "new_tokens"
         for number, group in enumerate(self.slots):
             for kind in ("key", "value"):
-                shape = _cache_shape(self.regions, stems[group[0].node, kind][0], group[0])
-                name = f"{PAST_PREFIX}{number}.{kind}"
-                is_stack = self.stacked and _loop_of(group[0]) is not None
-                specs.append(InputSpec(name, _dtype(stems[group[0].node, kind][0]), (*[LOOPS_AXIS][:is_stack], *shape)))
-                with self.graph.inserting_before(spot):
-                    past = self.graph.placeholder(name.replace(".", "_"))
-                for row, found in enumerate(group):
-                    self.pasts[found.node, kind] = past
-                    if is_stack:
-                        with self.graph.inserting_after(self.new):
-                            read = self.graph.call_function(_aten.select.int, (past, 0, row))
-                        self.pasts[found.node, kind] = read
+                specs += self._add_cache(number, kind, group, stems[group[0].node, kind][0])
+        past = self.inputs[len(self.slots) - 1, "value"][-1]
         axis = next(index for index, size in enumerate(specs[-1].shape) if size == PAST)
         with self.graph.inserting_before(spot):
             self.past = self.graph.call_function(_aten.sym_size.int, (past, axis))
@@ -160,6 +157,27 @@ class _Cacher:
             signature, parameters=(*signature.parameters, *names), inputs=tuple(specs), constants=constants
         )
         return mask
+
+    def _add_cache(self, number: int, kind: str, group: list[Attention], stem: fx.Node) -> list[InputSpec]:
+        """Placeholders for the keys or values of one slot."""
+        *leading, size = cache_shape(self.regions, stem, group[0])
+        assert isinstance(size, int)
+        store = CacheStore(size, stem.meta["val"].dtype, self.bits)
+        specs, is_stack = [], group[0].node in self.stacks
+        nodes = self.inputs[number, kind] = []
+        for suffix, dtype, last in store.parts:
+            name = f"{PAST_PREFIX}{number}.{kind}{suffix}"
+            specs.append(InputSpec(name, dtype, (*[LOOPS_AXIS][:is_stack], *leading, last)))
+            with self.graph.inserting_before(self.new):
+                nodes.append(self.graph.placeholder(name.replace(".", "_")))
+        for row, found in enumerate(group):
+            self.stores[found.node, kind] = store
+            self.pasts[found.node, kind] = list(nodes)
+            if is_stack:
+                with self.graph.inserting_after(self.new):
+                    reads = [self.graph.call_function(_aten.select.int, (node, 0, row)) for node in nodes]
+                self.pasts[found.node, kind] = reads
+        return specs
 
     def _size(self, node: Any, total: bool) -> Any:
         """A size as the token region (`total=False`) or the region of positions needs it."""
@@ -225,55 +243,54 @@ class _Cacher:
 
     def _append(
         self, found: Attention, entry: tuple[fx.Node, int], kind: str, stem: tuple[fx.Node, list[fx.Node]]
-    ) -> fx.Node:
-        """Puts `cat(past, new)` in front of an attention; returns it."""
+    ) -> list[fx.Node]:
+        """Puts `cat(past, new)` in front of an attention; returns what is cached, for stacks the new part."""
         source, between = stem
         reader, position = entry
-        tag = get_tag(found.node)
-        with self.graph.inserting_before(reader):
-            args: Any = ([self.pasts[found.node, kind], source], len(shape_of(source)) - 2)
-            present = self.graph.create_node("call_function", _aten.cat.default, args, name=f"present_{kind}")
-            set_tag(present, tag)
-            copies = {source: present}
+        tag, store, axis = get_tag(found.node), self.stores[found.node, kind], len(shape_of(source)) - 2
+        with inserting(self.graph, before=reader, tag=tag):
+            pieces = store.write(self.graph, source)
+            joined = [
+                self.graph.create_node("call_function", _aten.cat.default, (pair, axis), name=f"present_{kind}")
+                for pair in map(list, zip(self.pasts[found.node, kind], pieces, strict=True))
+            ]
+            copies = {source: store.read(self.graph, joined)}
             for node in between:
                 args = map_arg(node.args, lambda a: self.total if a is self.new else copies.get(a, a))
                 copies[node] = self.graph.create_node("call_function", node.target, args, dict(node.kwargs), node.name)
-                set_tag(copies[node], tag)
         last = between[-1] if between else source
         reader.args = (*reader.args[:position], copies[last], *reader.args[position + 1 :])
-        return present
+        return pieces if found.node in self.stacks else joined
 
-    def _add_outputs(self, presents: dict[tuple[fx.Node, str], fx.Node]) -> None:
+    def _add_outputs(self, presents: dict[tuple[fx.Node, str], list[fx.Node]]) -> None:
         output = next(node for node in self.graph.nodes if node.op == "output")
         values = list(output.args[0])  # type: ignore[arg-type]
-        names = _output_names(result_names(self.state.signature.outputs), values)
+        names = named_results(self.state.signature.outputs, [_value(value) for value in values])
         for number, group in enumerate(self.slots):
             for kind in ("key", "value"):
-                parts = [presents[found.node, kind] for found in group]
-                if self.stacked and _loop_of(group[0]) is not None:
-                    with self.graph.inserting_before(output):
-                        parts = [self.graph.call_function(_aten.stack.default, (parts,))]
-                values += parts
-                names.append(f"{PRESENT_PREFIX}{number}.{kind}")
+                store = self.stores[group[0].node, kind]
+                for part, (suffix, _, _) in enumerate(store.parts):
+                    rows = [presents[found.node, kind][part] for found in group]
+                    stacked, past = group[0].node in self.stacks, self.inputs[number, kind][part]
+                    values.append(self._stack(rows, past, output) if stacked else rows[0])
+                    names.append(f"{PRESENT_PREFIX}{number}.{kind}{suffix}")
         output.args = (tuple(values),)
         structure = pytree.tree_structure(dict.fromkeys(names, 0))
         self.state.signature = replace(self.state.signature, outputs=structure)
 
+    def _stack(self, rows: list[fx.Node], past: fx.Node, output: fx.Node) -> fx.Node:
+        """The new entries of a loop's iterations behind those of earlier calls, `[loops, ...]`."""
+        with self.graph.inserting_before(output):
+            stack = self.graph.call_function(_aten.stack.default, (rows,))
+            return self.graph.call_function(_aten.cat.default, ([past, stack], len(shape_of(past)) - 2))
+
+
+def _value(result: Any) -> Any:
+    return result.meta.get("val") if isinstance(result, fx.Node) else None
+
 
 def _map_sizes(node: fx.Node, size: Any) -> None:
     node.args, node.kwargs = map_arg(node.args, size), map_arg(node.kwargs, size)
-
-
-def _output_names(names: list[str], values: list[Any]) -> list[str]:
-    """Names of a program's flat results; the first without one, if it runs over batch, sequence and vocabulary, is
-    called logits, as the file's readers expect."""
-    made: list[str] = []
-    for number, (name, value) in enumerate(zip(names, values, strict=True)):
-        if not name:
-            is_logits = "logits" not in (*names, *made) and len(shape_of(value)) == 3
-            name = "logits" if is_logits else f"output_{number}"
-        made.append(name)
-    return made
 
 
 def _loop_of(found: Attention) -> int | None:
@@ -294,29 +311,6 @@ def _slots(attention: list[Attention]) -> list[list[Attention]]:
             seen[iteration] += 1
         slots.setdefault(key, []).append(found)
     return list(slots.values())
-
-
-def _cache_shape(regions: Regions, stem: fx.Node, found: Attention) -> tuple[int | str, ...]:
-    batch = str(shape_of(regions.ids)[0])
-    mask_batch = str(shape_of(regions.mask)[0]) if regions.mask is not None else batch
-    shape: list[int | str] = []
-    for size in shape_of(stem):
-        if regions.carries(size):
-            shape.append(PAST)
-        elif str(size) in (batch, mask_batch):
-            shape.append("batch")
-        elif isinstance(size, int):
-            shape.append(size)
-        else:
-            raise LoopQError(
-                f"Keys and values must be [batch, heads, sequence, size] to be cached: {where(found.node)} reads "
-                f"{stem.name!r} {list(shape_of(stem))}."
-            )
-    return tuple(shape)
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    return node.meta["val"].dtype
 
 
 def _keep_last(regions: Regions) -> None:

@@ -2,7 +2,7 @@
 
 In front of a group of quantized linears stands, for every loop,
 
-    x ─▶ [rms_norm | silu(·) * up] ─▶ [mul(·, diagonal[t])] ─▶ [kronecker(·, left[t], right[t])] ─▶ quantize ─▶ …
+    x ─▶ [norm | activation(·) [* up]] ─▶ [mul(·, diagonal[t])] ─▶ [kronecker(·, left[t], right[t])] ─▶ quantize ─▶ …
 
 with a static scale, a row of a table, or `dynamic_scale` with a row of clip ratios. `match_activation` reads this
 backwards from the quantize node, takes what fits one kernel, and says why the rest stays outside.
@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from loopq_compile.loops import get_tag
 from loopq_compile.operators import ops
+from loopq_compile.passes.front import Front, match_front
 from loopq_compile.state import get_state, get_tensor
 
 _aten = torch.ops.aten
@@ -78,9 +79,7 @@ class Activation:
     group_size: int
     bits: int
     limit: int
-    up: fx.Node | None = None
-    gain: fx.Node | None = None
-    eps: float | None = None
+    front: Front | None = None
     diagonal: fx.Node | None = None
     left: fx.Node | None = None
     right: fx.Node | None = None
@@ -90,9 +89,10 @@ class Activation:
 
     def arguments(self) -> tuple[Any, ...]:
         """In the order of the operator."""
+        front = self.front or Front(self.x, "", set())
+        before = (front.up, front.activation, front.norm, front.gain, front.shift, front.eps)
         tables = (self.diagonal, self.left, self.right, self.table)
-        numbers = (self.loop, self.group_size, self.bits, self.limit)
-        return (self.x, self.up, self.gain, self.eps, *tables, *numbers)
+        return (self.x, *before, *tables, self.loop, self.group_size, self.bits, self.limit)
 
 
 def record(graph_module: fx.GraphModule, entries: list[Entry]) -> None:
@@ -139,7 +139,7 @@ def match_activation(graph_module: fx.GraphModule, quantize: fx.Node, limits: Li
     own = {quantize, quantize.args[1]}
     _match_transform(graph_module, found, own, rows, limits)
     if not found.reason:
-        _match_front(found, own, width)
+        _take_front(found, own)
     found.parts.append("quantize" if not limit else "dynamic quantize")
     found.loop = _common_loop(graph_module, quantize, rows)
     return found
@@ -178,23 +178,18 @@ def _match_transform(
                 break
 
 
-def _match_front(found: Activation, own: set[Any], width: int) -> None:
-    """Takes the RMS norm or the SwiGLU in front of it into `found`."""
-    node = found.x
-    if node.target is _aten.rms_norm.default and node.args[1] == [width]:
-        if _is_private(found, node, own):
-            x, _, gain, eps = (*node.args, None, None)[:4]
-            found.x, found.gain = x, gain  # type: ignore[assignment]
-            found.eps = torch.finfo(torch.float32).eps if eps is None else eps  # type: ignore[assignment]
-            found.parts.insert(0, "rms_norm")
-    elif node.target is _aten.mul.Tensor:
-        for gate, up in (node.args, node.args[::-1]):
-            if isinstance(gate, fx.Node) and isinstance(up, fx.Node) and gate.target is _aten.silu.default:
-                fits = gate.args[0].meta["val"].shape == up.meta["val"].shape  # type: ignore[union-attr]
-                if fits and _is_private(found, node, own) and _is_private(found, gate, {node}):
-                    found.x, found.up = gate.args[0], up  # type: ignore[assignment]
-                    found.parts.insert(0, "swiglu")
-                break
+def _take_front(found: Activation, own: set[Any]) -> None:
+    """Takes the norm or the activation function in front of it into `found`."""
+    front = match_front(found.x)
+    if front is None:
+        found.reason = f"in front of it stands {_describe(found.x)}, which no kernel takes in"
+    elif all(_is_private(found, node, own | front.nodes) for node in front.nodes):
+        found.x, found.front = front.x, front
+        found.parts.insert(0, front.part)
+
+
+def _describe(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_function" else node.op
 
 
 def _is_private(found: Activation, node: fx.Node, own: set[Any]) -> bool:

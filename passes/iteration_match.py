@@ -9,6 +9,7 @@ What a body node reads is, in every iteration, one of these:
 - the same value in all iterations: shared, an argument of the body;
 - different constants: rows of a table. Rows of one stored table are read from it; different weights are stacked, a
   dequantized one as integers and scales; everything else is computed now;
+- the number of the iteration, where an operator of `loopq::` reads rows itself: the row number;
 - a row of an input for each iteration, `past[t]`: a key-value cache, of which the body gets its iteration's entry;
 - different values that do not depend on the loop: stacked in front of it.
 
@@ -154,6 +155,8 @@ class _Matcher:
         """The body's value for what `readers` have as one of their arguments."""
         first = values[0]
         if not any(isinstance(value, fx.Node) for value in values):
+            if self._counts(readers, values):
+                return self.match.row
             for t, value in enumerate(values):
                 if type(value) is not type(first) or value != first:
                     raise self._mismatch(t, readers[t], f"{_call(readers[t])} with the number {value}, not {first}")
@@ -172,6 +175,11 @@ class _Matcher:
         if len(values) > 1 and not any(value in self.depends or _is_size(value) for value in values):
             return self._row(("stack", *values), Shared(f"{first.name}_rows", stack=tuple(values)))
         return self._state(readers, values)
+
+    def _counts(self, readers: Sequence[fx.Node], values: Sequence[Any]) -> bool:
+        """Whether a fused operator is given the number of the iteration, by which it reads its tables."""
+        own = getattr(readers[0].target, "namespace", "") == "loopq" and len(values) > 1
+        return own and list(values) == list(range(self.skipped, self.skipped + len(values)))
 
     def _is_scanned(self, values: Sequence[fx.Node]) -> bool:
         """Whether iteration `t` reads entry `t` of an input."""

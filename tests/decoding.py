@@ -147,7 +147,7 @@ def decode(
 ) -> Tensor:
     """Logits of all tokens, read `chunks` at a time through the cache."""
     sizes = {"batch": len(tokens), "past": 0, "loops": loops}
-    past = {s.name: torch.zeros([sizes.get(d, d) for d in s.shape]) for s in signature.inputs[2:]}
+    past = {s.name: torch.zeros([sizes.get(d, d) for d in s.shape], dtype=s.dtype) for s in signature.inputs[2:]}
     logits, at = [], 0
     for length in chunks:
         result = run(input_ids=tokens[:, at : at + length], attention_mask=mask[:, : at + length], **past)

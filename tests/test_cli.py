@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 import loopq_compile as lq
 from loopq_compile import bundled
 from loopq_compile.cli import app
+from loopq_compile.cli.generate import unescaped
 from tests.cli_models import TEXT, WORDS, tiny_llama, tiny_ouro, tokenizer
 
 
@@ -103,7 +104,7 @@ def test_compile_with_all_options(tmp_path: Path) -> None:
 
 def test_export_for_onnxruntime_genai(program: Path, tmp_path: Path) -> None:
     printed = run("export", program, "--out", tmp_path / "genai", "--genai").output
-    assert "past_key_values.0.key" in printed, "a cache comes with it"
+    assert "past_key_values.0" in printed, "a cache comes with it"
     assert "byte-level BPE" in printed, "that runtime has no reader for this tokenizer"
     model = json.loads((tmp_path / "genai" / "genai_config.json").read_text())["model"]
     assert model["eos_token_id"] == WORDS.index("<|endoftext|>") and model["decoder"]["num_hidden_layers"] == 2
@@ -155,6 +156,33 @@ def test_export_reports_what_it_wrote(program: Path, exported: Path, tmp_path: P
     report = run_json("export", program, "--out", tmp_path / "again", "--target", "qdq", "--form", "unrolled")
     assert report["bytes"] == (tmp_path / "again" / "model.onnx").stat().st_size
     assert report["nodes"]["DequantizeLinear"] > 0 and report["integer_weights"]
+
+
+def test_sampling_options_without_sampling_are_refused(exported: Path) -> None:
+    command = ["generate", exported, "--prompt", "w1"]
+    assert "--temperature and --top-k would change nothing" in fails(*command, "--temperature", 0.5, "--top-k", 3)
+    assert "temperature must be positive" in fails(*command, "--do-sample", "--temperature", 0)
+    assert "--stop is empty" in fails(*command, "--stop", "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("a", "a"), (r"\n\n", "\n\n"), (r"x\ty", "x\ty"), (r"\\n", r"\n"), (r"\d", r"\d"), ("ü", "ü")]
+)
+def test_line_breaks_in_stop_texts(typed: str, meant: str) -> None:
+    assert unescaped(typed) == meant
+
+
+def test_export_to_kernels_needs_no_gpu(program: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kernels"
+    report = run_json("export", program, "--out", out, "--target", "triton", "--sm", "90")
+    assert report["architectures"] == [90] and report["kernels"] > 3 and report["bytes"] > 10_000
+    assert {"kernels.json", "kernels.safetensors", "tokenizer.json", "program.json"} <= {p.name for p in out.iterdir()}
+    run("verify", out)
+    assert "--sm goes with --target triton" in fails("export", program, "--out", tmp_path / "no", "--sm", "90")
+    assert "are for ONNX files" in fails("export", program, "--out", tmp_path / "no", "--target", "triton", "--cache")
+    assert "sm_75 is not supported" in fails(
+        "export", program, "--out", tmp_path / "no", "--target", "triton", "--sm", "75"
+    )
 
 
 def test_generate_from_model_program_and_onnx(program: Path, exported: Path) -> None:

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array, sizes
 from loopq_compile.backends.onnx.prepare import Origin
 from loopq_compile.backends.onnx.qdq import lower_to_qdq
+from loopq_compile.backends.onnx.rotary import fuse_rotary
 from loopq_compile.backends.onnx.translate import DOMAIN
 from loopq_compile.errors import LoopQError
 
@@ -44,7 +45,7 @@ def lower_to_contrib(model: ir.Model, origins: Mapping[str, Origin], *, head_bit
         if not heads:
             raise LoopQError(f"head_bits={head_bits} needs logits that come straight from a linear head.")
         made += [_lower_head(graph, node, head_bits) for node in heads]
-    if any(made):
+    if fuse_rotary(graph) or any(made):
         model.opset_imports[CONTRIB] = 1
     for op_type in ("Dequantize", "Quantize", "DynamicScale", "Row"):
         for node in [node for node in graph if node.domain == DOMAIN and node.op_type == op_type]:

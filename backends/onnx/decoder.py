@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loopq_compile.backends.onnx.loop import LOOPS
-from loopq_compile.decoding import empty_cache, present_name
+from loopq_compile.decoding import cache_inputs, empty_cache, present_name
+from loopq_compile.early_exit import EXIT_THRESHOLD, LOOPS_SPENT, has_early_exit, threshold_tensor
 from loopq_compile.errors import LoopQError
 from loopq_compile.signature import Signature
 
@@ -24,16 +25,21 @@ class OnnxDecoder:
         session: an `onnxruntime.InferenceSession` of a file with a cache.
         signature: its calling convention.
         loops: iterations of a rolled file, None for an unrolled one.
+        exit_threshold: for files that may stop early; `loops_spent` has the loops of every call.
 
     Raises:
         LoopQError: the file returns no `logits`.
     """
 
-    def __init__(self, session: Any, signature: Signature, loops: int | None) -> None:
+    def __init__(
+        self, session: Any, signature: Signature, loops: int | None, exit_threshold: float | None = None
+    ) -> None:
         if _LOGITS not in [value.name for value in session.get_outputs()]:
             raise LoopQError("The file has no output called logits; text cannot be generated with it.")
         self.session, self.signature, self.loops = session, signature, loops
+        self.threshold = threshold_tensor(exit_threshold).numpy() if has_early_exit(signature) else None
         self.past: dict[str, Any] | None = None
+        self.loops_spent: list[int] = []
 
     def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits `[batch, vocabulary]` of the token behind the last; see `loopq_compile.decoding.Decoder`.
@@ -43,7 +49,7 @@ class OnnxDecoder:
         """
         from onnxruntime import OrtValue
 
-        ids, mask, *caches = self.signature.inputs
+        ids, mask, caches = cache_inputs(self.signature)
         if self.past is None:
             empty = {spec.name: empty_cache(spec, len(new_ids), self.loops or 1) for spec in caches}
             self.past = {name: OrtValue.ortvalue_from_numpy(value.numpy()) for name, value in empty.items()}
@@ -53,6 +59,9 @@ class OnnxDecoder:
         if self.loops is not None:
             binding.bind_cpu_input(LOOPS, np.array(self.loops, dtype=np.int64))
         binding.bind_output(_LOGITS)
+        if self.threshold is not None:
+            binding.bind_cpu_input(EXIT_THRESHOLD, self.threshold)
+            binding.bind_output(LOOPS_SPENT)
         for name, cache in self.past.items():
             binding.bind_ortvalue_input(name, cache)
             binding.bind_output(present_name(name))
@@ -61,5 +70,7 @@ class OnnxDecoder:
         except Exception as error:
             raise LoopQError(f"ONNX Runtime failed on {list(new_ids.shape)} tokens: {str(error)[:400]}") from error
         logits, *presents = binding.get_outputs()
+        if self.threshold is not None:
+            self.loops_spent.append(int(presents.pop(0).numpy()))
         self.past = dict(zip(self.past, presents, strict=True))
         return torch.from_numpy(logits.numpy()[:, -1])

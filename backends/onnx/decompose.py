@@ -1,5 +1,5 @@
 """Operators that torch.onnx or operator set 21 does not know, written with operators they know: some of language models
-and, out of this package's own, transforms and transition adapters.
+and, out of this package's own, transforms, transition adapters and integers in caches.
 
 torch.onnx can do this itself, by tracing the whole graph two more times; that doubled the time of an export.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loopq_compile.operators.adapter import EPSILON
+from loopq_compile.operators.cache import dequantize_cache_definition, quantize_cache_definition
 
 _aten, _loopq = torch.ops.aten, torch.ops.loopq
 
@@ -64,11 +65,13 @@ def _transition_adapter(
     return u + gate * (gain * normed + shift + low_rank)
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _aten.rms_norm.default: _rms_norm,
     _aten.diff.default: _diff,
     _loopq.kronecker.default: _kronecker,
     _loopq.transition_adapter.default: _transition_adapter,
+    _loopq.quantize_cache.default: quantize_cache_definition,
+    _loopq.dequantize_cache.default: dequantize_cache_definition,
     **{operator: _to for operator in (_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other)},
     _aten.__and__.Tensor: torch.bitwise_and,
     _aten.__or__.Tensor: torch.bitwise_or,

@@ -16,7 +16,8 @@ from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
 from loopq_compile.backends.onnx.decoder import OnnxDecoder
 from loopq_compile.backends.onnx.folder import check_references
 from loopq_compile.backends.onnx.loop import LOOPS
-from loopq_compile.decoding import Decoder, RecomputingDecoder, has_cache, with_empty_cache
+from loopq_compile.decoding import Chosen, Decoder, RecomputingDecoder, complete, has_cache
+from loopq_compile.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
 from loopq_compile.errors import LoopQError
 from loopq_compile.manifest import first_line
 
@@ -63,7 +64,8 @@ class OnnxExecutable:
         """The program's result for the same call.
 
         A rolled file also takes `loops=`, the number of loops, by default that of the program. A file with a key-value
-        cache takes `attention_mask` and `past_key_values.N.key`, `.value`; a call without them reads a prompt.
+        cache takes `attention_mask` and `past_key_values.N.key`, `.value`; a call without them reads a prompt. A file
+        written with `early_exit=True` takes `exit_threshold=`; without it all loops run.
 
         Takes PyTorch tensors or numpy arrays, and returns PyTorch tensors unless all inputs are numpy arrays. The
         result has the model's own structure; if its class is not importable here, it is a tuple (or one tensor).
@@ -75,8 +77,7 @@ class OnnxExecutable:
         as_numpy = bool(given) and all(isinstance(value, np.ndarray) for value in given)
         loops = kwargs.pop(LOOPS, None) if LOOPS in self.input_names else None
         args, kwargs = tuple(_tensor(value) for value in args), {k: _tensor(v) for k, v in kwargs.items()}
-        if has_cache(self.signature) and len(args) <= len(self.signature.parameters):
-            args, kwargs = (), with_empty_cache(self.signature, args, kwargs, self._loop_count(loops))
+        args, kwargs = complete(self.signature, args, kwargs, self._loop_count(loops))
         tensors = self.signature.bind(args, kwargs)
         feed = {
             spec.name: tensor.detach().cpu().contiguous().numpy()
@@ -93,7 +94,13 @@ class OnnxExecutable:
         return self._convention.restore(results if as_numpy else [torch.from_numpy(value) for value in results])
 
     def generate(
-        self, input_ids: Tensor, max_new_tokens: int = 32, *, loops: int | None = None, **options: Any
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 32,
+        *,
+        loops: int | None = None,
+        exit_threshold: float | None = None,
+        **options: Any,
     ) -> Tensor:
         """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.generate`.
 
@@ -101,22 +108,27 @@ class OnnxExecutable:
 
         Args:
             loops: number of loops of a rolled file.
+            exit_threshold: of a file that may stop early.
             options: as there.
         """
         from loopq_compile.generation import generate
 
-        return generate(_Loops(self, loops), input_ids, max_new_tokens, **options)
+        return generate(Chosen(self, loops=loops, exit_threshold=exit_threshold), input_ids, max_new_tokens, **options)
 
-    def decoder(self, loops: int | None = None) -> Decoder:
+    def decoder(self, loops: int | None = None, exit_threshold: float | None = None) -> Decoder:
         """What `generate` asks for the next token.
 
         Raises:
-            LoopQError: the file takes more than token ids and an attention mask.
+            LoopQError: the file takes more than token ids and an attention mask, or no threshold.
         """
-        extra = {} if loops is None else {LOOPS: loops}
+        check_early_exit(self.signature, exit_threshold)
         if has_cache(self.signature):
-            return OnnxDecoder(self.session, self.signature, self._loop_count(loops) if self._is_rolled else None)
-        first, *others = [spec.name for spec in self.signature.inputs]
+            count = self._loop_count(loops) if self._is_rolled else None
+            return OnnxDecoder(self.session, self.signature, count, exit_threshold)
+        extra: dict[str, Any] = {} if loops is None else {LOOPS: loops}
+        if has_early_exit(self.signature):
+            extra[EXIT_THRESHOLD] = exit_threshold
+        first, *others = [spec.name for spec in self.signature.inputs if spec.name != EXIT_THRESHOLD]
         if others not in ([], ["attention_mask"]):
             raise LoopQError(f"generate feeds token ids and an attention mask; this file also takes {others}.")
 
@@ -135,19 +147,6 @@ class OnnxExecutable:
         if not isinstance(loops, int) or isinstance(loops, bool) or loops < 1:
             raise LoopQError(f"loops must be a whole number from 1 on; got {loops!r}.")
         return loops
-
-
-class _Loops:
-    """A file with its loop count chosen, for `generate`."""
-
-    def __init__(self, executable: OnnxExecutable, loops: int | None) -> None:
-        self.executable, self.loops = executable, loops
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.executable(*args, **kwargs)
-
-    def decoder(self) -> Decoder:
-        return self.executable.decoder(self.loops)
 
 
 def _tensor(value: Any) -> Any:

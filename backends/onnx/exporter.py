@@ -21,11 +21,13 @@ from loopq_compile.backends.onnx.prepare import prepare
 from loopq_compile.backends.onnx.qdq import OPSET, lower_to_qdq
 from loopq_compile.backends.onnx.report import OnnxExport, describe
 from loopq_compile.backends.onnx.simplify import simplify
+from loopq_compile.backends.onnx.storage import FLOAT_BITS, store_half
 from loopq_compile.backends.onnx.translate import DOMAIN, translate
 from loopq_compile.backends.onnx.write import EXTERNAL_DATA_THRESHOLD, check_destination, write_model
 from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.passes.add_cache import AddCache
 from loopq_compile.passes.base import Pass
+from loopq_compile.passes.exit_early import ExitEarly
 from loopq_compile.passes.roll_loops import RollLoops
 from loopq_compile.passes.spell_out_attention import SpellOutAttention
 from loopq_compile.pipeline import Pipeline
@@ -46,6 +48,9 @@ def export(
     cache: bool = False,
     last_token: bool = False,
     head_bits: int | None = None,
+    kv_bits: int | None = None,
+    early_exit: bool = False,
+    float_bits: int = 32,
     overwrite: bool = True,
     external_data_threshold: int = EXTERNAL_DATA_THRESHOLD,
 ) -> OnnxExport:
@@ -68,6 +73,12 @@ def export(
         last_token: with a cache: `logits` are those of the last token, `[batch, 1, vocabulary]`.
         head_bits: target "onnxruntime": 4 or 8 rounds the weights of the language-model head, which schemes leave in
             floating point, to nearest, and what it reads to 8 bits. In small models the head is much of a step.
+        kv_bits: with a cache: 8 or 4 keeps keys and values as integers; inputs `past_key_values.N.key_scale`,
+            `.value_scale` and outputs `present.N.key_scale`, `.value_scale` hold their scales.
+        early_exit: form "rolled": the loop stops when the model's exit gate says that every token is done; an input
+            `exit_threshold` (float32, scalar), an output `loops_spent`. See the pass `exit-early`.
+        float_bits: 16 stores what stays in floating point (scales, embeddings, head, transforms) as float16; arithmetic
+            stays in single precision.
         overwrite: replace a `model.onnx` that is there already.
         external_data_threshold: bytes of weights above which they go to `model.onnx.data`.
 
@@ -75,17 +86,22 @@ def export(
         LoopQError: an unknown or not yet available option, an operator without translation, or a directory that
             cannot be written.
     """
-    _check_options(graph_module, directory, target, form, cache, last_token)
+    _check_options(graph_module, directory, target, form)
+    _check_dependent(form, cache, last_token=last_token, kv_bits=kv_bits, early_exit=early_exit)
     if head_bits is not None and (head_bits not in (4, 8) or target != "onnxruntime"):
         raise LoopQError(f"head_bits must be 4 or 8, with target='onnxruntime'; got {head_bits!r}, target={target!r}.")
+    if float_bits not in FLOAT_BITS:
+        raise LoopQError(f"float_bits must be 16 or 32; got {float_bits!r}.")
     check_destination(Path(directory), overwrite=overwrite)
     if form == "rolled":
         _check_rollable(graph_module)
     passes: list[Pass] = []
     if cache:
-        passes += [AddCache(stacked=form == "rolled", last_token=last_token), SpellOutAttention()]
+        passes += [AddCache(stacked=form == "rolled", last_token=last_token, kv_bits=kv_bits), SpellOutAttention()]
     if form == "rolled":
         passes.append(RollLoops())
+    if early_exit:
+        passes.append(ExitEarly())
     graph_module = _rewritten(graph_module, passes) if passes else graph_module
     state = get_state(graph_module)
     prepared = prepare(graph_module)
@@ -97,6 +113,8 @@ def export(
     else:
         lower_to_qdq(model, prepared.origins)
     roll(model.graph)
+    if float_bits == 16:
+        store_half(model.graph)
     _clean_up(model)
     name_everything(model, prepared.origins)
     _describe_program(model, state, prepared.outputs, target=target, form=form, cache=cache)
@@ -125,7 +143,15 @@ def _rewritten(graph_module: fx.GraphModule, passes: list[Pass]) -> fx.GraphModu
     return rewritten
 
 
-def _check_options(graph_module: Any, directory: Any, target: str, form: str, cache: bool, last_token: bool) -> None:
+def _check_dependent(form: str, cache: bool, *, last_token: bool, kv_bits: int | None, early_exit: bool) -> None:
+    for option, value in (("last_token", last_token), ("kv_bits", kv_bits)):
+        if value and not cache:
+            raise LoopQError(f"{option}={value!r} is for files with a key-value cache: give cache=True.")
+    if early_exit and form != "rolled":
+        raise LoopQError("early_exit=True needs a loop that can stop: give form='rolled'.")
+
+
+def _check_options(graph_module: Any, directory: Any, target: str, form: str) -> None:
     if not isinstance(graph_module, fx.GraphModule):
         raise LoopQError(f"export takes the graph module of a program; got {type(graph_module).__name__}.")
     if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
@@ -142,8 +168,6 @@ def _check_options(graph_module: Any, directory: Any, target: str, form: str, ca
         raise LoopQError(
             f"{half[0]!r} is in half precision; ONNX files of this version are float32: compile model.float()."
         )
-    if last_token and not cache:
-        raise LoopQError("last_token=True is for files with a key-value cache: give cache=True.")
 
 
 def _clean_up(model: ir.Model) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from loopq_compile.backends.onnx.emit import Emitter, constant, replace_value
+from loopq_compile.backends.onnx.emit import Emitter, constant, replace_value, sizes
 from loopq_compile.backends.onnx.translate import DOMAIN, EXTENT
 
 LOOPS = "loops"
@@ -48,7 +48,8 @@ def roll(graph: ir.Graph) -> None:
 def _roll(graph: ir.Graph, begin: ir.Node, end: ir.Node, loops: ir.Value) -> None:
     inside = _between(graph, begin, end)
     iteration = ir.Value(name="iteration", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
-    proceed = ir.Value(name="proceed", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    always = ir.Value(name="proceed", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    early = bool(end.attributes["early"].as_int())
     last = constant(graph, f"last_row_{begin.attributes['rows'].as_int() - 1}", begin.attributes["rows"].as_int() - 1)
     row = ir.Value(type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     nodes = [ir.node("Min", [iteration, last], outputs=[row])]
@@ -57,7 +58,7 @@ def _roll(graph: ir.Graph, begin: ir.Node, end: ir.Node, loops: ir.Value) -> Non
     state = [ir.Value(name=f"state_{i}", type=x.type, shape=x.shape) for i, x in enumerate(begin.outputs[2:])]
     for old, new in zip(begin.outputs[2:], state, strict=True):
         ir.convenience.replace_all_uses_with(old, new)
-    results = [proceed, *end.inputs]
+    results = [end.inputs[-1], *end.inputs[:-1]] if early else [always, *end.inputs]
     emitter = Emitter(graph, end)
     count = loops
     if begin.attributes["number"].as_int():
@@ -74,13 +75,28 @@ def _roll(graph: ir.Graph, begin: ir.Node, end: ir.Node, loops: ir.Value) -> Non
     initial = list(begin.inputs)
     finals = [ir.Value(type=x.type, shape=x.shape) for x in end.outputs]
     graph.remove(inside)
-    body = ir.Graph([iteration, proceed, *state], outputs, nodes=[*nodes, *inside, *tail], name="body")
+    body = ir.Graph([iteration, always, *state], outputs, nodes=[*nodes, *inside, *tail], name="body")
     loop = ir.node("Loop", [count, None, *initial], {"body": body}, outputs=finals)
     graph.insert_before(end, [loop])
-    for old, new in zip(end.outputs, finals, strict=True):
+    fill = _fill_up(emitter, count, finals[len(state) :]) if early else finals[len(state) :]
+    for old, new in zip(end.outputs, [*finals[: len(state)], *fill], strict=True):
         replace_value(old, new)
     graph.remove(end, safe=True)
     graph.remove(begin, safe=True)
+
+
+def _fill_up(emitter: Emitter, count: ir.Value, collected: list[ir.Value]) -> list[ir.Value]:
+    """What a loop that stopped early collected, with the last entry once more for every iteration that did not run."""
+    graph, kind, size = emitter.graph, ir.DataType.INT64, ir.SymbolicDim(LOOPS)
+    zero, one = constant(graph, "first_iteration", 0), constant(graph, "one_iteration", 1)
+    numbers = emitter.node("Range", [zero, count, one], kind, [size])
+    filled = []
+    for values in collected:
+        shape = emitter.node("Shape", [values], kind, [1], {"start": 0, "end": 1})
+        last = emitter.node("Sub", [shape, one], kind, [1])
+        rows = emitter.node("Min", [numbers, last], kind, [size])
+        filled.append(emitter.node("Gather", [values, rows], values.dtype, [size, *sizes(values)[1:]], {"axis": 0}))
+    return filled
 
 
 def _between(graph: ir.Graph, begin: ir.Node, end: ir.Node) -> list[ir.Node]:

@@ -116,7 +116,8 @@ def _copy_loop(graph_module: fx.GraphModule, node: fx.Node, origins: dict[str, O
         if inner.op == "call_function":
             copied[inner].name = f"{node.target}_body_{inner.name}"
             origins[copied[inner].name] = _origin(inner)
-    return RolledLoop(fx.GraphModule({}, body), loop.count, loop.rows, loop.skipped, loop.number, loop.scanned)
+    numbers = loop.count, loop.rows, loop.skipped, loop.number
+    return RolledLoop(fx.GraphModule({}, body), *numbers, loop.scanned, loop.survival)
 
 
 def _transformed_weights(graph_module: fx.GraphModule) -> dict[fx.Node, Tensor]:

@@ -25,7 +25,7 @@ import loopq_compile.operators  # noqa: F401  (registers torch.ops.loopq)
 from loopq_compile.backends.onnx.decompose import DECOMPOSITIONS
 from loopq_compile.backends.onnx.prepare import Prepared
 from loopq_compile.errors import LoopQError
-from loopq_compile.rolled import rolled_loops
+from loopq_compile.rolled import goes_on, rolled_loops
 from loopq_compile.signature import LOOPS_AXIS, PAST, TOTAL, InputSpec, Signature
 
 DOMAIN = "loopq"
@@ -138,7 +138,7 @@ class _Interpreter(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Writes the body of a rolled loop once, between two marks; `backends.onnx.loop` cuts it out again."""
         loop = self.fetch_attr(target)
-        state, shared = args
+        state, shared, *threshold = args
         about = {"number": loop.number, "count": loop.count, "rows": loop.rows, "skipped": loop.skipped}
         dtypes, shapes = [x.dtype for x in state], [x.shape for x in state]
         integers = [torch.int64, torch.int64]
@@ -154,7 +154,9 @@ class _Interpreter(fx.Interpreter):
             count = count - loop.skipped
         dtypes += [x.dtype for x in collected]
         shapes += [(count, *x.shape) for x in collected]
-        return _opaques("LoopEnd", results, {"number": loop.number}, dtypes, shapes)
+        early = loop.survival is not None
+        proceed = [goes_on(results[loop.survival], *threshold)] if early else []
+        return _opaques("LoopEnd", [*results, *proceed], {"number": loop.number, "early": early}, dtypes, shapes)
 
 
 def _opaques(

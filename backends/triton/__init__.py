@@ -2,9 +2,10 @@
 
 The passes `fuse-linears` and `fuse-adapters` rewrite a private copy of the program with `loopq::quantize_packed`,
 `loopq::packed_linear` and `loopq::transition_adapter_row`; `operators` launches a kernel for each; `ahead` compiles the
-kernels without a GPU.
+kernels without a GPU, `saved` keeps them beside the program.
 """
 
 from loopq_compile.backends.triton.executable import TritonExecutable, lower
+from loopq_compile.backends.triton.saved import load, save
 
-__all__ = ["TritonExecutable", "lower"]
+__all__ = ["TritonExecutable", "load", "lower", "save"]

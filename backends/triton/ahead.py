@@ -6,28 +6,37 @@ strides, the loop) stays a run-time argument here, with the divisibility that th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.compiler.compiler import get_cache_invalidating_env_vars
+from triton.runtime.cache import get_cache_key
 
-from loopq_compile.backends.triton.configurations import DECODE, MIDDLE, PREFILL, Tile, row_warps, tuning_grid
+from loopq_compile.backends.triton.configurations import Tile, row_warps, tile_of_kind, tuning_grid
 from loopq_compile.backends.triton.cubin import needs, tensor_core_instructions
 from loopq_compile.backends.triton.kernels.adapter import adapter_kernel
 from loopq_compile.backends.triton.kernels.linear import linear_kernel, sum_parts_kernel
 from loopq_compile.backends.triton.kernels.quantize import quantize_kernel
-from loopq_compile.backends.triton.operators import INTERPRETED, row_constants
+from loopq_compile.backends.triton.operators import (
+    ADAPTER_WARPS,
+    INTERPRETED,
+    SUM_COLUMNS,
+    adapter_constants,
+    row_constants,
+)
 from loopq_compile.errors import LoopQError
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities: A100, RTX 30, RTX 40, H100, B200, RTX 50."""
 SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that one program may have (CUDA C programming guide, table of compute capabilities)."""
-_POINTERS = {"fp32": "*fp32", "bf16": "*bf16"}
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,9 @@ class Case:
         name: for people and tables.
         kernel: the `triton.jit` function.
         types: types of run-time arguments, in Triton's notation.
-        constants: compile-time arguments.
+        constants: compile-time arguments; arguments that are neither here nor in `types` are None.
         warps, stages: as in a launch.
-        aligned: run-time numbers that are multiples of 16.
+        aligned: pointers and run-time numbers that are multiples of 16.
         products: "s8" if the kernel multiplies int8 on tensor cores, "tf32" for transforms, "" for neither.
     """
 
@@ -66,6 +75,7 @@ class Compiled:
         instructions: tensor-core instructions in the PTX.
         products: what the case should multiply on tensor cores.
         warps: of a program.
+        failure: what Triton's compiler said where it gave up; the numbers are 0 then.
     """
 
     name: str
@@ -76,10 +86,13 @@ class Compiled:
     instructions: tuple[str, ...]
     products: str
     warps: int
+    failure: str = ""
 
     @property
     def problems(self) -> list[str]:
         """Why this kernel must not ship, empty if it may."""
+        if self.failure:
+            return [f"does not compile: {self.failure}"]
         found = []
         if self.spilled:
             found.append(f"spills {self.spilled} bytes")
@@ -94,10 +107,16 @@ class Compiled:
 def compile_case(case: Case, architecture: int) -> Compiled:
     """Compiles `case` for one architecture and reads what it needs.
 
+    Triton's compiler cannot do every tile on every architecture (3.8.0 stops on sm_100 with "Illegal shared layout" for
+    some); that is a result, too.
+
     Raises:
         LoopQError: as in `compile_binary`.
     """
-    binary = compile_binary(case, architecture)
+    try:
+        binary = compile_binary(case, architecture)
+    except RuntimeError as error:
+        return Compiled(case.name, architecture, 0, 0, 0, (), case.products, case.warps, str(error).splitlines()[0])
     found = needs(binary.asm["cubin"])
     return Compiled(
         case.name,
@@ -117,37 +136,88 @@ def compile_binary(case: Case, architecture: int) -> Any:
     Raises:
         LoopQError: the architecture is none of `ARCHITECTURES`, or this process interprets kernels.
     """
+    check_architecture(architecture)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    return triton.compile(_source(case), target=_target(architecture), options=options)
+
+
+def cache_key(case: Case, architecture: int) -> str:
+    """The name of the entry in Triton's cache under which a launch looks for the compiled case.
+
+    Raises:
+        LoopQError: as `compile_binary`.
+    """
+    check_architecture(architecture)
+    backend = make_backend(_target(architecture))
+    options = backend.parse_options({"num_warps": case.warps, "num_stages": case.stages})
+    key = get_cache_key(_source(case), backend, options, get_cache_invalidating_env_vars())
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def check_architecture(architecture: int) -> None:
+    """Refuses what cannot be compiled for.
+
+    Raises:
+        LoopQError: the architecture is none of `ARCHITECTURES`, or this process interprets kernels.
+    """
     if INTERPRETED:
         raise LoopQError("TRITON_INTERPRET=1 is set: kernels run on the CPU and are not compiled. Unset it.")
     if architecture not in ARCHITECTURES:
         raise LoopQError(f"sm_{architecture} is not supported; there are {', '.join(map(str, ARCHITECTURES))}.")
+
+
+def _target(architecture: int) -> GPUTarget:
+    return GPUTarget("cuda", architecture, 32)
+
+
+def _source(case: Case) -> ASTSource:
+    """What Triton compiles, in the form in which its launcher states it: that is part of the key in the cache."""
     names = case.kernel.arg_names
     signature = {name: case.types.get(name, "constexpr") for name in names}
-    pointers = [name for name, kind in case.types.items() if kind.startswith("*")]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in [*pointers, *case.aligned]}
-    source = ASTSource(case.kernel, signature, {(names.index(k),): v for k, v in case.constants.items()}, attributes)
-    options = {"num_warps": case.warps, "num_stages": case.stages}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    attributes = {
+        (parameter.num,): [["tt.divisibility", 16]] if parameter.name in case.aligned else []
+        for parameter in case.kernel.params
+        if signature[parameter.name] == "constexpr" or _is_specialized(parameter, signature[parameter.name])
+    }
+    given = {(i,): case.constants.get(name) for i, name in enumerate(names) if name not in case.types}
+    return ASTSource(case.kernel, signature, given, attributes)
+
+
+def _is_specialized(parameter: Any, kind: str) -> bool:
+    """Whether a launch looks at the value of a run-time argument."""
+    return not parameter.do_not_specialize and (kind.startswith("*") or kind in ("i32", "i64"))
+
+
+def _case(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    aligned: tuple[str, ...],
+    products: str = "",
+) -> Case:
+    """A case whose pointers are all aligned, as whole tensors are."""
+    pointers = (name for name, kind in types.items() if kind.startswith("*"))
+    return Case(name, kernel, types, constants, warps, stages, (*pointers, *aligned), products)
 
 
 def linear_case(name: str, tile: Tile, packed_codes: bool = True, group_size: int = 32) -> Case:
     """The matrix product of a layer with 2048 inputs, with bias, in bfloat16."""
     types = {"codes": "*u8" if packed_codes else "*i8", "scales": "*fp32", "weight": "*u8", "weight_scales": "*fp32"}
-    types |= {"bias": "*bf16", "out": "*fp32" if tile.split > 1 else "*bf16"}
+    types |= {"out": "*fp32"} if tile.split > 1 else {"bias": "*bf16", "out": "*bf16"}
     types |= dict.fromkeys(("rows", "columns", "row", "weight_rows"), "i32")
     constants = {
         "GROUPS": 2048 // group_size,
         "GROUP": group_size,
-        "PACKED_CODES": packed_codes,
-        "PACKED_WEIGHT": True,
-        "HAS_BIAS": True,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "SPLIT": tile.split,
         "STAGES": tile.stages,
     }
     label = f"{name} {'w4a4' if packed_codes else 'w4a8'}"
-    return Case(label, linear_kernel, types, constants, tile.warps, tile.stages, ("columns",), "s8")
+    return _case(label, linear_kernel, types, constants, tile.warps, tile.stages, ("columns",), "s8")
 
 
 def quantize_case(
@@ -156,64 +226,74 @@ def quantize_case(
     factors: tuple[int, int] | None,
     *,
     up: bool = False,
-    norm: bool = False,
+    activation: str = "",
+    norm: str = "",
     static: bool = False,
     bits: int = 4,
+    group_size: int = 32,
 ) -> Case:
     """Quantization of tokens in bfloat16 with a diagonal and, where there are factors, a transform in float32."""
     work = tl.float32 if factors else tl.bfloat16
-    constants = row_constants(width, 32, width // 32, factors, bits, 0 if static else -8, work)
-    constants |= {"HAS_UP": up, "HAS_NORM": norm, "HAS_GAIN": norm, "HAS_DIAGONAL": factors is not None}
-    floats = ("diagonal", "left", "right", "table", "scales", "scratch")
-    types = {"x": "*bf16", "up": "*bf16", "gain": "*bf16", "codes": "*u8" if bits <= 4 else "*i8"}
-    types |= dict.fromkeys(floats, "*fp32") | {"eps": "fp32", "smallest": "fp32"}
+    constants = row_constants(width, group_size, width // group_size, factors, bits, 0 if static else -8, work)
+    constants |= {"ACTIVATION": activation, "NORM": norm}
+    types = {"x": "*bf16", "codes": "*u8" if bits <= 4 else "*i8"}
+    types |= dict.fromkeys(("table", "scales"), "*fp32") | {"eps": "fp32", "smallest": "fp32"}
+    types |= {"up": "*bf16"} if up else {}
+    types |= {"gain": "*bf16"} if norm else {}
+    types |= {"shift": "*bf16"} if norm == "layer" else {}
+    types |= dict.fromkeys(("diagonal", "left", "right"), "*fp32") if factors else {}
+    if constants["D2"] != constants["P2"] or constants["STEP"]:
+        types["scratch"] = "*fp32"
     types |= dict.fromkeys(("x_stride", "up_stride", "loop", "diagonal_rows", "factor_rows", "table_rows"), "i32")
     label = f"{name} {'static' if static else 'dynamic'} a{bits}"
     warps = row_warps(constants["P1"] * constants["P2"])
     strides = ("x_stride", "up_stride")
-    return Case(label, quantize_kernel, types, constants, warps, 3, strides, "tf32" if factors else "")
+    return _case(label, quantize_kernel, types, constants, warps, 3, strides, "tf32" if factors else "")
 
 
 def adapter_case(name: str = "adapter", width: int = 2048, rank: int = 8) -> Case:
     """The transition adapter in bfloat16 with float32 tables."""
     types = dict.fromkeys(("gate", "gain", "shift", "mix", "down", "up"), "*fp32") | {"u": "*bf16", "out": "*bf16"}
     types |= dict.fromkeys(("u_stride", "loop", "table_rows"), "i32") | {"eps": "fp32"}
-    constants = {"WIDTH": width, "RANK": rank, "PADDED_RANK": triton.next_power_of_2(rank), "BLOCK": 512}
-    return Case(name, adapter_kernel, types, constants, 4, 3, ("u_stride",))
+    return _case(name, adapter_kernel, types, adapter_constants(width, rank), ADAPTER_WARPS, 3, ("u_stride",))
 
 
 def sum_case(split: int = 4) -> Case:
     """What adds up the parts of the decode variant."""
     types = {"parts": "*fp32", "bias": "*bf16", "out": "*bf16", "rows": "i32", "columns": "i32"}
-    return Case(
-        "decode sum", sum_parts_kernel, types, {"HAS_BIAS": True, "SPLIT": split, "COLUMNS": 256}, 1, 3, ("columns",)
-    )
+    return _case("decode sum", sum_parts_kernel, types, {"SPLIT": split, "COLUMNS": SUM_COLUMNS}, 1, 3, ("columns",))
 
 
-def default_cases() -> list[Case]:
-    """Every kernel in its default configuration, at the sizes of Ouro 1.4B (width 2048, MLP 5632)."""
-    split = Tile(DECODE.rows, DECODE.columns, DECODE.warps, DECODE.stages, split=4)
+def default_cases(group_size: int = 32, architecture: int | None = None) -> list[Case]:
+    """Every kernel as it runs on an architecture, at the sizes of Ouro 1.4B (width 2048, MLP 5632)."""
     cases = [
-        linear_case(name, tile, packed)
-        for name, tile in (("prefill", PREFILL), ("middle", MIDDLE), ("decode", split))
+        linear_case(
+            kind, replace(tile_of_kind(kind, architecture), split=4 if kind == "decode" else 1), packed, group_size
+        )
+        for kind in ("prefill", "middle", "decode")
         for packed in (True, False)
     ]
-    cases.append(sum_case())
-    cases += [quantize_case("quantize", 2048, None), quantize_case("quantize", 2048, None, static=True, bits=8)]
-    cases.append(quantize_case("norm+transform", 2048, (32, 64), norm=True))
-    cases.append(quantize_case("norm+transform", 2048, (32, 64), norm=True, static=True, bits=8))
-    cases.append(quantize_case("swiglu+transform", 5632, (64, 88), up=True))
+    quantize = functools.partial(quantize_case, group_size=group_size)
+    cases += [sum_case(), quantize("quantize", 2048, None), quantize("quantize", 2048, None, static=True, bits=8)]
+    cases.append(quantize("norm+transform", 2048, (32, 64), norm="rms"))
+    cases.append(quantize("norm+transform", 2048, (32, 64), norm="rms", static=True, bits=8))
+    cases.append(quantize("swiglu+transform", 5632, (64, 88), activation="silu", up=True))
+    cases.append(quantize("gelu+transform", 4096, (64, 64), activation="gelu"))
+    cases.append(quantize("gelu_tanh", 4096, None, activation="gelu_tanh"))
+    cases.append(quantize("layer norm+transform", 768, (24, 32), norm="layer"))
     return [*cases, adapter_case()]
 
 
-def tuning_cases() -> list[Case]:
+def tuning_cases(group_size: int = 32) -> list[Case]:
     """The matrix product in every tile of the tuning grid."""
     tiles = [("prefill", tile) for tile in tuning_grid(False)] + [("decode", tile) for tile in tuning_grid(True)]
-    return [linear_case(f"{name} {tile}", tile, packed) for name, tile in tiles for packed in (True, False)]
+    return [linear_case(f"{name} {tile}", tile, packed, group_size) for name, tile in tiles for packed in (True, False)]
 
 
-def compile_all(cases: Sequence[Case], architectures: Sequence[int] = ARCHITECTURES) -> Iterator[Compiled]:
-    """Compiles every case for every architecture, one result at a time."""
-    for case in cases:
-        for architecture in architectures:
+def compile_all(
+    cases: Callable[[int], Sequence[Case]], architectures: Sequence[int] = ARCHITECTURES
+) -> Iterator[Compiled]:
+    """Compiles the cases of every architecture, one result at a time; the same case of all of them in a row."""
+    for column in zip(*(cases(architecture) for architecture in architectures), strict=True):
+        for case, architecture in zip(column, architectures, strict=True):
             yield compile_case(case, architecture)

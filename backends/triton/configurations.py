@@ -1,16 +1,29 @@
 """Which tiles a kernel runs with: defaults by shape, and the grid that tuning looks at.
 
-Nothing here was measured on a GPU. The defaults follow from register and shared-memory use (`ahead`) and from the
-arithmetic in `loopq_compile.bench.kernels`.
+Nothing here was measured on a GPU. The defaults and `tiles.json`, the table that comes with the package, follow from
+register and shared-memory use (`ahead`), read from compiled kernels, and from the arithmetic in
+`loopq_compile.bench.kernels`. Where there is a GPU, `loopq-compile bench kernels --tune` measures.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from dataclasses import asdict, dataclass
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loopq_compile.errors import LoopQError
 
 DECODE_ROWS = 16
 """Up to so many rows the decode variant runs: a tile of 16 rows, split along k."""
+MIDDLE_ROWS = 128
+"""Up to so many rows a product is cut into small tiles."""
 WIDEST_PLAIN, WIDEST_TILE = 16384, 8192
 """Numbers of one token that a program holds in registers, without and with a transform (its tile is padded to powers of
 two). Tiles of 128 x 128 spill on every architecture."""
@@ -45,19 +58,120 @@ class Tile:
 
 
 PREFILL, MIDDLE, DECODE = Tile(128, 128, 8, 3), Tile(64, 64, 4, 3), Tile(16, 64, 4, 4)
+"""What runs where no table has an entry."""
+KINDS = {"decode": DECODE, "middle": MIDDLE, "prefill": PREFILL}
+Table = dict[str, dict[str, Tile]]
+"""Tiles by architecture ("90") and kind of product, a key of `KINDS`."""
+_forced: Tile | None = None
 
 
-def linear_tile(rows: int, columns: int, groups: int) -> Tile:
-    """The default tile for a product of `rows x columns` outputs over `groups` groups."""
-    if rows > 128:
-        return PREFILL
-    if rows > DECODE_ROWS:
-        return MIDDLE
+def kind_of(rows: int) -> str:
+    """The kind of a product with so many rows, a key of `KINDS`."""
+    return "decode" if rows <= DECODE_ROWS else "middle" if rows <= MIDDLE_ROWS else "prefill"
+
+
+def linear_tile(rows: int, columns: int, groups: int, architecture: int | None = None) -> Tile:
+    """The tile for a product of `rows x columns` outputs over `groups` groups.
+
+    Args:
+        architecture: compute capability times ten, whose entry in the tables is used; None for the defaults.
+    """
+    kind = kind_of(rows)
+    tile = _forced or tile_of_kind(kind, architecture)
+    if kind != "decode":
+        return tile
     split = 1
-    programs = -(-columns // DECODE.columns)
+    programs = -(-columns // tile.columns)
     while programs * split < TARGET_PROGRAMS and groups >= 2 * split * SMALLEST_SHARE:
         split *= 2
-    return Tile(DECODE.rows, DECODE.columns, DECODE.warps, DECODE.stages, split)
+    return replace(tile, split=split)
+
+
+def tile_of_kind(kind: str, architecture: int | None = None) -> Tile:
+    """What the tables have for an architecture, or the default."""
+    return tables().get(str(architecture), {}).get(kind) or KINDS[kind]
+
+
+@contextmanager
+def forcing(tile: Tile) -> Iterator[None]:
+    """Inside, every product runs with `tile`; for tuning."""
+    global _forced
+    before, _forced = _forced, tile
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@functools.cache
+def tables() -> Table:
+    """The table that comes with the package, and over it what `bench kernels --tune` found on this machine."""
+    shipped = _parsed(json.loads(Path(__file__).with_name("tiles.json").read_text())["tiles"])
+    try:
+        own = read_table(user_table())
+    except LoopQError as error:
+        warnings.warn(f"{error} The tiles that come with the package are used.", stacklevel=2)
+        own = {}
+    return {name: shipped.get(name, {}) | own.get(name, {}) for name in {*shipped, *own}}
+
+
+def user_table() -> Path:
+    """Where tuning keeps what it found: `LOOPQ_COMPILE_TILES`, or `loopq_compile/tiles.json` in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LOOPQ_COMPILE_TILES") or Path(cache) / "loopq_compile" / "tiles.json")
+
+
+def read_table(file: Path) -> Table:
+    """The tiles in a file; none if there is no such file.
+
+    Raises:
+        LoopQError: it holds something else.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        return _parsed(json.loads(file.read_text(encoding="utf-8"))["tiles"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise LoopQError(
+            f"{file} holds no tiles ({type(error).__name__}: {error}); delete it or tune again."
+        ) from error
+
+
+def write_table(file: Path, table: Table, how: str) -> None:
+    """Merges `table` into a file, with `how` it was found.
+
+    Raises:
+        LoopQError: the file cannot be written, or holds something else.
+    """
+    before = read_table(file)
+    merged = {name: before.get(name, {}) | table.get(name, {}) for name in sorted({*before, *table})}
+    plain = {name: {kind: tile.to_dict() for kind, tile in tiles.items()} for name, tiles in merged.items()}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_suffix(".tmp")
+        beside.write_text(json.dumps({"how": how, "tiles": plain}, indent=1) + "\n", encoding="utf-8")
+        beside.replace(file)
+    except OSError as error:
+        raise LoopQError(f"Cannot write {file}: {error.strerror or error}.") from error
+    tables.cache_clear()
+
+
+def _parsed(data: Any) -> Table:
+    return {str(name): {kind: _tile(kind, tile) for kind, tile in tiles.items()} for name, tiles in data.items()}
+
+
+def _tile(kind: str, data: dict[str, Any]) -> Tile:
+    """A tile that the kernels have.
+
+    Raises:
+        ValueError: they have not.
+    """
+    tile = Tile(**{name: int(value) for name, value in data.items()})
+    sizes = (tile.rows, tile.columns, tile.warps, tile.split)
+    fits = kind in KINDS and all(size > 0 and size & (size - 1) == 0 for size in sizes) and 1 <= tile.stages <= 8
+    if not fits or not 16 <= tile.rows <= 256 or not 16 <= tile.columns <= 256 or tile.warps > 16:
+        raise ValueError(f"{kind} {tile} is no tile of the kernels")
+    return tile
 
 
 def tuning_grid(decode: bool) -> list[Tile]:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from loopq_compile.backends.triton.configurations import WIDEST_PLAIN, WIDEST_TILE
+from loopq_compile.backends.triton.decode import StaticDecoder, capture_cuda_graph, check_cuda_graphs
 from loopq_compile.backends.triton.operators import INTERPRETED
 from loopq_compile.errors import LoopQError
 from loopq_compile.operators import ops
 from loopq_compile.passes.fuse_adapters import FuseAdapters
 from loopq_compile.passes.fuse_linears import FuseLinears
 from loopq_compile.passes.fusion import RESULTS, Entry, Limits
+from loopq_compile.passes.roll_loops import RollLoops
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.state import attach_state, get_state
 
@@ -41,6 +43,7 @@ class TritonExecutable(nn.Module):
         lines = get_state(graph_module).results.get(RESULTS, [])
         self.report = [Entry(**line | {"parts": tuple(line["parts"])}) for line in lines]
         """What was fused, and why the rest was not: an `Entry` for every place."""
+        self.loops = get_state(graph_module).loops.count
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same call, on the executable's device.
@@ -52,42 +55,73 @@ class TritonExecutable(nn.Module):
         with torch.no_grad():
             return self.signature.restore(self.graph_module(*inputs))
 
+    def static_decoder(self, capacity: int = 2048, *, cuda_graph: bool = True) -> StaticDecoder:
+        """What decodes with fixed shapes, a step with all loops as one CUDA graph; for `generation.generate`.
 
-def lower(program: Any, *, fallback: bool = False, device: str | torch.device | None = None) -> TritonExecutable:
+        Args:
+            capacity: most tokens of prompt and continuation together; every step costs as much as one that has so many.
+            cuda_graph: False runs the step launch by launch, on any device.
+
+        Raises:
+            LoopQError: there is no GPU, or the program has no key-value cache (`program.with_cache(last_token=True)`).
+        """
+        if cuda_graph:
+            check_cuda_graphs()
+        return StaticDecoder(self, capacity, capture_cuda_graph if cuda_graph else None)
+
+
+def lower(
+    program: Any, *, fallback: bool = False, rolled: bool = False, device: str | torch.device | None = None
+) -> TritonExecutable:
     """Fuses a private copy of a `Program` (or graph module) and moves it to a GPU.
 
     Args:
         program: with packed weights and quantized activations, not rolled.
         fallback: where no kernel can run (no GPU, an old one), run the fused graph's definitions in PyTorch, slowly.
             Where nothing can be fused, run the graph as it is.
+        rolled: the iterations of every loop as one body, to which the loop's number is an argument: a graph that does
+            not grow with the loops. Its transition adapters run in PyTorch.
         device: a CUDA device, by default the current one; the CPU in Triton's interpreter and for the fallback.
 
     Raises:
         LoopQError: there is no GPU that can run the kernels, or nothing in the program can be fused; the message says
             what to do.
     """
-    target = _device(device, fallback)
+    target = device_for(device, fallback)
     kernels = target.type == "cuda" or INTERPRETED
-    graph_module = Pipeline([FuseLinears(_LIMITS), FuseAdapters()], "triton").run(
-        _private_copy(getattr(program, "graph_module", program))
+    graph_module = fuse(program, rolled=rolled, may_fail=fallback)
+    if kernels:
+        use_kernels(graph_module)
+    return TritonExecutable(graph_module, target, kernels).to(target)
+
+
+def fuse(program: Any, *, rolled: bool = False, may_fail: bool = False) -> fx.GraphModule:
+    """A private copy of a program, on the `loopq::` operators that have a kernel.
+
+    Args:
+        program, rolled: as for `lower`.
+        may_fail: return the copy as it is where nothing can be fused.
+
+    Raises:
+        LoopQError: nothing can be fused, or iterations differ and cannot be rolled; the message says why.
+    """
+    graph_module = Pipeline([FuseLinears(_LIMITS), RollLoops() if rolled else FuseAdapters()], "triton").run(
+        private_copy(getattr(program, "graph_module", program))
     )
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             node.meta.pop("val", None)
-    executable = TritonExecutable(graph_module, target, kernels)
-    fused = [line for line in executable.report if line.parts]
-    if not fused and not fallback:
-        reasons = "; ".join(sorted({line.reason for line in executable.report})) or "it has no quantized linear"
+    lines = get_state(graph_module).results.get(RESULTS, [])
+    if not any(line["parts"] for line in lines) and not may_fail:
+        reasons = "; ".join(sorted({line["reason"] for line in lines})) or "it has no quantized linear"
         raise LoopQError(
             f"No kernel fits this program: {reasons}. Compile it with packed weights and quantized activations, "
-            f"such as scheme='w4a4', do not roll it, or pass fallback=True to run it in PyTorch."
+            f"such as scheme='w4a4', leave rolling to lower(rolled=True), or pass fallback=True to run it in PyTorch."
         )
-    if kernels:
-        _use_kernels(graph_module)
-    return executable.to(target)
+    return graph_module
 
 
-def _device(wanted: str | torch.device | None, fallback: bool) -> torch.device:
+def device_for(wanted: str | torch.device | None, fallback: bool) -> torch.device:
     """Where to run.
 
     Raises:
@@ -114,7 +148,7 @@ def _device(wanted: str | torch.device | None, fallback: bool) -> torch.device:
     return device if device is not None and device.type != "cuda" else torch.device("cpu")
 
 
-def _private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
+def private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy to fuse; the program keeps its graph, and tensors are shared until they are packed."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
@@ -124,17 +158,16 @@ def _private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def _use_kernels(graph_module: fx.GraphModule) -> None:
-    """Fused operators become launches. Constants that kernels read lie contiguously."""
-    for name in _NAMES:
-        definition = getattr(ops, name).default
-        kernel = getattr(torch.ops.loopq_triton, name).default
-        for node in graph_module.graph.nodes:
-            if node.target is definition:
-                node.target = kernel
+def use_kernels(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Fused operators become launches, in place. Constants that kernels read lie contiguously."""
+    kernels = {getattr(ops, name).default: getattr(torch.ops.loopq_triton, name).default for name in _NAMES}
     for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                node.target = kernels.get(node.target, node.target)
+            module.graph.lint()
+            module.recompile()
         for name, tensor in list(module._buffers.items()):
             if isinstance(tensor, Tensor):
                 module._buffers[name] = tensor.contiguous()
-    graph_module.graph.lint()
-    graph_module.recompile()
+    return graph_module

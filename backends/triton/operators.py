@@ -1,5 +1,5 @@
 """Launches the kernels: `loopq_triton::quantize_packed`, `loopq_triton::packed_linear`,
-`loopq_triton::transition_adapter_row`, with the signatures and meanings of the `loopq::` operators of these names.
+`loopq_triton::transition_adapter_row`, with the schemas and meanings of the `loopq::` operators of these names.
 
 They are registered with `torch.library.triton_op`, so `torch.compile` sees the kernels and CUDA graphs capture them. On
 tensors that are not on a GPU they run only in Triton's interpreter.
@@ -7,6 +7,7 @@ tensors that are not on a GPU they run only in Triton's interpreter.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,19 +20,31 @@ from loopq_compile.backends.triton.configurations import WIDEST_FACTORED, linear
 from loopq_compile.backends.triton.kernels.adapter import adapter_kernel
 from loopq_compile.backends.triton.kernels.linear import linear_kernel, sum_parts_kernel
 from loopq_compile.backends.triton.kernels.quantize import quantize_kernel
+from loopq_compile.operators import ops
 from loopq_compile.operators.adapter import EPSILON
-from loopq_compile.operators.packed import PACKED
+from loopq_compile.operators.packed import quantized_like
 from loopq_compile.operators.quantize import smallest_scale
 
 INTERPRETED = not isinstance(linear_kernel, triton.runtime.JITFunction)
 """Whether Triton was imported with TRITON_INTERPRET=1: kernels run on the CPU, slowly."""
 TRANSFORM_PRECISION = "tf32x3"
 """How transforms are multiplied on tensor cores: three tf32 products, about as exact as float32."""
+SUM_COLUMNS, ADAPTER_WARPS = 256, 4
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def _launcher(kernel: Any) -> Any:
+def launcher(kernel: Any) -> Any:
+    """What launches `kernel`; `launches` puts a recorder in its place."""
     return kernel if INTERPRETED else wrap_triton(kernel)
+
+
+@functools.cache
+def architecture_of(device: torch.device) -> int | None:
+    """Compute capability times ten of a CUDA device, None for others; `launches` puts another in its place."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -57,105 +70,70 @@ def row_constants(
         "P2": p2,
         "BITS": bits,
         "LIMIT": limit,
-        "HAS_FACTORS": factors is not None,
         "WORK": work,
         "STEP": 32 if factors and p1 * p2 > WIDEST_FACTORED else 0,
         "PRECISION": "ieee" if INTERPRETED else TRANSFORM_PRECISION,
     }
 
 
-@triton_op("loopq_triton::quantize_packed", mutates_args=())
+def _same_schema(name: str) -> Any:
+    """Registers a function as `loopq_triton::NAME`, with the schema of `loopq::NAME`."""
+    schema = str(getattr(ops, name).default._schema)
+    return triton_op(f"loopq_triton::{name}", mutates_args=(), schema=schema[schema.index("(") :])
+
+
+def adapter_constants(width: int, rank: int) -> dict[str, int]:
+    """The constants of `adapter_kernel`."""
+    block = min(512, triton.next_power_of_2(width))
+    return {"WIDTH": width, "RANK": rank, "PADDED_RANK": triton.next_power_of_2(rank), "BLOCK": block}
+
+
+@_same_schema("quantize_packed")
 def quantize_packed(
-    x: Tensor,
-    up: Tensor | None,
-    gain: Tensor | None,
-    eps: float | None,
-    diagonal: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
-    table: Tensor,
-    loop: int,
-    group_size: int,
-    bits: int,
-    limit: int,
-) -> tuple[Tensor, Tensor]:
+    x, up, activation, norm, gain, shift, eps, diagonal, left, right, table, loop, group_size, bits, limit
+):
     """See `loopq_compile.operators.packed.quantize_packed`."""
     rows, others = as_rows(x), None if up is None else as_rows(up)
     count, width = rows.shape
     work = x.dtype if diagonal is None else torch.promote_types(x.dtype, diagonal.dtype)
-    factors = None if left is None or right is None else (left.shape[-1], right.shape[-1])
+    factors = None if left is None else (left.shape[-1], right.shape[-1])
     constants = row_constants(width, group_size, table.shape[-1], factors, bits, limit, _TYPES[work])
-    packed = bits <= 4
-    code_type, code_width = (PACKED, width // 2) if packed else (torch.int8, width)
-    codes = torch.empty((*x.shape[:-1], code_width), dtype=code_type, device=x.device)
-    scales = torch.empty((*x.shape[:-1], width // group_size), dtype=torch.float32, device=x.device)
+    codes, scales = quantized_like(x, group_size, bits)
     through_memory = constants["D2"] != constants["P2"] or constants["STEP"]
-    scratch = torch.empty((count, width), dtype=torch.float32, device=x.device) if through_memory else scales
-    _launcher(quantize_kernel)[(count,)](
-        rows,
-        rows if others is None else others,
-        table if gain is None else gain,
-        table if diagonal is None else diagonal,
-        table if left is None else left,
-        table if right is None else right,
-        table,
-        codes,
-        scales,
-        scratch,
-        rows.stride(0),
-        0 if others is None else others.stride(0),
+    scratch = torch.empty((count, width), dtype=torch.float32, device=x.device) if through_memory else None
+    strides = rows.stride(0), 0 if others is None else others.stride(0)
+    lengths = [1 if table is None else table.shape[0] for table in (diagonal, left, table)]
+    launcher(quantize_kernel)[(count,)](
+        *(rows, others, gain, shift, diagonal, left, right, table, codes, scales, scratch),
+        *strides,
         loop,
-        1 if diagonal is None else diagonal.shape[0],
-        1 if left is None else left.shape[0],
-        table.shape[0],
-        0.0 if eps is None else eps,
+        *lengths,
+        eps,
         smallest_scale(work),
-        HAS_UP=up is not None,
-        HAS_NORM=eps is not None,
-        HAS_GAIN=gain is not None,
-        HAS_DIAGONAL=diagonal is not None,
+        ACTIVATION=activation,
+        NORM=norm,
         num_warps=row_warps(constants["P1"] * constants["P2"]),
         **constants,
     )
     return codes, scales
 
 
-@triton_op("loopq_triton::packed_linear", mutates_args=())
-def packed_linear(
-    codes: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    row: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+@_same_schema("packed_linear")
+def packed_linear(codes, scale, weight, weight_scale, bias, row, group_size, dtype):
     """See `loopq_compile.operators.packed.packed_linear`."""
     groups, columns = weight_scale.shape[-2:]
     rows = codes.numel() // codes.shape[-1]
-    tile = linear_tile(rows, columns, groups)
+    tile = linear_tile(rows, columns, groups, architecture_of(codes.device))
     out = torch.empty((*codes.shape[:-1], columns), dtype=dtype, device=codes.device)
     target = out
     if tile.split > 1:
         target = torch.empty((tile.split, rows, columns), dtype=torch.float32, device=codes.device)
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-    _launcher(linear_kernel)[(programs, tile.split)](
-        codes,
-        scale,
-        weight,
-        weight_scale,
-        scale if bias is None else bias,
-        target,
-        rows,
-        columns,
-        row,
-        weight.shape[0],
+    launcher(linear_kernel)[(programs, tile.split)](
+        *(codes, scale, weight, weight_scale, None if tile.split > 1 else bias, target),
+        *(rows, columns, row, weight.shape[0]),
         GROUPS=groups,
         GROUP=group_size,
-        PACKED_CODES=codes.dtype == PACKED,
-        PACKED_WEIGHT=weight.dtype == PACKED,
-        HAS_BIAS=bias is not None,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         SPLIT=tile.split,
@@ -164,45 +142,22 @@ def packed_linear(
         num_stages=tile.stages,
     )
     if tile.split > 1:
-        _launcher(sum_parts_kernel)[(rows, triton.cdiv(columns, 256))](
-            target,
-            scale if bias is None else bias,
-            out,
-            rows,
-            columns,
-            HAS_BIAS=bias is not None,
-            SPLIT=tile.split,
-            COLUMNS=256,
-            num_warps=1,
+        launcher(sum_parts_kernel)[(rows, triton.cdiv(columns, SUM_COLUMNS))](
+            target, bias, out, rows, columns, SPLIT=tile.split, COLUMNS=SUM_COLUMNS, num_warps=1
         )
     return out
 
 
-@triton_op("loopq_triton::transition_adapter_row", mutates_args=())
-def transition_adapter_row(
-    u: Tensor, gate: Tensor, gain: Tensor, shift: Tensor, mix: Tensor, down: Tensor, up: Tensor, loop: int
-) -> Tensor:
+@_same_schema("transition_adapter_row")
+def transition_adapter_row(u, gate, gain, shift, mix, down, up, loop):
     """See `loopq_compile.operators.packed.transition_adapter_row`."""
     rows = as_rows(u)
     count, width = rows.shape
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    _launcher(adapter_kernel)[(count,)](
-        rows,
-        gate,
-        gain,
-        shift,
-        mix,
-        down,
-        up,
-        out,
-        rows.stride(0),
-        loop,
-        gate.shape[0],
-        EPSILON,
-        WIDTH=width,
-        RANK=down.shape[1],
-        PADDED_RANK=triton.next_power_of_2(down.shape[1]),
-        BLOCK=min(512, triton.next_power_of_2(width)),
-        num_warps=4,
+    launcher(adapter_kernel)[(count,)](
+        *(rows, gate, gain, shift, mix, down, up, out),
+        *(rows.stride(0), loop, gate.shape[0], EPSILON),
+        **adapter_constants(width, down.shape[1]),
+        num_warps=ADAPTER_WARPS,
     )
     return out

@@ -2,8 +2,8 @@
 
 The estimate is a roofline: the time of a launch is at least what memory, tensor cores, and ordinary float32 arithmetic
 each take alone, at the rates of the data sheet; the largest of the three is the bound. Real kernels are slower. For the
-matrix product, the float32 part is what scaling costs: for every output and group of 32 a subtraction (integer to
-float), a product of scales, and a multiply-add.
+matrix product, the float32 part is what scaling costs: for every output and group a subtraction (integer to float), a
+product of scales, and a multiply-add.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from loopq_compile.bench.report import Report
+from loopq_compile.errors import LoopQError
 
 if TYPE_CHECKING:
     from loopq_compile.backends.triton.ahead import Compiled
 
 COLUMNS = ("kernel", "sm", "registers", "spilled", "shared KiB", "tensor-core instruction", "verdict")
 ESTIMATE_COLUMNS = ("product", "rows", "device", "µs at least", "bound by", "times bf16")
-GROUP = 32
+GROUP_SIZES = (32, 64, 128)
+"""That kernels have: a group is one step along k."""
 SCALING = 3
 """Float32 instructions for an output and group."""
 
@@ -67,10 +69,10 @@ class Estimate:
     bf16_microseconds: float
 
 
-def estimate(product: str, rows: int, device: Device, activation_bits: int = 4) -> Estimate:
-    """The roofline of one product with 4-bit weights in groups of 32 and bfloat16 results."""
+def estimate(product: str, rows: int, device: Device, activation_bits: int = 4, group_size: int = 32) -> Estimate:
+    """The roofline of one product with 4-bit weights and bfloat16 results; -1 is one group for a whole row."""
     outputs, inputs = PRODUCTS[product]
-    groups = inputs // GROUP
+    groups = 1 if group_size == -1 else inputs // group_size
     read = outputs * (inputs / 2 + 4 * groups) + rows * (inputs * activation_bits / 8 + 4 * groups)
     operations = 2 * rows * outputs * inputs
     times = {
@@ -85,25 +87,40 @@ def estimate(product: str, rows: int, device: Device, activation_bits: int = 4) 
     return Estimate(product, rows, device.name, times[bound], bound, bf16)
 
 
-def estimates() -> list[Estimate]:
+def estimates(group_size: int = 32) -> list[Estimate]:
     """Every product and number of rows on every device."""
-    return [estimate(product, rows, device) for product in PRODUCTS for rows in ROWS for device in DEVICES]
+    return [
+        estimate(product, rows, device, group_size=group_size)
+        for product in PRODUCTS
+        for rows in ROWS
+        for device in DEVICES
+    ]
 
 
-def static_report(architectures: Sequence[int] | None = None, grid: bool = False, kernels: str = "") -> Report:
+def static_report(
+    architectures: Sequence[int] | None = None, grid: bool = False, kernels: str = "", group_size: int = 32
+) -> Report:
     """Compiles the kernels ahead of time and tells what they need.
 
     Args:
         architectures: compute capabilities times ten; all that are supported by default.
         grid: every tile of the tuning grid in place of the defaults; takes many minutes.
         kernels: only those whose name contains this.
+        group_size: of products and quantization, one of `GROUP_SIZES`.
 
     Raises:
-        LoopQError: an architecture is unknown, or Triton interprets kernels in this process.
+        LoopQError: an architecture or a group size is unknown, or Triton interprets kernels in this process.
     """
     from loopq_compile.backends.triton import ahead
 
-    cases = [case for case in (ahead.tuning_cases() if grid else ahead.default_cases()) if kernels in case.name]
+    if group_size not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise LoopQError(f"Kernels have groups of {sizes}, which are single steps along k; got {group_size}.")
+
+    def cases(architecture: int) -> list[ahead.Case]:
+        known = ahead.tuning_cases(group_size) if grid else ahead.default_cases(group_size, architecture)
+        return [case for case in known if kernels in case.name]
+
     found = list(ahead.compile_all(cases, architectures or ahead.ARCHITECTURES))
     failed = sum(bool(compiled.problems) for compiled in found)
     return Report(
@@ -117,9 +134,9 @@ def static_report(architectures: Sequence[int] | None = None, grid: bool = False
     )
 
 
-def estimate_report() -> Report:
+def estimate_report(group_size: int = 32) -> Report:
     """The roofline estimates as a table."""
-    found = estimates()
+    found = estimates(group_size)
     rows = [
         (
             x.product,
@@ -133,10 +150,10 @@ def estimate_report() -> Report:
     ]
     return Report(
         "kernels-estimate",
-        "ESTIMATE from data sheets, w4a4 products of Ouro 1.4B: not measured",
+        f"ESTIMATE from data sheets, w4a4 products of Ouro 1.4B in groups of {group_size}: not measured",
         ESTIMATE_COLUMNS,
         rows,
-        {"estimate": True, "rows": [asdict(x) for x in found]},
+        {"estimate": True, "group_size": group_size, "rows": [asdict(x) for x in found]},
         text_columns=1,
         notes=["Lower bounds from peak rates of data sheets; 'times bf16' compares with the same bound for bfloat16."],
     )

@@ -73,6 +73,15 @@ RepeatLayers = Annotated[
         "model name MODEL@12-15x3.",
     ),
 ]
+ExitThreshold = Annotated[
+    float | None,
+    typer.Option(
+        "--exit-threshold",
+        metavar="P",
+        help="Stop the loop of every token when its exit gate has given this cumulative probability. For programs, and "
+        "files written with `export --form rolled --early-exit`.",
+    ),
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=0, help="Score only the first N tokens; 0 for all.")]
 
 
@@ -177,6 +186,17 @@ def default_text(method: str, activation: str, loaded: Loaded) -> str | None:
 def names(text: str) -> list[str]:
     """The entries of a comma-separated list."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """The numbers of a comma-separated list."""
+    try:
+        found = [int(part) for part in names(text)]
+    except ValueError as error:
+        raise LoopQError(f"{option} takes whole numbers, comma-separated; got {text!r}.") from error
+    if any(number < 0 for number in found):
+        raise LoopQError(f"{option} takes numbers from 0 on; got {text!r}.")
+    return found
 
 
 def checked_choice(option: str, value: str, choices: Sequence[str]) -> str:

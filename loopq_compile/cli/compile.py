@@ -151,13 +151,11 @@ def _compile(
     """Quantizes the model, gives its weights up one by one, and saves the program beside its tokenizer."""
     from loopq_compile.artifact import save
     from loopq_compile.driver import compile as compile_model
-    from loopq_compile.loading import TOKENIZER_FILE
 
     program = compile_model(
         loaded.model, scheme=scheme, method=method, calibration=batches, release_model=True, **options.to_dict()
     )
-    beside = {TOKENIZER_FILE: loaded.tokenizer.to_str()} if loaded.tokenizer else {}
-    save(program.graph_module, out, beside | dict(loaded.settings))
+    save(program.graph_module, out, loaded.files())
     return program
 
 

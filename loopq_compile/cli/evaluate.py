@@ -10,6 +10,7 @@ import typer
 from loopq_compile.cli.common import (
     AllowPickle,
     Dtype,
+    ExitThreshold,
     Json,
     Length,
     MaxTokens,
@@ -62,6 +63,7 @@ def eval_command(
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     dtype: Dtype = "float32",
+    exit_threshold: ExitThreshold = None,
     json: Json = False,
 ) -> None:
     """Measure perplexity (lower is better): how well models predict a text.
@@ -71,6 +73,8 @@ def eval_command(
     divergence of their predictions per token, and how often they rank the same token first.
 
     Example: loopq-compile eval bundled my-program my-onnx/model.onnx
+
+    With --exit-threshold, programs and files read the text token by token, as they write it, and stop loops early.
 
     With --tasks, models answer the questions of lm-eval's tasks instead.
 
@@ -83,7 +87,8 @@ def eval_command(
     if tasks is not None:
         _run_tasks(models, loaded_model, json, tasks=names(tasks), folder=task_folder, fewshot=fewshot, limit=limit)
         return
-    _score_text(models, loaded_model, json, file=text, length=length, stride=stride, max_tokens=max_tokens)
+    options: dict[str, Any] = {"length": length, "stride": stride, "max_tokens": max_tokens}
+    _score_text(models, loaded_model, json, file=text, exit_threshold=exit_threshold, **options)
 
 
 def _score_text(
@@ -95,7 +100,9 @@ def _score_text(
     length: int,
     stride: int,
     max_tokens: int,
+    exit_threshold: float | None,
 ) -> None:
+    from loopq_compile.decoding import TokenByToken
     from loopq_compile.evaluate import Remembered, evaluate, tokenize
 
     content, source = text_source(file) if file else (None, "")
@@ -108,16 +115,22 @@ def _score_text(
             content, source = text_source(file)
         tokens = tokenize(loaded.tokenizer, content, max_tokens)
         compare = teacher if teacher_tokens is not None and tokens.equal(teacher_tokens) else None
-        model = Remembered(loaded.model) if teacher_tokens is None and len(models) > 1 else loaded.model
-        score = evaluate(model, tokens, teacher=compare, length=length, stride=stride, title=name)
+        early = exit_threshold is not None and hasattr(loaded.model, "decoder")
+        run: Any = TokenByToken(loaded.model, exit_threshold=exit_threshold) if early else loaded.model
+        model = Remembered(run) if teacher_tokens is None and len(models) > 1 else run
+        options: dict[str, Any] = {"batch": 1} if early else {}
+        score = evaluate(model, tokens, teacher=compare, length=length, stride=stride, title=name, **options)
         rows.append({"model": name, "kind": loaded.kind, **score.to_dict()})
+        if early:
+            rows[-1]["loops"] = sum(run.loops_spent) / len(run.loops_spent)
         if teacher_tokens is None:
             teacher, teacher_tokens = model, tokens
     if json:
         print_json({"text": source, "length": length, "stride": stride, "results": rows})
         return
     out = console()
-    out.print(table(COLUMNS, [_cells(row) for row in rows], text_columns=2))
+    columns = (*COLUMNS, "loops") if exit_threshold is not None else COLUMNS
+    out.print(table(columns, [_cells(row)[: len(columns)] for row in rows], text_columns=2))
     out.print(f"\ntext: {source}; windows of {length} tokens, stride {stride}", markup=False)
 
 
@@ -172,4 +185,5 @@ def _cells(row: dict[str, Any]) -> list[str]:
         number("agreement", ".1%"),
         number("tokens", ","),
         number("seconds", ".1f"),
+        f"{row['loops']:.2f}" if "loops" in row else "",
     ]

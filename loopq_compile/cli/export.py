@@ -1,26 +1,44 @@
-"""`loopq-compile export`."""
+"""`loopq-compile export`: ONNX files, and lowered programs with kernels for NVIDIA GPUs."""
 
 from __future__ import annotations
 
 import json as json_module
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loopq_compile.cli.common import Json, load, note, print_json
+from loopq_compile.cli.common import Json, load, note, print_json, whole_numbers
 from loopq_compile.errors import LoopQError
 
 if TYPE_CHECKING:
     from loopq_compile.loading import Loaded
 
+_NO_ONNX_OPTIONS = {
+    "form": "unrolled",
+    "cache": False,
+    "last_token": False,
+    "head_bits": None,
+    "kv_bits": None,
+    "early_exit": False,
+    "float_bits": 32,
+}
+"""Options of ONNX files when nobody gives any."""
+
 
 def export_command(
     program: Annotated[str, typer.Argument(metavar="DIR", help="Folder written by `loopq-compile compile`.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for model.onnx and the tokenizer.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for what is written, and the tokenizer.")
+    ],
     target: Annotated[
-        str, typer.Option(help="qdq: standard operators, for any runtime; onnxruntime: packed products.")
+        str,
+        typer.Option(
+            help="qdq: ONNX with standard operators, for any runtime; onnxruntime: ONNX with packed products; "
+            "triton: fused kernels, compiled for NVIDIA GPUs."
+        ),
     ] = "qdq",
     form: Annotated[
         str, typer.Option(help="unrolled: every loop has its nodes; rolled: one Loop, its count an input.")
@@ -35,27 +53,59 @@ def export_command(
         int | None,
         typer.Option("--head-bits", help="With --target onnxruntime: 4 or 8 bits for the head."),
     ] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option("--kv-bits", help="With --cache: keys and values in 8 or 4 bits.")
+    ] = None,
+    early_exit: Annotated[
+        bool,
+        typer.Option("--early-exit", help="With --form rolled: stop the loop by the model's exit gate."),
+    ] = False,
+    float_bits: Annotated[
+        int, typer.Option("--float-bits", help="16 stores scales, embeddings and head in half the bytes.")
+    ] = 32,
     genai: Annotated[
         bool,
         typer.Option("--genai", help="Also write genai_config.json, for onnxruntime-genai; implies --cache."),
     ] = False,
+    architectures: Annotated[
+        str,
+        typer.Option("--sm", metavar="LIST", help="With --target triton: compute capabilities such as 80,90; or all."),
+    ] = "",
     json: Json = False,
 ) -> None:
-    """Write a compiled program as an ONNX file.
+    """Write a compiled program as an ONNX file, or lowered to kernels for NVIDIA GPUs.
 
-    The file passes the ONNX checker and runs in ONNX Runtime: try `loopq-compile generate DIR` on it.
+    ONNX files pass the ONNX checker and run in ONNX Runtime: try `loopq-compile generate DIR` on one.
     """
-    from loopq_compile.loading import save_beside
-
     loaded = load(program)
     if loaded.kind != "program":
         raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile {program} --out DIR` first.")
-    ends: int | list[int] = _end_tokens(loaded, form) if genai else []
-    report = loaded.model.export_onnx(
-        out, target=target, form=form, cache=cache or genai, last_token=last_token, head_bits=head_bits
-    )
+    options = {
+        "form": form,
+        "cache": cache or genai,
+        "last_token": last_token,
+        "head_bits": head_bits,
+        "kv_bits": kv_bits,
+        "early_exit": early_exit,
+        "float_bits": float_bits,
+    }
+    if target != "triton":
+        if architectures:
+            raise LoopQError("--sm goes with --target triton.")
+        _export_onnx(loaded, out, {"target": target, **options}, genai, json)
+    elif options != _NO_ONNX_OPTIONS:
+        raise LoopQError("With --target triton there is --sm alone; the other options are for ONNX files.")
+    else:
+        _export_kernels(loaded, out, architectures, json)
+
+
+def _export_onnx(loaded: Loaded, out: Path, options: dict[str, Any], genai: bool, json: bool) -> None:
+    from loopq_compile.loading import save_beside
+
+    ends = _end_tokens(loaded, options["form"]) if genai else None
+    report = loaded.model.export_onnx(out, **options)
     save_beside(loaded, out)
-    if genai:
+    if ends is not None:
         _write_genai(loaded, out, ends, note(json))
     if json:
         print_json(
@@ -71,6 +121,18 @@ def export_command(
                 "outputs": report.outputs,
             }
         )
+    else:
+        note(json)(str(report))
+
+
+def _export_kernels(loaded: Loaded, out: Path, architectures: str, json: bool) -> None:
+    from loopq_compile.backends.triton import save
+    from loopq_compile.backends.triton.ahead import ARCHITECTURES
+
+    chosen = whole_numbers("--sm", architectures) or ARCHITECTURES
+    report = save(loaded.model, out, architectures=chosen, extra_files=loaded.files())
+    if json:
+        print_json(asdict(report))
     else:
         note(json)(str(report))
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
 
-from loopq_compile.cli.common import AllowPickle, Dtype, Json, Model, TokenizerFile, TrustRemoteCode, load, print_json
+from loopq_compile.cli.common import (
+    AllowPickle,
+    Dtype,
+    ExitThreshold,
+    Json,
+    Model,
+    TokenizerFile,
+    TrustRemoteCode,
+    load,
+    print_json,
+)
 from loopq_compile.errors import LoopQError
 
 
@@ -24,8 +35,10 @@ def generate_command(
     top_p: Annotated[float | None, typer.Option(help="Draw from the most likely tokens that add up to P only.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
     stop: Annotated[
-        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End behind this text; may be given repeatedly.")
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help=r"End behind this text (\n: line break); may be given repeatedly."),
     ] = None,
+    exit_threshold: ExitThreshold = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on behind the end-of-text token.")] = False,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -46,12 +59,15 @@ def generate_command(
     from loopq_compile.generation import stream
     from loopq_compile.loading import end_tokens
 
+    _check_sampling(do_sample, temperature, top_k, top_p)
+    stops = [unescaped(text) for text in stop or ()]
     loaded = load(model, tokenizer, trust_remote_code, None, allow_pickle, dtype)
     ids = tokenize(loaded.tokenizer, prompt).unsqueeze(0)
+    chosen = _chosen(loaded, exit_threshold)
     start = time.perf_counter()
     with torch.no_grad():
         steps = stream(
-            loaded.model,
+            chosen,
             ids,
             max_new_tokens,
             do_sample=do_sample,
@@ -69,14 +85,46 @@ def generate_command(
             made += piece
             if not json:
                 typer.echo(piece, nl=False)
-            if any(text in made for text in stop or ()):
+            if any(text in made for text in stops):
                 break
     if json:
         text = loaded.tokenizer.decode(tokens)  # type: ignore[union-attr]
         seconds = round(time.perf_counter() - start, 3)
-        print_json({"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds})
+        print_json({"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds, **_spent(chosen)})
     else:
         typer.echo()
+        if spent := _spent(chosen):
+            typer.echo(f"{spent['mean_loops']:.2f} loops a call in the mean", err=True)
+
+
+def _chosen(loaded: Any, exit_threshold: float | None) -> Any:
+    """The model, with its threshold chosen."""
+    from loopq_compile.decoding import Chosen
+
+    if exit_threshold is None:
+        return loaded.model
+    if not hasattr(loaded.model, "decoder"):
+        raise LoopQError("--exit-threshold is for compiled programs and ONNX files; run `loopq-compile compile` first.")
+    return Chosen(loaded.model, exit_threshold=exit_threshold)
+
+
+def _spent(chosen: Any) -> dict[str, float]:
+    spent = getattr(getattr(chosen, "last", None), "loops_spent", [])
+    return {"mean_loops": sum(spent) / len(spent)} if spent else {}
+
+
+def _check_sampling(do_sample: bool, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    given = {"--temperature": temperature != 1, "--top-k": top_k is not None, "--top-p": top_p is not None}
+    idle = [option for option, is_given in given.items() if is_given]
+    if idle and not do_sample:
+        raise LoopQError(f"{' and '.join(idle)} would change nothing: the most likely token is taken. Add --do-sample.")
+
+
+def unescaped(text: str) -> str:
+    r"""`text` with `\n`, `\t` and `\\`, as shells hand them on, turned into what they stand for."""
+    if not text:
+        raise LoopQError("--stop is empty: give the text to end behind.")
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
 
 
 def pieces(tokenizer: Any, prompt: list[int], steps: Iterable[int], made: list[int]) -> Iterator[str]:

@@ -9,6 +9,7 @@ two-dimensional inputs and one scale table per channel, neither of which fits ac
 import torch
 
 from loopq_compile.operators.adapter import transition_adapter
+from loopq_compile.operators.cache import dequantize_cache, quantize_cache
 from loopq_compile.operators.packed import packed_linear, quantize_packed, transition_adapter_row
 from loopq_compile.operators.quantize import dequantize, dynamic_scale, quantize
 from loopq_compile.operators.straight_through import fake_quantize, fake_quantize_dynamic
@@ -19,6 +20,7 @@ ops = torch.ops.loopq
 
 __all__ = [
     "dequantize",
+    "dequantize_cache",
     "dynamic_scale",
     "fake_quantize",
     "fake_quantize_dynamic",
@@ -26,6 +28,7 @@ __all__ = [
     "ops",
     "packed_linear",
     "quantize",
+    "quantize_cache",
     "quantize_packed",
     "transition_adapter",
     "transition_adapter_row",

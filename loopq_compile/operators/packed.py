@@ -10,6 +10,10 @@ group_size / 2]`, so that one group of all outputs is one piece of memory.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +24,14 @@ from loopq_compile.operators.transform import kronecker
 
 PACKED = torch.uint8
 """Type of packed 4-bit codes; wider codes are int8."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+NORMS = ("rms", "rms_rounded", "layer")
+"""All compute in float32. `rms_rounded` rounds to the type of its input in front of the gain, as Hugging Face's do."""
 
 
 def pack_codes(codes: Tensor) -> Tensor:
@@ -56,6 +68,16 @@ def table_row(table: Tensor, loop: int) -> Tensor:
     return table[min(loop, table.shape[0] - 1)]
 
 
+def _normed(x: Tensor, norm: str, gain: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
+    size = x.shape[-1:]
+    if norm == "layer":
+        return F.layer_norm(x, size, gain, shift, eps)
+    if norm == "rms":
+        return F.rms_norm(x.float(), size, None if gain is None else gain.float(), eps).to(x.dtype)
+    rounded = F.rms_norm(x.float(), size, None, eps).to(x.dtype)
+    return rounded if gain is None else rounded * gain
+
+
 def _unpacked(codes: Tensor) -> Tensor:
     return unpack_codes(codes) if codes.dtype == PACKED else codes
 
@@ -64,8 +86,11 @@ def _unpacked(codes: Tensor) -> Tensor:
 def quantize_packed(
     x: Tensor,
     up: Tensor | None,
+    activation: str,
+    norm: str,
     gain: Tensor | None,
-    eps: float | None,
+    shift: Tensor | None,
+    eps: float,
     diagonal: Tensor | None,
     left: Tensor | None,
     right: Tensor | None,
@@ -75,16 +100,19 @@ def quantize_packed(
     bits: int,
     limit: int,
 ) -> tuple[Tensor, Tensor]:
-    """What stands in front of a group of quantized linears: SwiGLU or RMS norm, transform, quantization.
+    """What stands in front of a group of quantized linears: activation function or norm, transform, quantization.
 
-    In this order, each step optional but the last: `silu(x) * up`; RMS norm; `* diagonal`; `kronecker(left, right)`;
-    `quantize` with a row of `table` as scale, or with `dynamic_scale`, for which the row holds clip ratios.
+    In this order, each step optional but the last: the activation function; `* up`; norm; `* diagonal`;
+    `kronecker(left, right)`; `quantize` with a row of `table` as scale, or with `dynamic_scale`, for which the row
+    holds clip ratios. Between steps, numbers are rounded to the type of `x`.
 
     Args:
         x: `[..., K]`, floating point.
-        up: `[..., K]`, the other half of a SwiGLU.
-        gain: `[K]`, gain of the norm; None is 1.
-        eps: of the norm; None leaves the norm out.
+        up: `[..., K]`, the other half of a gated activation function such as SwiGLU.
+        activation: a key of `ACTIVATIONS`, or "" for none.
+        norm: one of `NORMS`, or "" for none.
+        gain, shift: `[K]`, of the norm; None is 1 and 0. RMS norms have no shift.
+        eps: of the norm.
         diagonal: `[R, K]`, a table.
         left, right: tables `[R, d1, d1]` and `[R, d2, d2]`.
         table: scales or clip ratios, `[R, groups]` or `[R, 1]`.
@@ -96,10 +124,12 @@ def quantize_packed(
     Returns:
         Codes: bytes `[..., K / 2]` up to 4 bits, else int8 `[..., K]`. Scales `[..., groups]` in float32.
     """
+    if activation:
+        x = ACTIVATIONS[activation](x)
     if up is not None:
-        x = F.silu(x) * up
-    if eps is not None:
-        x = F.rms_norm(x, [x.shape[-1]], gain, eps)
+        x = x * up
+    if norm:
+        x = _normed(x, norm, gain, shift, eps)
     if diagonal is not None:
         x = x * table_row(diagonal, loop)
     if left is not None and right is not None:
@@ -112,20 +142,13 @@ def quantize_packed(
 
 
 @quantize_packed.register_fake
-def _(
-    x: Tensor,
-    up: Tensor | None,
-    gain: Tensor | None,
-    eps: float | None,
-    diagonal: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
-    table: Tensor,
-    loop: int,
-    group_size: int,
-    bits: int,
-    limit: int,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    group_size, bits, _ = arguments[-3:]
+    return quantized_like(x, group_size, bits)
+
+
+def quantized_like(x: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Uninitialized codes and scales as `quantize_packed` returns them."""
     *rows, features = x.shape
     width, kind = (features // 2, PACKED) if bits <= 4 else (features, torch.int8)
     codes = x.new_empty([*rows, width], dtype=kind)
@@ -168,17 +191,8 @@ def packed_linear(
 
 
 @packed_linear.register_fake
-def _(
-    codes: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    row: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return scale.new_empty([*codes.shape[:-1], weight_scale.shape[-1]], dtype=dtype)
+def _(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, *arguments: Any) -> Tensor:
+    return scale.new_empty([*codes.shape[:-1], weight_scale.shape[-1]], dtype=arguments[-1])
 
 
 @torch.library.custom_op("loopq::transition_adapter_row", mutates_args=())
@@ -201,5 +215,5 @@ def transition_adapter_row(
 
 
 @transition_adapter_row.register_fake
-def _(u: Tensor, gate: Tensor, gain: Tensor, shift: Tensor, mix: Tensor, down: Tensor, up: Tensor, loop: int) -> Tensor:
+def _(u: Tensor, *arguments: Any) -> Tensor:
     return u.new_empty(u.shape)

@@ -66,7 +66,7 @@ def test_one_launch_for_each_group_and_loop():
     launches = nodes(graph_module, ops.packed_linear.default)
     assert len(launches) == len(nodes(graph_module, ops.quantize_packed.default)) == 3 * 4
     assert sorted(get_tag(node).index[0] for node in launches) == sorted([0, 1, 2] * 4)
-    assert [node.args[8] for node in nodes(graph_module, ops.quantize_packed.default)] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [node.args[11] for node in nodes(graph_module, ops.quantize_packed.default)] == [0] * 4 + [1] * 4 + [2] * 4
     weights = {node.args[2] for node in launches}
     assert len(weights) == 4, "loops share their weights"
     assert {tuple(get_tensor(graph_module, node.target).shape) for node in weights} == {
@@ -147,8 +147,10 @@ def test_packing_is_reversible():
 def test_the_operators_obey_the_rules_of_pytorch():
     x, table = torch.randn(3, 64), torch.ones(2, 2)
     factors = [torch.eye(8)[None], torch.eye(8)[None]]
-    quantize = (x, None, torch.ones(64), 1e-6, torch.ones(1, 64), *factors, table, 1, 32, 4, -8)
+    rest = (1e-6, torch.ones(1, 64), *factors, table, 1, 32, 4, -8)
+    quantize = (x, None, "", "rms", torch.ones(64), None, *rest)
     torch.library.opcheck(ops.quantize_packed.default, quantize)
+    torch.library.opcheck(ops.quantize_packed.default, (x, x, "gelu", "layer", None, torch.ones(64), *rest))
     codes, scale = ops.quantize_packed(*quantize)
     weight = torch.randint(0, 255, (1, 2, 5, 16), dtype=torch.uint8)
     linear = (codes, scale, weight, torch.ones(1, 2, 5), torch.ones(5), 0, 32, torch.bfloat16)

@@ -3,3 +3,15 @@
 All are plain `triton.jit` functions without PyTorch: `loopq_compile.backends.triton.operators` launches them,
 `loopq_compile.backends.triton.ahead` compiles them without a GPU.
 """
+
+from loopq_compile.backends.triton.kernels.adapter import adapter_kernel
+from loopq_compile.backends.triton.kernels.linear import linear_kernel, sum_parts_kernel
+from loopq_compile.backends.triton.kernels.quantize import quantize_kernel
+
+KERNELS = {
+    "adapter_kernel": adapter_kernel,
+    "linear_kernel": linear_kernel,
+    "quantize_kernel": quantize_kernel,
+    "sum_parts_kernel": sum_parts_kernel,
+}
+"""By name, as saved programs refer to them."""

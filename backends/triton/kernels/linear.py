@@ -35,6 +35,16 @@ def tile_of(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return band * 8 + (number % (8 * wide)) % size, (number % (8 * wide)) // size
 
 
+@triton.jit
+def group_sums(a, w, start, PACKED_CODES: tl.constexpr, PACKED_WEIGHT: tl.constexpr):
+    """The integer product of one group `a wᵀ` as float32, times 16 for each side that is packed."""
+    if PACKED_CODES:
+        a = unpack(a)
+    if PACKED_WEIGHT:
+        w = unpack(w)
+    return tl.dot(a, tl.trans(w), acc=start, out_dtype=tl.int32).to(tl.float32, bitcast=True) - MAGIC
+
+
 @triton.jit(do_not_specialize=["rows", "row", "weight_rows"])
 def linear_kernel(
     codes,
@@ -49,9 +59,6 @@ def linear_kernel(
     weight_rows,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
-    PACKED_CODES: tl.constexpr,
-    PACKED_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -62,15 +69,15 @@ def linear_kernel(
     `codes` `[rows, K]` or packed `[rows, K / 2]`, `scales` `[rows, GROUPS]`, `weight` `[R, GROUPS, columns, GROUP]` or
     packed, `weight_scales` `[R, GROUPS, columns]`; `out` `[rows, columns]`, or float32 `[SPLIT, rows, columns]`.
     """
+    PACKED_CODES: tl.constexpr = codes.dtype.element_ty == tl.uint8
+    PACKED_WEIGHT: tl.constexpr = weight.dtype.element_ty == tl.uint8
     STEP_A: tl.constexpr = GROUP // 2 if PACKED_CODES else GROUP
     STEP_W: tl.constexpr = GROUP // 2 if PACKED_WEIGHT else GROUP
     FACTOR: tl.constexpr = (0.0625 if PACKED_CODES else 1.0) * (0.0625 if PACKED_WEIGHT else 1.0)
     SHARE: tl.constexpr = (GROUPS + SPLIT - 1) // SPLIT
     along, across = tile_of(rows, columns, ROWS, COLUMNS)
-    m = along * ROWS + tl.arange(0, ROWS)
-    n = across * COLUMNS + tl.arange(0, COLUMNS)
-    part = tl.program_id(1)
-    first = part * SHARE
+    m, n = along * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(1) * SHARE
     chosen = tl.minimum(row, weight_rows - 1).to(tl.int64) * GROUPS + first
     a_at = codes + (m.to(tl.int64)[:, None] * GROUPS + first) * STEP_A + tl.arange(0, STEP_A)[None, :]
     scale_at = scales + m.to(tl.int64) * GROUPS + first
@@ -83,37 +90,28 @@ def linear_kernel(
         w = tl.load(w_at, mask=n[:, None] < columns, other=0)
         scale = tl.load(scale_at, mask=m < rows, other=0.0)
         weight_scale = tl.load(weight_scale_at, mask=n < columns, other=0.0) * FACTOR
-        if PACKED_CODES:
-            a = unpack(a)
-        if PACKED_WEIGHT:
-            w = unpack(w)
-        sums = tl.dot(a, tl.trans(w), acc=start, out_dtype=tl.int32)
-        sums = sums.to(tl.float32, bitcast=True) - MAGIC
+        sums = group_sums(a, w, start, PACKED_CODES, PACKED_WEIGHT)
         total += sums * (scale[:, None] * weight_scale[None, :])
         a_at += STEP_A
         scale_at += 1
         w_at += columns * STEP_W
         weight_scale_at += columns
+    if SPLIT > 1:
+        out += tl.program_id(1).to(tl.int64) * rows * columns
+    elif bias is not None:
+        total += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
     inside = (m[:, None] < rows) & (n[None, :] < columns)
-    at = out + m.to(tl.int64)[:, None] * columns + n[None, :]
-    if SPLIT == 1:
-        if HAS_BIAS:
-            total += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-        tl.store(at, total.to(out.dtype.element_ty), mask=inside)
-    else:
-        tl.store(at + part.to(tl.int64) * rows * columns, total, mask=inside)
+    tl.store(out + m.to(tl.int64)[:, None] * columns + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def sum_parts_kernel(
-    parts, bias, out, rows, columns, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr
-):
+def sum_parts_kernel(parts, bias, out, rows, columns, SPLIT: tl.constexpr, COLUMNS: tl.constexpr):
     """`out[m, n] = Σ parts[:, m, n] + bias[n]`, always in the same order: results repeat to the last bit."""
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
     for part in range(SPLIT):
         total += tl.load(parts + (part * rows + m) * columns + n, mask=n < columns, other=0.0)
-    if HAS_BIAS:
+    if bias is not None:
         total += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)
     tl.store(out + m * columns + n, total.to(out.dtype.element_ty), mask=n < columns)

@@ -1,4 +1,4 @@
-"""SwiGLU or RMS norm, transform, and quantization of one token in one program.
+"""Activation function or norm, transform, and quantization of one token in one program.
 
 The token stays in registers as a tile. Without a transform the tile is `[groups, GROUP]`, with one `[D1, D2]`, and
 `leftᵀ X right` are two products; wide tiles (`STEP > 0`) go through memory and are multiplied in steps along k, since
@@ -23,17 +23,110 @@ def pick_row(loop, rows):
 
 
 @triton.jit
-def transformed(tile, left, right, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr):
-    """`leftᵀ tile right` of a zero-padded tile `[P1, P2]`; left `[D1, D1]`, right `[D2, D2]` in memory."""
+def activated(tile, ACTIVATION: tl.constexpr):
+    """SiLU, GELU (`gelu_tanh` is its approximation, `(1 + tanh(y)) / 2` written as a sigmoid), or ReLU of `tile`."""
+    if ACTIVATION == "silu":
+        tile = tile / (1.0 + tl.exp(-tile))
+    elif ACTIVATION == "gelu":
+        tile = 0.5 * tile * (1.0 + tl.erf(tile * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        tile = tile / (1.0 + tl.exp(-1.5957691216057308 * (tile + 0.044715 * tile * tile * tile)))
+    else:
+        tile = tl.maximum(tile, 0.0)
+    return tile
+
+
+@triton.jit
+def normed(tile, inside, place, gain, shift, eps, WIDTH: tl.constexpr, NORM: tl.constexpr, KIND: tl.constexpr):
+    """RMS or layer norm of a zero-padded `tile` of `WIDTH` numbers, rounded to `KIND` as the definition does."""
+    if NORM == "layer":
+        tile = tl.where(inside, tile - tl.sum(tl.sum(tile, axis=1), axis=0) / WIDTH, 0.0)
+    tile *= tl.rsqrt(tl.sum(tl.sum(tile * tile, axis=1), axis=0) / WIDTH + eps)
+    if NORM == "rms_rounded":
+        tile = tile.to(KIND).to(tl.float32)
+    if gain is not None:
+        tile *= tl.load(gain + place, mask=inside, other=0.0).to(tl.float32)
+    if shift is not None:
+        tile += tl.load(shift + place, mask=inside, other=0.0).to(tl.float32)
+    return tile.to(KIND).to(tl.float32)
+
+
+@triton.jit
+def prepared(
+    tile,
+    up,
+    up_begin,
+    gain,
+    shift,
+    place,
+    inside,
+    eps,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """The loaded `tile` in float32, behind its activation function, the other half of a gated one, and its norm."""
+    KIND: tl.constexpr = tile.dtype
+    tile = tile.to(tl.float32)
+    if ACTIVATION != "":
+        tile = activated(tile, ACTIVATION).to(KIND).to(tl.float32)
+    if up is not None:
+        tile *= tl.load(up + up_begin + place, mask=inside, other=0.0).to(tl.float32)
+        tile = tile.to(KIND).to(tl.float32)
+    if NORM != "":
+        tile = normed(tile, inside, place, gain, shift, eps, WIDTH, NORM, KIND)
+    return tile
+
+
+@triton.jit
+def in_groups(tile, scratch, begin, place, inside, D2: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """The token as `[groups, GROUP]`, the number of groups rounded up to a power of two."""
+    P2: tl.constexpr = tile.shape[1]
+    if D2 == P2:
+        groups = tl.reshape(tile, (tile.shape[0] * P2 // GROUP, GROUP))
+    else:
+        scratch += begin
+        tl.store(scratch + place, tile, mask=inside)
+        tl.debug_barrier()
+        g, k = tl.arange(0, triton.next_power_of_2(GROUPS))[:, None], tl.arange(0, GROUP)[None, :]
+        groups = tl.load(scratch + g * GROUP + k, mask=g < GROUPS, other=0.0)
+    return groups
+
+
+@triton.jit
+def transformed(
+    tile,
+    scratch,
+    begin,
+    place,
+    inside,
+    left,
+    right,
+    turn,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`leftᵀ tile right` of a zero-padded tile `[P1, P2]`; row `turn` of left `[R, D1, D1]` and right `[R, D2, D2]`."""
     P1: tl.constexpr = tile.shape[0]
     P2: tl.constexpr = tile.shape[1]
-    i, j = tl.arange(0, P2)[:, None], tl.arange(0, P2)[None, :]
-    factor = tl.load(right + i * D2 + j, mask=(i < D2) & (j < D2), other=0.0).to(tl.float32)
-    tile = tl.dot(tile, factor, input_precision=PRECISION)
-    # Read turned round: entry (i, j) of the tile on the left is left[j, i].
-    i, j = tl.arange(0, P1)[:, None], tl.arange(0, P1)[None, :]
-    factor = tl.load(left + j * D1 + i, mask=(i < D1) & (j < D1), other=0.0).to(tl.float32)
-    return tl.dot(factor, tile, input_precision=PRECISION)
+    left += turn * D1 * D1
+    right += turn * D2 * D2
+    if STEP > 0:
+        scratch += begin
+        tl.store(scratch + place, tile, mask=inside)
+        tl.debug_barrier()
+        tile = transformed_in_steps(scratch, left, right, D1, D2, P1, P2, STEP, PRECISION)
+    else:
+        i, j = tl.arange(0, P2)[:, None], tl.arange(0, P2)[None, :]
+        factor = tl.load(right + i * D2 + j, mask=(i < D2) & (j < D2), other=0.0).to(tl.float32)
+        tile = tl.dot(tile, factor, input_precision=PRECISION)
+        # Read turned round: entry (i, j) of the tile on the left is left[j, i].
+        i, j = tl.arange(0, P1)[:, None], tl.arange(0, P1)[None, :]
+        factor = tl.load(left + j * D1 + i, mask=(i < D1) & (j < D1), other=0.0).to(tl.float32)
+        tile = tl.dot(factor, tile, input_precision=PRECISION)
+    return tile
 
 
 @triton.jit
@@ -94,11 +187,38 @@ def rounded(groups, scale, BITS: tl.constexpr):
     return ((ratio + MAGIC) - MAGIC).to(tl.int8)
 
 
+@triton.jit
+def store_quantized(
+    groups,
+    entries,
+    codes,
+    scales,
+    smallest,
+    GROUPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BITS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    WORK: tl.constexpr,
+):
+    """Writes codes, two to a byte up to 4 bits, and scales of one token; `entries` is its row of the table."""
+    g = tl.arange(0, groups.shape[0])
+    entry = tl.load(entries + (g if COLUMNS > 1 else g * 0), mask=g < GROUPS, other=1.0).to(tl.float32)
+    scale = group_scales(groups, entry, smallest, LIMIT, WORK)
+    tl.store(scales + g, scale, mask=g < GROUPS)
+    integers = rounded(groups, scale, BITS)
+    WIDTH: tl.constexpr = groups.shape[1] // 2 if BITS <= 4 else groups.shape[1]
+    if BITS <= 4:
+        low, high = tl.split(tl.reshape(integers, (groups.shape[0], WIDTH, 2)))
+        integers = ((low & 15) | (high << 4)).to(tl.uint8, bitcast=True)
+    tl.store(codes + g[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], integers, mask=g[:, None] < GROUPS)
+
+
 @triton.jit(do_not_specialize=["loop", "diagonal_rows", "factor_rows", "table_rows"])
 def quantize_kernel(
     x,
     up,
     gain,
+    shift,
     diagonal,
     left,
     right,
@@ -123,16 +243,13 @@ def quantize_kernel(
     P2: tl.constexpr,
     BITS: tl.constexpr,
     LIMIT: tl.constexpr,
-    HAS_UP: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
-    HAS_DIAGONAL: tl.constexpr,
-    HAS_FACTORS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NORM: tl.constexpr,
     WORK: tl.constexpr,
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Quantizes row `program_id(0)`.
+    """Quantizes row `program_id(0)`; the arguments that are None, and what is "", are left out.
 
     The tile is `[P1, P2]` (powers of two) with `[D1, D2]` in use, `D1 * D2 = WIDTH`; without factors `D2 = P2 = GROUP`.
     `COLUMNS` is the number of entries in a row of `table`: groups, or 1.
@@ -142,53 +259,15 @@ def quantize_kernel(
     i, j = tl.arange(0, P1)[:, None], tl.arange(0, P2)[None, :]
     place, inside = i * D2 + j, (i < D1) & (j < D2)
     tile = tl.load(x + row * x_stride + place, mask=inside, other=0.0)
-    KIND: tl.constexpr = tile.dtype
-    tile = tile.to(tl.float32)
-    if HAS_UP:
-        other = tl.load(up + row * up_stride + place, mask=inside, other=0.0).to(tl.float32)
-        tile = (tile / (1.0 + tl.exp(-tile))).to(KIND).to(tl.float32)
-        tile = (tile * other).to(KIND).to(tl.float32)
-    if HAS_NORM:
-        mean = tl.sum(tl.sum(tile * tile, axis=1), axis=0) / WIDTH
-        tile = tile * tl.rsqrt(mean + eps)
-        if HAS_GAIN:
-            tile = tile * tl.load(gain + place, mask=inside, other=0.0).to(tl.float32)
-        tile = tile.to(KIND).to(tl.float32)
-    if HAS_DIAGONAL:
+    tile = prepared(tile, up, row * up_stride, gain, shift, place, inside, eps, WIDTH, ACTIVATION, NORM)
+    if diagonal is not None:
         factor = tl.load(diagonal + pick_row(loop, diagonal_rows) * WIDTH + place, mask=inside, other=0.0)
         tile = (tile * factor.to(tl.float32)).to(WORK).to(tl.float32)
-    if HAS_FACTORS:
+    if left is not None:
         turn = pick_row(loop, factor_rows)
-        left += turn * D1 * D1
-        right += turn * D2 * D2
-        if STEP > 0:
-            tl.store(scratch + row * WIDTH + place, tile, mask=inside)
-            tl.debug_barrier()
-            tile = transformed_in_steps(scratch + row * WIDTH, left, right, D1, D2, P1, P2, STEP, PRECISION)
-        else:
-            tile = transformed(tile, left, right, D1, D2, PRECISION)
+        tile = transformed(tile, scratch, row * WIDTH, place, inside, left, right, turn, D1, D2, STEP, PRECISION)
         tile = tile.to(WORK).to(tl.float32)
-    WHOLE: tl.constexpr = D2 == P2
-    COUNT: tl.constexpr = P1 * P2 // GROUP if WHOLE else triton.next_power_of_2(GROUPS)
-    if WHOLE:
-        groups = tl.reshape(tile, (COUNT, GROUP))
-    else:
-        tl.store(scratch + row * WIDTH + place, tile, mask=inside)
-        tl.debug_barrier()
-        g, k = tl.arange(0, COUNT)[:, None], tl.arange(0, GROUP)[None, :]
-        groups = tl.load(scratch + row * WIDTH + g * GROUP + k, mask=g < GROUPS, other=0.0)
-    g = tl.arange(0, COUNT)
-    column = g if COLUMNS > 1 else g * 0
-    entries = tl.load(table + pick_row(loop, table_rows) * COLUMNS + column, mask=g < GROUPS, other=1.0)
-    scale = group_scales(groups, entries.to(tl.float32), smallest, LIMIT, WORK)
-    tl.store(scales + row * GROUPS + g, scale, mask=g < GROUPS)
-    integers = rounded(groups, scale, BITS)
-    if BITS <= 4:
-        HALF: tl.constexpr = GROUP // 2
-        low, high = tl.split(tl.reshape(integers, (COUNT, HALF, 2)))
-        integers = ((low & 15) | (high << 4)).to(tl.uint8, bitcast=True)
-        k = tl.arange(0, HALF)[None, :]
-        tl.store(codes + row * (WIDTH // 2) + g[:, None] * HALF + k, integers, mask=g[:, None] < GROUPS)
-    else:
-        k = tl.arange(0, GROUP)[None, :]
-        tl.store(codes + row * WIDTH + g[:, None] * GROUP + k, integers, mask=g[:, None] < GROUPS)
+    groups = in_groups(tile, scratch, row * WIDTH, place, inside, D2, GROUP, GROUPS)
+    entries = table + pick_row(loop, table_rows) * COLUMNS
+    codes += row * (WIDTH // 2 if BITS <= 4 else WIDTH)
+    store_quantized(groups, entries, codes, scales + row * GROUPS, smallest, GROUPS, COLUMNS, BITS, LIMIT, WORK)

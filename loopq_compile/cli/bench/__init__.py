@@ -18,6 +18,10 @@ def _group() -> None:
 
 app.command("quality")(quality.quality_command)
 app.command("loops")(growth.loops_command)
+app.command("beyond")(growth.beyond_command)
+app.command("exit")(growth.exit_command)
+app.command("cache")(growth.cache_command)
+app.command("size")(growth.size_command)
 app.command("speed")(speed.speed_command)
 app.command("compile")(growth.compile_command)
 app.command("kernels")(kernels.kernels_command)

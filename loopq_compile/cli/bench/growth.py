@@ -1,4 +1,4 @@
-"""`loopq-compile bench loops` and `bench compile`: how files and compiling grow with loops and layers."""
+"""`loopq-compile bench loops`, `bench exit` and `bench compile`: what more loops and layers cost, and fewer save."""
 
 from __future__ import annotations
 
@@ -6,8 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
-from loopq_compile.cli.bench.options import Model, Out, load_model, show, whole_numbers
-from loopq_compile.cli.common import AllowPickle, Json, TrustRemoteCode, names
+from loopq_compile.cli.bench.options import Activations, Model, Out, Samples, Schemes, load_model, show
+from loopq_compile.cli.common import (
+    AllowPickle,
+    Json,
+    Length,
+    MaxTokens,
+    RepeatLayers,
+    TextFile,
+    TrustRemoteCode,
+    calibration_batches,
+    names,
+    note,
+    text_source,
+    whole_numbers,
+)
 from loopq_compile.errors import LoopQError
 
 
@@ -40,6 +53,119 @@ def loops_command(
 
     report = growth(with_loops, whole_numbers("--values", values), Scheme.parse(scheme), length, names(targets))
     show(report, out, json, model=f"{model}@{repeat}" if repeat else model)
+
+
+def beyond_command(
+    model: Model = "bundled",
+    values: Annotated[str, typer.Option("--values", metavar="LIST", help="Numbers of loops.")] = "2,3,4,5,6,8",
+    schemes: Schemes = "w4a8,w4a4",
+    activations: Activations = "dynamic,static",
+    method: Annotated[str, typer.Option("--method", help="Of the program that is compiled.")] = "las",
+    samples: Samples = 32,
+    text: TextFile = None,
+    max_tokens: MaxTokens = 4096,
+    length: Length = 256,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Perplexity with more loops than were calibrated, or fewer: one rolled file, its loop count set at run time."""
+    from loopq_compile.bench.beyond import beyond
+    from loopq_compile.evaluate import tokenize
+    from loopq_compile.scheme import Scheme
+
+    def with_loops(count: int | None) -> Any:
+        return _with_loops(load_model(model, None, trust_remote_code, None, allow_pickle).model, model, count)
+
+    loaded = load_model(model, None, trust_remote_code, None, allow_pickle)
+    content, source = text_source(text)
+    tokens = tokenize(loaded.tokenizer, content, max_tokens)
+    batches = calibration_batches("docs", loaded.tokenizer, samples, 128, 0)
+    chosen = [Scheme.parse(scheme, activation=kind) for scheme in names(schemes) for kind in names(activations)]
+    counts = whole_numbers("--values", values)
+    report = beyond(with_loops, tokens, counts, chosen, method, batches, length, say=note(True))
+    show(report, out, json, model=model, text=source)
+
+
+def _with_loops(loaded: Any, model: str, count: int | None) -> Any:
+    if count is not None:
+        if not hasattr(loaded, "loops"):
+            raise LoopQError(f"{model} has no number of loops to set.")
+        loaded.loops = count
+    return loaded
+
+
+def exit_command(
+    model: Model = "bundled",
+    schemes: Schemes = "w4a8,w4a4",
+    values: Annotated[
+        str, typer.Option("--values", metavar="LIST", help="Thresholds of the cumulative exit probability.")
+    ] = "1,0.9,0.8,0.7,0.6,0.5,0.3",
+    text: TextFile = None,
+    max_tokens: MaxTokens = 2048,
+    length: Length = 256,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Loops spent against perplexity where a loop stops early, for models with an exit gate."""
+    from loopq_compile.bench.exits import exits
+    from loopq_compile.evaluate import tokenize
+
+    try:
+        thresholds = [float(value) for value in names(values)]
+    except ValueError as error:
+        raise LoopQError(f"--values takes numbers, comma-separated; got {values!r}.") from error
+    loaded = load_model(model, None, trust_remote_code, None, allow_pickle)
+    content, source = text_source(text)
+    tokens = tokenize(loaded.tokenizer, content, max_tokens)
+    report = exits(loaded.model, tokens, names(schemes), thresholds, length, say=note(True))
+    show(report, out, json, model=model, text=source)
+
+
+def cache_command(
+    model: Model = "bundled",
+    repeat: RepeatLayers = None,
+    schemes: Schemes = "w4a8",
+    values: Annotated[
+        str, typer.Option("--values", metavar="LIST", help="Bits of keys and values; 0 for floating point.")
+    ] = "0,8,4",
+    text: TextFile = None,
+    max_tokens: MaxTokens = 4096,
+    length: Length = 256,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Perplexity and bytes a token of key-value caches in floating point, 8 and 4 bits."""
+    from loopq_compile.bench.cache import caches
+    from loopq_compile.evaluate import tokenize
+
+    loaded = load_model(model, None, trust_remote_code, repeat, allow_pickle)
+    content, source = text_source(text)
+    tokens = tokenize(loaded.tokenizer, content, max_tokens)
+    bits = [number or None for number in whole_numbers("--values", values)]
+    report = caches(loaded.model, tokens, names(schemes), bits, length, say=note(True))
+    show(report, out, json, model=f"{model}@{repeat}" if repeat else model, text=source)
+
+
+def size_command(
+    model: Annotated[str, typer.Argument(metavar="NAME", help="ouro-1.4b or ouro-2.6b.")] = "ouro-1.4b",
+    scheme: Annotated[str, typer.Option("--scheme", help="Weights are rounded to nearest, without data.")] = "w4a4",
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Fewer layers, to try it out.")] = None,
+    head_bits: Annotated[int, typer.Option("--head-bits", help="Of the head: 8, 4, or 0 for floating point.")] = 8,
+    float_bits: Annotated[int, typer.Option("--float-bits", help="Of scales, embeddings and the rest.")] = 16,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """A model of published size with random weights, compiled end to end: time, memory, bytes on disk and loaded."""
+    from loopq_compile.bench.size import size
+
+    report = size(model, scheme, layers, head_bits or None, float_bits, say=note(True))
+    show(report, out, json, model=model)
 
 
 def compile_command(

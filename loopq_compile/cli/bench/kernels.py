@@ -2,36 +2,70 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from loopq_compile.cli.bench.options import Out, show, whole_numbers
-from loopq_compile.cli.common import Json
+from loopq_compile.cli.bench.options import Fresh, GroupSize, Out, show
+from loopq_compile.cli.common import Json, load, note, whole_numbers
 from loopq_compile.errors import LoopQError
 
 
 def kernels_command(
+    program: Annotated[
+        str | None, typer.Argument(metavar="[DIR]", help="A compiled program, whose decoding is timed too.")
+    ] = None,
     static: Annotated[
         bool, typer.Option("--static", help="Compile without a GPU: registers, spills, shared memory, instructions.")
     ] = False,
-    grid: Annotated[bool, typer.Option("--grid", help="Every tile of the tuning grid; takes many minutes.")] = False,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Try all tiles on this GPU first, and keep the fastest for this machine; with --static, choose tiles "
+            "from what they need and write them into --out, which takes many minutes.",
+        ),
+    ] = False,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="With --static: every tile of the tuning grid; takes many minutes.")
+    ] = False,
+    group_size: GroupSize = 32,
     architectures: Annotated[
-        str, typer.Option("--sm", metavar="LIST", help="Compute capabilities such as 80,90; all by default.")
+        str, typer.Option("--sm", metavar="LIST", help="With --static: compute capabilities such as 80,90.")
     ] = "",
-    only: Annotated[str, typer.Option("--only", metavar="NAME", help="Kernels whose name contains NAME.")] = "",
+    only: Annotated[
+        str, typer.Option("--only", metavar="NAME", help="With --static: kernels whose name contains NAME.")
+    ] = "",
+    rows: Annotated[str, typer.Option("--rows", metavar="LIST", help="Numbers of tokens to time.")] = "1,16,512,4096",
+    batches: Annotated[str, typer.Option("--decode", metavar="LIST", help="Batch sizes of decoding.")] = "1,8",
     out: Out = None,
+    fresh: Fresh = False,
     json: Json = False,
 ) -> None:
-    """The Triton kernels: what they need of each GPU architecture, and a roofline estimate from data sheets.
+    """The Triton kernels: timed on a GPU; or, with --static, what each architecture needs, and an estimate.
 
-    Exits with status 1 if a kernel spills registers, does not fit, or misses its tensor-core instruction.
+    Timed against cuBLAS in bfloat16, torch._int_mm and, where it is installed, torchao. With --out, a run that was cut
+    off goes on with the same command. --static exits with status 1 if a kernel spills registers, does not fit, or
+    misses its tensor-core instruction.
     """
+    if static and tune:
+        _choose(whole_numbers("--sm", architectures), out, json)
+        return
+    if static:
+        _static(whole_numbers("--sm", architectures), grid, only, group_size, out, json)
+        return
+    if grid or architectures or only:
+        raise LoopQError("--grid, --sm and --only go with --static.")
+    _timed(
+        program, whole_numbers("--rows", rows), whole_numbers("--decode", batches), group_size, tune, out, fresh, json
+    )
+
+
+def _static(architectures: list[int], grid: bool, only: str, group_size: int, out: Path | None, json: bool) -> None:
     from loopq_compile.bench.kernels import estimate_report, static_report
 
-    if not static:
-        raise LoopQError("Kernels are not timed in this version; --static compiles them without a GPU and estimates.")
-    report, estimate = static_report(whole_numbers("--sm", architectures), grid, only), estimate_report()
+    report, estimate = static_report(architectures, grid, only, group_size), estimate_report(group_size)
     if json:
         report.data |= {"estimates": estimate.data}
         report.notes += estimate.notes
@@ -41,3 +75,48 @@ def kernels_command(
         show(estimate, out, json)
     if report.data["failed"]:
         raise typer.Exit(1)
+
+
+def _choose(architectures: list[int], out: Path | None, json: bool) -> None:
+    from loopq_compile.backends.triton.ahead import ARCHITECTURES
+    from loopq_compile.backends.triton.configurations import write_table
+    from loopq_compile.bench.kernel_choice import choose, compile_grid
+
+    if out is None:
+        raise LoopQError("--static --tune writes tiles.json into the folder of --out.")
+    found = choose(compile_grid(architectures or ARCHITECTURES))
+    write_table(out / "tiles.json", found, "chosen from registers and shared memory of compiled kernels; not measured")
+    note(json)(f"wrote {out / 'tiles.json'}")
+
+
+def _timed(
+    program: str | None,
+    rows: list[int],
+    batches: list[int],
+    group_size: int,
+    tune: bool,
+    out: Path | None,
+    fresh: bool,
+    json: bool,
+) -> None:
+    from loopq_compile.backends.triton.configurations import user_table, write_table
+    from loopq_compile.bench import kernel_times
+    from loopq_compile.bench.cells import Cells
+
+    gpu, say = kernel_times.check_gpu(), note(json)
+    if tune:
+        found = kernel_times.tune(kernel_times.architecture(), group_size=group_size, say=say)
+        write_table(user_table(), found, f"measured on {gpu}")
+        say(f"wrote {user_table()}")
+    cells = Cells(out and out / "cells", fresh)
+    report = kernel_times.time_products(gpu, cells, group_size=group_size, rows=rows, say=say)
+    if program is not None:
+        loaded = load(program)
+        if loaded.kind != "program":
+            raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile` first.")
+        lines = [kernel_times.time_decoding(loaded.model, batch=batch) for batch in batches]
+        decoding = kernel_times.decoding_report(gpu, program, lines)
+        report.data["decoding"] = decoding.data
+        if not json:
+            show(decoding, out, json)
+    show(report, out, json)

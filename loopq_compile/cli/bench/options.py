@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loopq_compile.cli.common import console, load, names, note, table
+from loopq_compile.cli.common import console, load, note, table
 from loopq_compile.errors import LoopQError
 
 if TYPE_CHECKING:
@@ -74,14 +74,3 @@ def load_model(
     if loaded.kind != "model":
         raise LoopQError(f"{model} is quantized already; bench takes a model in floating point.")
     return loaded
-
-
-def whole_numbers(option: str, text: str) -> list[int]:
-    """The numbers of a comma-separated list."""
-    try:
-        found = [int(part) for part in names(text)]
-    except ValueError as error:
-        raise LoopQError(f"{option} takes whole numbers, comma-separated; got {text!r}.") from error
-    if any(number < 0 for number in found):
-        raise LoopQError(f"{option} takes numbers from 0 on; got {text!r}.")
-    return found

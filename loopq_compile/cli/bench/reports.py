@@ -24,7 +24,6 @@ from loopq_compile.cli.bench.options import (
     WeightSolver,
     load_model,
     show,
-    whole_numbers,
 )
 from loopq_compile.cli.common import (
     AllowPickle,
@@ -41,6 +40,7 @@ from loopq_compile.cli.common import (
     names,
     note,
     text_source,
+    whole_numbers,
 )
 
 if TYPE_CHECKING:

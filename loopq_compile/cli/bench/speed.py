@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from loopq_compile.cli.bench.options import Model, Out, Schemes, load_model, show, whole_numbers
-from loopq_compile.cli.common import AllowPickle, Json, RepeatLayers, TrustRemoteCode, names, note
+from loopq_compile.cli.bench.options import Model, Out, Schemes, load_model, show
+from loopq_compile.cli.common import AllowPickle, Json, RepeatLayers, TrustRemoteCode, names, note, whole_numbers
 
 
 def speed_command(

@@ -60,6 +60,7 @@ def test_a_hugging_face_model(tmp_path) -> None:
     report = export(program.graph_module, tmp_path, target="onnxruntime", cache=True)
     run = OnnxExecutable(report.path, threads=1)
     check_decoding(model, run, run.signature)
+    assert report.nodes["RotaryEmbedding"] == 4 * 2
     graph = onnx.load(report.path).graph
     assert [value.name for value in graph.output][:3] == ["logits", "present.0.key", "present.0.value"]
     layers = len([value for value in graph.output if value.name.endswith(".key")])

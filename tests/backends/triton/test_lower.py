@@ -5,6 +5,8 @@ import torch
 
 import loopq_compile as lq
 from loopq_compile.backends.triton import executable
+from loopq_compile.operators import ops
+from loopq_compile.rolled import rolled_loops
 from tests.tiny import tiny_model, tiny_program, tokens
 
 
@@ -49,3 +51,26 @@ def test_a_program_that_no_kernel_fits_is_refused(monkeypatch):
     program = lq.compile(tiny_model(2), tokens(), scheme="w4a16", method="symmetric")
     with pytest.raises(lq.LoopQError, match=r"No kernel fits this program.*floating point"):
         program.lower("triton")
+
+
+@pytest.mark.parametrize("method", ["las", "loopq"])
+def test_a_rolled_graph_computes_the_same_and_does_not_grow(method):
+    """Tables, weights per loop and adapters included: to the last bit."""
+    options = {"steps": 2} if method == "loopq" else {}
+    data = [tokens(seed) for seed in range(3)]
+    program = lq.compile(tiny_model(3), tokens(), scheme="w4a4", method=method, calibration=data, **options)
+    unrolled, rolled = (program.lower("triton", fallback=True, rolled=flag) for flag in (False, True))
+    (loop,) = rolled_loops(rolled.graph_module)
+    body = [node.target for node in loop.body.graph.nodes]
+    assert body.count(ops.quantize_packed.default) == body.count(ops.packed_linear.default) == 4
+    for seed, batch, length in ((5, 2, 9), (6, 1, 1)):
+        found, expected = rolled(tokens(seed, batch, length)), unrolled(tokens(seed, batch, length))
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_kernels_are_put_into_the_body_too():
+    graph_module = executable.use_kernels(executable.fuse(tiny_program(), rolled=True))
+    (loop,) = rolled_loops(graph_module)
+    targets = {str(node.target) for node in loop.body.graph.nodes}
+    assert {"loopq_triton.quantize_packed.default", "loopq_triton.packed_linear.default"} <= targets
+    assert not any(name.startswith(("loopq.quantize_packed", "loopq.packed")) for name in targets)

@@ -66,6 +66,25 @@ def test_scales_and_bias_equal_the_definition(shape, dtype):
     assert (found.double() - expected.double()).abs().max() <= tolerance * expected.double().abs().max()
 
 
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("groups", [1, 3, 17])
+@pytest.mark.parametrize(("rows", "outputs"), [(1, 1), (5, 33), (18, 65)])
+def test_odd_sizes_of_everything(group_size, groups, rows, outputs):
+    """Sizes that no tile, split or power of two divides, weights per loop, a bias, groups of zeros, huge scales."""
+    k = groups * group_size
+    generator = torch.Generator().manual_seed(rows)
+    _, packed, _, weight, _ = problem((rows, outputs, k), group_size=group_size, weights=2)
+    weight[:, groups // 2] = 0
+    scale = torch.randn(rows, groups, generator=generator)
+    scale[:, 0], scale[0] = 0.0, scale[0] * 1e20
+    weight_scale = torch.randn(2, groups, outputs, generator=generator) * 1e-3
+    bias = torch.randn(outputs, generator=generator)
+    for row in (0, 1, 5):
+        arguments = (packed, scale, weight, weight_scale, bias, row, group_size, torch.float32)
+        found, expected = kernels.packed_linear(*arguments).double(), ops.packed_linear(*arguments).double()
+        assert ((found - expected).abs() <= 2e-6 * expected.abs().amax(1, keepdim=True).clamp_min(1)).all()
+
+
 @pytest.mark.parametrize("rows", [2, 20])
 def test_the_row_is_chosen_at_run_time(rows):
     a, packed, codes, weight, scale = problem((rows, 24, 64), weights=3)

@@ -53,6 +53,6 @@ def test_kernels_are_called(monkeypatch):
             grids.append(grid)
             return self.kernel[grid]
 
-    monkeypatch.setattr(operators, "_launcher", Counting)
+    monkeypatch.setattr(operators, "launcher", Counting)
     compiled("las", "w4a4", "dynamic").lower("triton")(tokens(1, 1, 4))
     assert len(grids) >= 3 * 4 * 2, "three loops, four groups, two kernels each"

@@ -1,0 +1,58 @@
+"""Floating-point tensors of a file in 16 bits: scales, embeddings, a head, norm gains and transforms."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from loopq_compile.errors import LoopQError
+
+FLOAT_BITS = (16, 32)
+_SMALLEST = 4096
+"""Entries from which a tensor is worth a `Cast`."""
+
+
+def store_half(graph: ir.Graph) -> None:
+    """Stores float32 initializers of 4,096 entries or more as float16, and widens them where they are read.
+
+    All arithmetic stays in single precision. Of an embedding the rows that a call looks up are widened, so it stays in
+    16 bits in memory; every other tensor has one `Cast` in front of its readers, which ONNX Runtime computes once when
+    it opens the file.
+
+    Raises:
+        LoopQError: a tensor has numbers that float16 has not.
+    """
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or value.dtype is not ir.DataType.FLOAT or tensor.size < _SMALLEST or value.is_graph_output():
+            continue
+        array = tensor.numpy()
+        if np.abs(array).max() > np.finfo(np.float16).max:
+            raise LoopQError(f"{value.name} holds {np.abs(array).max():.3g}, too large for 16 bits: use float_bits=32.")
+        stored = ir.tensor(array.astype(np.float16), name=f"{name}.half")
+        half = ir.Value(
+            name=stored.name, type=ir.TensorType(ir.DataType.FLOAT16), shape=value.shape, const_value=stored
+        )
+        graph.register_initializer(half)
+        _widen(graph, value, half)
+        del graph.initializers[name]
+
+
+def _widen(graph: ir.Graph, value: ir.Value, half: ir.Value) -> None:
+    looked_up = [node for node, position in value.uses() if node.op_type == "Gather" and position == 0]
+    for node in [node for node in looked_up if node.attributes.get_int("axis", 0) == 0 and node.graph is graph]:
+        result = node.outputs[0]
+        rows = ir.Value(type=ir.TensorType(ir.DataType.FLOAT16), shape=result.shape)
+        gather = ir.node(
+            "Gather", [half, node.inputs[1]], {"axis": 0}, outputs=[rows], metadata_props=dict(node.metadata_props)
+        )
+        cast = ir.node("Cast", [rows], {"to": ir.DataType.FLOAT.value}, metadata_props=dict(node.metadata_props))
+        cast.outputs[0].type, cast.outputs[0].shape = result.type, result.shape
+        graph.insert_before(node, [gather, cast])
+        ir.convenience.replace_all_uses_with(result, cast.outputs[0])
+        graph.remove(node, safe=True)
+    if value.uses():
+        cast = ir.node("Cast", [half], {"to": ir.DataType.FLOAT.value})
+        cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape
+        graph.insert_before(next(iter(graph)), [cast])
+        ir.convenience.replace_all_uses_with(value, cast.outputs[0])

@@ -1,0 +1,130 @@
+"""Which kernels a lowered program launches, found without running it: as `Case`s that `ahead` compiles.
+
+The fused graph runs on fake tensors, and the operators hand their launches to a recorder. What Triton's own launcher
+would make of each argument (a constant, a number that is a multiple of 16, an aligned pointer) is decided here by the
+same rules; a test holds the two to the same cache keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from loopq_compile.backends.triton import operators
+from loopq_compile.backends.triton.ahead import Case
+from loopq_compile.backends.triton.configurations import DECODE_ROWS, MIDDLE_ROWS
+from loopq_compile.errors import LoopQError
+from loopq_compile.signature import LOOPS_AXIS, PAST, Signature
+from loopq_compile.state import get_state
+
+ROWS = (1, DECODE_ROWS, MIDDLE_ROWS, MIDDLE_ROWS + 1)
+"""Numbers of tokens that between them reach every tile that a launch may choose."""
+_PAST = 16
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+}
+_ALIGNMENT, _LARGEST_INT32 = 16, (1 << 31) - 1
+
+
+def launches(graph_module: fx.GraphModule, architecture: int | None = None, rows: Sequence[int] = ROWS) -> list[Case]:
+    """The kernels of a graph of `loopq_triton::` operators, each once.
+
+    Args:
+        graph_module: with its compiler state.
+        architecture: whose tiles a product would run with; None for the defaults.
+        rows: numbers of tokens to look at.
+
+    Raises:
+        LoopQError: the graph needs the values of a tensor, which fake ones do not have, or kernels are interpreted.
+    """
+    if operators.INTERPRETED:
+        raise LoopQError("TRITON_INTERPRET=1 is set: kernels run on the CPU and are not compiled. Unset it.")
+    found: dict[str, Case] = {}
+    signature = get_state(graph_module).signature
+    for count in rows:
+        with recording(lambda case: found.setdefault(repr(case), case), architecture):
+            run_fake(graph_module, signature, count)
+    return list(found.values())
+
+
+def run_fake(graph_module: fx.GraphModule, signature: Signature, count: int) -> None:
+    """Runs a graph on `count` tokens without values.
+
+    Raises:
+        LoopQError: the graph asks for values: a CUDA graph could not capture it either.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        inputs = [torch.empty(_shape(spec.shape, count), dtype=spec.dtype) for spec in signature.inputs]
+        try:
+            graph_module(*inputs)
+        except torch._subclasses.fake_tensor.DynamicOutputShapeException as error:
+            raise LoopQError(f"The program has a result whose shape depends on values: {error}.") from error
+        except torch._subclasses.fake_tensor.DataDependentOutputException as error:
+            raise LoopQError(f"The program reads a value on the host, which waits for the GPU: {error}.") from error
+
+
+def _shape(spec: Sequence[int | str], count: int) -> list[int]:
+    sizes = {"batch": 1, "sequence": count, PAST: _PAST, LOOPS_AXIS: 1}
+    return [
+        size if isinstance(size, int) else sum(sizes.get(part, count) for part in size.split(" + ")) for size in spec
+    ]
+
+
+@contextmanager
+def recording(keep: Callable[[Case], Any], architecture: int | None = None) -> Iterator[None]:
+    """Inside, launches are not made but handed to `keep`, as they would be on `architecture`."""
+    before = operators.launcher, operators.architecture_of
+    operators.launcher = lambda kernel: _Recorder(kernel, keep)  # type: ignore[assignment]
+    operators.architecture_of = lambda device: architecture  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        operators.launcher, operators.architecture_of = before  # type: ignore[assignment]
+
+
+class _Recorder:
+    """Stands in for a kernel: `recorder[grid](*args, **constants)` keeps the launch as a case."""
+
+    def __init__(self, kernel: Any, keep: Callable[[Case], Any]) -> None:
+        self.kernel, self.keep = kernel, keep
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self
+
+    def __call__(self, *args: Any, num_warps: int, num_stages: int = 3, **constants: Any) -> None:
+        types: dict[str, str] = {}
+        aligned = []
+        for parameter, value in zip(self.kernel.params, args, strict=False):
+            kind, is_aligned = _specialized(value, parameter.do_not_specialize)
+            if kind is None:
+                constants[parameter.name] = value
+            else:
+                types[parameter.name] = kind
+            if is_aligned:
+                aligned.append(parameter.name)
+        name = self.kernel.fn.__name__
+        self.keep(Case(name, self.kernel, types, constants, num_warps, num_stages, tuple(aligned)))
+
+
+def _specialized(value: Any, as_it_is: bool) -> tuple[str | None, bool]:
+    """The type of an argument, None for a constant of the kernel, and whether it is a multiple of 16."""
+    if value is None:
+        return None, False
+    if isinstance(value, Tensor):
+        # Allocations begin at multiples of 512: what counts is where a view begins in its own.
+        return f"*{_TYPES[value.dtype]}", int(value.storage_offset()) * value.element_size() % _ALIGNMENT == 0
+    if isinstance(value, float):
+        return "fp32", False
+    kind = "i32" if -_LARGEST_INT32 <= value <= _LARGEST_INT32 else "i64"
+    if as_it_is:
+        return kind, False
+    return (None, False) if value == 1 else (kind, value % _ALIGNMENT == 0)

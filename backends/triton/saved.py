@@ -1,0 +1,212 @@
+"""Lowered programs as folders: the fused program, and its kernels, compiled ahead of time, which needs no GPU.
+
+Such a folder is a saved program (`loopq_compile.artifact`: JSON, safetensors, a manifest) with two more files.
+`kernels.json` lists every kernel as it is launched, `kernels.safetensors` holds what Triton keeps of a compiled one.
+`load` puts those for the GPU at hand into Triton's cache, so that a launch finds them there and nothing is compiled.
+The name of an entry in that cache is a hash of the kernel's source, its constants, Triton itself and the compiler:
+`load` computes it anew and leaves out what does not agree, so a folder can neither be stale nor replace other kernels.
+
+A compiled kernel is code that the GPU runs. The manifest shows damage, not intent: load kernels of people you trust.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, fx
+from triton.runtime.cache import get_cache_manager
+
+from loopq_compile import artifact
+from loopq_compile.backends.triton.ahead import ARCHITECTURES, Case, cache_key, check_architecture, compile_binary
+from loopq_compile.backends.triton.executable import TritonExecutable, device_for, fuse, private_copy, use_kernels
+from loopq_compile.backends.triton.kernels import KERNELS
+from loopq_compile.backends.triton.launches import launches
+from loopq_compile.backends.triton.operators import INTERPRETED
+from loopq_compile.errors import LoopQError
+from loopq_compile.manifest import check_files, first_line, read_json
+
+CASE_FILE, BINARY_FILE = "kernels.json", "kernels.safetensors"
+_KEPT = ("json", "cubin")
+"""What Triton needs of a compiled kernel: its description and its code."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What `save` wrote.
+
+    Args:
+        path: the folder.
+        kernels: how many were compiled, for all architectures together.
+        architectures: that they were compiled for.
+        bytes: of all compiled kernels.
+    """
+
+    path: str
+    kernels: int
+    architectures: tuple[int, ...]
+    bytes: int
+
+    def __str__(self) -> str:
+        targets = ", ".join(f"sm_{number}" for number in self.architectures)
+        return f"{self.path}: {self.kernels} kernels compiled for {targets}, {self.bytes:,} bytes"
+
+
+def save(
+    program: Any,
+    directory: str | os.PathLike[str],
+    *,
+    architectures: Sequence[int] = ARCHITECTURES,
+    extra_files: Mapping[str, str] | None = None,
+) -> Saved:
+    """Fuses a program, compiles its kernels, and writes both; needs no GPU.
+
+    Args:
+        program: as `lower` takes it.
+        directory: new, empty, or an earlier program, which is replaced.
+        architectures: compute capabilities times ten.
+        extra_files: text files by name to put beside it, such as `tokenizer.json`.
+
+    Raises:
+        LoopQError: nothing can be fused, an architecture is unknown, or the folder cannot be written.
+    """
+    for architecture in architectures:
+        check_architecture(architecture)
+    graph_module = fuse(program)
+    lowered = use_kernels(private_copy(graph_module))
+    entries: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for architecture in architectures:
+        for case in launches(lowered, architecture):
+            key = cache_key(case, architecture)
+            entries.append({"key": key, "architecture": architecture, **_case_to_dict(case)})
+            tensors |= {f"{key}.{kind}": data for kind, data in _binary(case, architecture).items()}
+    described = json.dumps({"triton": triton.__version__, "kernels": entries}, indent=1)
+    files: dict[str, str | bytes] = {**(extra_files or {}), CASE_FILE: described, BINARY_FILE: save_tensors(tensors)}
+    artifact.save(graph_module, directory, files)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return Saved(str(directory), len(entries), tuple(architectures), size)
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    kernels: bool = True,
+    fallback: bool = False,
+    device: str | torch.device | None = None,
+) -> TritonExecutable:
+    """The executable in a folder that `save` wrote; neither the model's code nor a compiler is needed.
+
+    Args:
+        directory: the folder.
+        kernels: use the compiled kernels in the folder, which the GPU runs as they are; False compiles them again.
+        fallback, device: as for `lower`.
+
+    Raises:
+        LoopQError: the folder is damaged or holds no lowered program, or no kernel can run here.
+    """
+    target = device_for(device, fallback)
+    graph_module = artifact.read(directory)
+    _check_lowered(Path(directory), graph_module)
+    if kernels and target.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(target)
+        install(directory, 10 * major + minor)
+    runs_kernels = target.type == "cuda" or INTERPRETED
+    if runs_kernels:
+        use_kernels(graph_module)
+    return TritonExecutable(graph_module, target, runs_kernels).to(target)
+
+
+def install(directory: str | os.PathLike[str], architecture: int) -> int:
+    """Puts the kernels of a folder that are for one architecture into Triton's cache.
+
+    Warns where the folder has kernels for it that another version of Triton or of this package compiled: they would
+    never be asked for and are left out, and launches compile their own.
+
+    Returns:
+        How many are there now.
+
+    Raises:
+        LoopQError: the files are damaged, or the cache cannot be written.
+    """
+    folder = Path(directory)
+    check_files(folder, (CASE_FILE, BINARY_FILE))
+    data = read_json(folder / CASE_FILE)
+    try:
+        tensors = load_tensors((folder / BINARY_FILE).read_bytes())
+        entries = [entry for entry in data["kernels"] if entry["architecture"] == architecture]
+        stale = [entry for entry in entries if not _install(entry, tensors)]
+    except LoopQError:
+        raise
+    except Exception as error:  # data from anywhere; JSON, safetensors and Triton raise many kinds
+        raise LoopQError(f"The kernels in {folder} cannot be used: {first_line(error)}.") from error
+    if stale:
+        warnings.warn(
+            f"{len(stale)} of {len(entries)} kernels in {folder} were compiled with Triton {data.get('triton')} or "
+            f"another version of loopq_compile, not with Triton {triton.__version__}: they are compiled at their first "
+            "launch. Export the program again to avoid that.",
+            stacklevel=2,
+        )
+    return len(entries) - len(stale)
+
+
+def _install(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """False if the entry is not the kernel that a launch would ask for."""
+    case = _case_from_dict(entry)
+    key = cache_key(case, entry["architecture"])
+    if key != entry["key"]:
+        return False
+    manager, name = get_cache_manager(key), case.kernel.fn.__name__
+    if manager.get_group(f"{name}.json") is None:
+        files = {}
+        for kind in _KEPT:
+            content = tensors[f"{key}.{kind}"].numpy().tobytes()
+            files[f"{name}.{kind}"] = manager.put(content, f"{name}.{kind}", binary=True)
+        manager.put_group(f"{name}.json", files)
+    return True
+
+
+def _binary(case: Case, architecture: int) -> dict[str, Tensor]:
+    """What Triton wrote into its cache about a compiled case."""
+    files = compile_binary(case, architecture).metadata_group
+    paths = {path.suffix[1:]: path for path in map(Path, files.values())}
+    return {kind: torch.frombuffer(bytearray(paths[kind].read_bytes()), dtype=torch.uint8) for kind in _KEPT}
+
+
+def _case_to_dict(case: Case) -> dict[str, Any]:
+    fields = {name: value for name, value in vars(case).items() if name not in ("kernel", "constants", "products")}
+    constants = {name: {"dtype": str(v)} if isinstance(v, tl.dtype) else v for name, v in case.constants.items()}
+    return fields | {"constants": constants}
+
+
+def _case_from_dict(data: Mapping[str, Any]) -> Case:
+    """Inverse of `_case_to_dict`; the name is that of one of our kernels."""
+    kernel = KERNELS[data["name"]]
+    constants = {n: tl.dtype(str(v["dtype"])) if isinstance(v, dict) else v for n, v in data["constants"].items()}
+    return Case(
+        data["name"],
+        kernel,
+        dict(data["types"]),
+        constants,
+        int(data["warps"]),
+        int(data["stages"]),
+        tuple(data["aligned"]),
+    )
+
+
+def _check_lowered(folder: Path, graph_module: fx.GraphModule) -> None:
+    names = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_function"}
+    if not any(name.startswith("loopq.packed_linear") for name in names):
+        raise LoopQError(
+            f"{folder} holds no lowered program; write one with `loopq-compile export DIR --target triton --out OUT`."
+        )

@@ -1,0 +1,107 @@
+"""`python -m loopq_compile.bench.size_session JSON`: compiles one model from end to end in a process of its own.
+
+Takes a `Job` as JSON and prints JSON: by step its `seconds`, those of the `processor`, and `peak`, the largest resident
+size of the process so far in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from loopq_compile.errors import LoopQError
+
+if TYPE_CHECKING:
+    from loopq_compile.models import Ouro, OuroConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compile.
+
+    Args:
+        config: of an Ouro model, as `OuroConfig.to_dict` writes it.
+        folder: for the file.
+        scheme: compiled without data.
+        head_bits, float_bits: of the export.
+    """
+
+    config: dict[str, Any]
+    folder: str
+    scheme: str = "w4a4"
+    head_bits: int | None = None
+    float_bits: int = 32
+
+
+def measure(job: Job) -> dict[str, dict[str, float]]:
+    """What this module prints, of a process started for it.
+
+    Raises:
+        LoopQError: the process failed, for instance for lack of memory.
+    """
+    command = [sys.executable, "-m", "loopq_compile.bench.size_session", json.dumps(asdict(job))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"it was ended by signal {-done.returncode}"])[-1]
+        raise LoopQError(f"The model could not be compiled: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(job: Job) -> dict[str, dict[str, float]]:
+    """Builds, compiles and exports the model in this process; what `measure` returns."""
+    import torch
+
+    import loopq_compile as lq
+    from loopq_compile.models import OuroConfig
+
+    steps: dict[str, dict[str, float]] = {}
+    start, used = time.perf_counter(), time.process_time()
+
+    def done(step: str) -> None:
+        nonlocal start, used
+        now, spent = time.perf_counter(), time.process_time()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        steps[step] = {"seconds": now - start, "processor": spent - used, "peak": peak}
+        start, used = now, spent
+
+    model = _random_model(OuroConfig.from_dict(job.config))
+    done("random model")
+    example = torch.ones(2, 8, dtype=torch.int64)
+    program = lq.compile(model, example, scheme=job.scheme, method="symmetric", release_model=True)
+    del model
+    done("capture and passes")
+    options: dict[str, Any] = {"target": "onnxruntime", "form": "rolled", "cache": True, "last_token": True}
+    program.export_onnx(job.folder, head_bits=job.head_bits, float_bits=job.float_bits, **options)
+    done("export")
+    return steps
+
+
+def _random_model(config: OuroConfig) -> Ouro:
+    """A model whose weights repeat one block of random numbers: a billion take longer to draw than to compile."""
+    import torch
+
+    from loopq_compile.models import Ouro
+
+    with torch.device("meta"):
+        model = Ouro(config)
+    model = model.to_empty(device="cpu").eval()
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for weight in model.parameters():
+            flat = weight.view(-1)
+            for part in flat.split(len(block)):
+                part.copy_(block[: len(part)]) if weight.ndim > 1 else part.fill_(1.0)
+            if weight.ndim > 1:
+                flat.div_(weight.shape[-1] ** 0.5)
+    return model
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(Job(**json.loads(sys.argv[1])))))

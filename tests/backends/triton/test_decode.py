@@ -1,0 +1,138 @@
+"""Decoding with fixed shapes, `torch.compile`, and that nothing in a lowered program waits for the host."""
+
+import functools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import loopq_compile as lq
+from loopq_compile.backends.triton import decode
+from loopq_compile.backends.triton.decode import StaticDecoder
+from loopq_compile.backends.triton.launches import run_fake
+from loopq_compile.generation import generate
+from tests.tiny import tiny_program, tokens
+
+_aten = torch.ops.aten
+HOST = (_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.unique_dim, _aten._unique2, _aten.equal)
+
+
+@functools.cache
+def lowered():
+    return tiny_program().with_cache(last_token=True).lower("triton", fallback=True)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("capacity", [16, 40])
+def test_the_same_text_as_with_a_cache_that_grows(stacked, capacity):
+    """Rows of different lengths; 16 is exactly what prompt and continuation need."""
+    ids, mask = tokens(3, 3, 6), torch.ones(3, 6, dtype=torch.int64)
+    mask[1, :4] = 0
+    program = tiny_program().with_cache(last_token=True, stacked=stacked)
+    run = program.lower("triton", fallback=True)
+    decoder = StaticDecoder(run, capacity, None)
+    for seed in (3, 8):  # the second text finds the buffers of the first
+        ids = tokens(seed, 3, 6)
+        expected = generate(program, ids, 10, attention_mask=mask)
+        assert torch.equal(generate(decoder, ids, 10, attention_mask=mask), expected)
+
+
+def test_logits_are_those_of_the_growing_cache():
+    static, growing = StaticDecoder(lowered(), 12, None).decoder(), tiny_program().with_cache(last_token=True).decoder()
+    ids = tokens(4, 2, 9)
+    for begin, end in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+        mask = torch.ones(2, end, dtype=torch.int64)
+        found, expected = static(ids[:, begin:end], mask), growing(ids[:, begin:end], mask)
+        assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def test_warming_up_and_replaying_leave_the_text_as_it_is():
+    """What capturing does around the graph: steps in advance, then their traces are wiped out."""
+    replayed = []
+
+    def capture(step, state):
+        decode.warm_up(step, state)
+        return lambda: (replayed.append(1), step())
+
+    decoder = StaticDecoder(lowered(), 20, capture)
+    expected = generate(StaticDecoder(lowered(), 20, None), tokens(5, 2, 4), 8)
+    assert torch.equal(generate(decoder, tokens(5, 2, 4), 8), expected)
+    assert len(replayed) == 7, "one for each token behind the first"
+
+
+def test_a_step_writes_into_the_same_memory():
+    decoder = StaticDecoder(lowered(), 20, None)
+    generate(decoder, tokens(5, 2, 4), 2)
+    (step,) = decoder._steps.values()
+    before = [buffer.data_ptr() for buffer in (*step.state(), step.ids, step.logits)]
+    generate(decoder, tokens(6, 2, 7), 5)
+    assert [buffer.data_ptr() for buffer in (*step.state(), step.ids, step.logits)] == before
+
+
+class Listing(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen, self.devices = set(), set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.overloadpacket if hasattr(function, "overloadpacket") else function)
+        if (kwargs or {}).get("device") is not None and function is _aten._to_copy.default:
+            self.devices.add(str(kwargs["device"]))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_the_gpu_for_nothing():
+    """Fake tensors have no values: a step that read one would fail, as the capture of a CUDA graph would."""
+    decoder = StaticDecoder(lowered(), 20, None)
+    generate(decoder, tokens(5, 2, 4), 2)
+    (step,) = decoder._steps.values()
+    with Listing() as listing, torch.no_grad():
+        step.advance()
+    assert torch.ops.loopq.packed_linear in listing.seen and not listing.seen & set(HOST)
+    assert not listing.devices
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        step.run.graph_module(
+            torch.empty(2, 1, dtype=torch.int64),
+            torch.empty(2, 20, dtype=torch.int64),
+            *[torch.empty(buffer.shape) for buffer in step.past.values()],
+        )
+
+
+def test_a_program_that_reads_values_is_found_out():
+    class Reading(torch.nn.Module):
+        def forward(self, x):
+            return x[: int(x.sum().item())]
+
+    signature = tiny_program().lower("triton", fallback=True).signature
+    with pytest.raises(lq.LoopQError, match="waits for the GPU"):
+        run_fake(Reading(), signature, 3)
+
+
+def test_torch_compile_takes_the_whole_module():
+    run = tiny_program().lower("triton", fallback=True)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True)
+    for seed, batch, length in ((4, 3, 7), (5, 2, 16)):
+        ids = tokens(seed, batch, length)
+        found, expected = compiled(ids), run(ids)
+        for name, value in expected.items():
+            assert (found[name] - value).abs().max() < 0.03 * value.abs().max()
+
+
+def test_refusals():
+    with pytest.raises(lq.LoopQError, match=r"key-value cache: lower program\.with_cache"):
+        tiny_program().lower("triton", fallback=True).static_decoder(cuda_graph=False)
+    with pytest.raises(lq.LoopQError, match="at least 2"):
+        lowered().static_decoder(1, cuda_graph=False)
+    with pytest.raises(lq.LoopQError, match="9 tokens; this decoder has room for 8"):
+        generate(lowered().static_decoder(8, cuda_graph=False), tokens(1, 1, 6), 4)
+    decoder = lowered().static_decoder(8, cuda_graph=False).decoder()
+    decoder(tokens(1, 1, 3), torch.ones(1, 3, dtype=torch.int64))
+    with pytest.raises(lq.LoopQError, match="one token at a time; got 2"):
+        decoder(tokens(1, 1, 2), torch.ones(1, 5, dtype=torch.int64))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_a_cuda_graph_needs_a_gpu():
+    with pytest.raises(lq.LoopQError, match=r"needs an NVIDIA GPU.*cuda_graph=False"):
+        lowered().static_decoder()
