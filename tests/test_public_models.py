@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from loopq_compile.generation import logits_of
 from loopq_compile.pipelines import get_pipeline
 from loopq_compile.program import Program
 from loopq_compile.scheme import Scheme
+from tests.backends.onnx.graphs import in_float32
 from tests.looped_models import UniversalTransformer, zamba2
 
 SIZES = ((2, 11), (1, 1), (3, 30))
@@ -85,17 +85,6 @@ def test_albert(tmp_path: Path) -> None:
 def zamba2_program() -> Program:
     """Its scan works in chunks of 8 tokens, which no length of the tests is a multiple of."""
     return exact_then_quantized(zamba2(8), None, use_cache=False)
-
-
-def in_float32(path: Path) -> Path:
-    """The same file, told to multiply in float32 what ONNX Runtime would round to 8 bits first."""
-    model = onnx.load(path)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 1
-    onnx.save(model, path.with_name("float32.onnx"))
-    return path.with_name("float32.onnx")
 
 
 def test_zamba2_and_onnx_runtimes_second_rounding(zamba2_program: Program, tmp_path: Path) -> None:

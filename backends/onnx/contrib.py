@@ -77,22 +77,19 @@ def _lower_linear(graph: ir.Graph, node: ir.Node) -> bool:
     dequantize = weight.producer() if weight is not None else None
     if x is None or dequantize is None or dequantize.domain != DOMAIN or dequantize.op_type != "Dequantize":
         return False
-    codes_value, codes, row = _stored(dequantize.inputs[0])
-    scale_value, scale, _ = _stored(dequantize.inputs[1])
+    codes_value, codes, codes_row = _stored(dequantize.inputs[0])
+    scale_value, scale, scale_row = _stored(dequantize.inputs[1])  # what is equal in all loops has no row
     if codes is None or scale is None or codes_value is None or scale_value is None:
         return False
-    scale = np.broadcast_to(scale, (*codes.shape[:-1], scale.shape[-1]))
+    scale = np.broadcast_to(scale, (*scale.shape[:-2], codes.shape[-2], scale.shape[-1]))
     outputs, features, groups = codes.shape[-2], codes.shape[-1], scale.shape[-1]
     block = features // groups
     if block < SMALLEST_BLOCK or block & (block - 1):
         return False
     bits = 4 if codes.min(initial=0) >= -8 and codes.max(initial=0) <= 7 else 8
-    packed = constant(graph, f"{codes_value.name}.packed", _pack(codes, groups, bits))
-    scales = constant(graph, f"{scale_value.name}.scales", scale)
     emitter = Emitter(graph, node)
-    if row is not None:
-        packed = emitter.node("Gather", [packed, row], packed.dtype, sizes(packed)[1:], {"axis": 0})
-        scales = emitter.node("Gather", [scales, row], scales.dtype, sizes(scales)[1:], {"axis": 0})
+    packed = _row(emitter, constant(graph, f"{codes_value.name}.packed", _pack(codes, groups, bits)), codes_row)
+    scales = _row(emitter, constant(graph, f"{scale_value.name}.scales", scale), scale_row)
     quantized = _made_by(x, "Dequantize") is not None
     x = _before_rounding(x, block) or x
     attributes = {"K": features, "N": outputs, "bits": bits, "block_size": block}
@@ -150,6 +147,11 @@ def _stored(value: ir.Value | None) -> tuple[ir.Value | None, np.ndarray | None,
     if node is not None and node.domain == DOMAIN and node.op_type == "Row":
         return node.inputs[0], constant_array(node.inputs[0]), node.inputs[1]
     return value, constant_array(value), None
+
+
+def _row(emitter: Emitter, value: ir.Value, row: ir.Value | None) -> ir.Value:
+    """Row `row` of `value`, or all of it if that is None."""
+    return value if row is None else emitter.node("Gather", [value, row], value.dtype, sizes(value)[1:], {"axis": 0})
 
 
 def _pack(codes: np.ndarray, groups: int, bits: int) -> np.ndarray:

@@ -33,7 +33,10 @@ def lower_to_qdq(model: ir.Model, origins: Mapping[str, Origin]) -> None:
         if node.op_type != "Linear" and node.inputs[1] is not None and node.inputs[1].dtype is ir.DataType.DOUBLE:
             raise LoopQError("ONNX cannot quantize float64; convert the model first: model.float().")
     for node in nodes:
-        if node.op_type == "Dequantize" and _is_row(node.inputs[0]):
+        if node.op_type != "Dequantize":
+            continue
+        codes, scale = node.inputs
+        if _is_row(codes) or (_is_row(scale) and constant_array(codes) is not None):
             lower_stacked_weight(graph, node)
     lower_rows(graph)
     for node in nodes:

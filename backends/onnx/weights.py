@@ -60,33 +60,42 @@ def lower_weight(graph: ir.Graph, node: ir.Node, bits: int | None) -> None:
 
 def lower_stacked_weight(graph: ir.Graph, node: ir.Node) -> None:
     """Replaces the `Dequantize` of a weight per loop, `Row(codes [T, N, K])`: the stack is dequantized once in front of
-    the loop (ONNX gathers no 4-bit integers), and the loop takes its row of `[T, K, N]`.
+    the loop (ONNX gathers no 4-bit integers), and the loop takes its row of `[T, K, N]`. Codes or scales that happen to
+    be equal in all loops come without `Row`.
     """
-    rows = [value.producer() for value in node.inputs if value is not None]
-    assert len(rows) == 2 and rows[0] is not None and rows[1] is not None
-    codes, scale = constant_array(rows[0].inputs[0]), constant_array(rows[1].inputs[0])
-    if codes is None or scale is None or rows[0].inputs[0] is None or rows[1].inputs[0] is None:
+    (codes_value, codes_row), (scale_value, scale_row) = map(_stack, node.inputs)
+    codes, scale = constant_array(codes_value), constant_array(scale_value)
+    row = codes_row or scale_row
+    if codes is None or scale is None or codes_value is None or scale_value is None or row is None:
         raise InternalError(f"Weight {node.inputs} of {node.name} is no stack of constants.")
-    loops, outputs, features = codes.shape
+    loops = len(codes) if codes_row else len(scale)
+    outputs, features = codes.shape[-2:]
+    codes = np.broadcast_to(codes, (loops, outputs, features))
     scale = np.broadcast_to(scale, (loops, outputs, scale.shape[-1]))
     stored = ir.DataType.INT4 if _bits(codes) <= 4 else ir.DataType.INT8
     numpy_type = ml_dtypes.int4 if stored is ir.DataType.INT4 else np.int8
     emitter = Emitter(graph, node)
     turned = codes.transpose(0, 2, 1).astype(numpy_type)
-    packed = constant(graph, f"{rows[0].inputs[0].name}.{stored.name.lower()}", turned, stored)
-    scales = constant(graph, f"{rows[1].inputs[0].name}.blocks", scale.transpose(0, 2, 1))
+    packed = constant(graph, f"{codes_value.name}.{stored.name.lower()}", turned, stored)
+    scales = constant(graph, f"{scale_value.name}.blocks", scale.transpose(0, 2, 1))
     attributes = {"axis": 1, "block_size": features // scale.shape[-1]}
-    kind = rows[1].inputs[0].dtype
+    kind = scale_value.dtype
     weights = emitter.node("DequantizeLinear", [packed, scales], kind, [loops, features, outputs], attributes)
-    weight = emitter.node("Gather", [weights, rows[0].inputs[1]], kind, [features, outputs], {"axis": 0})  # type: ignore[list-item]
+    weight = emitter.node("Gather", [weights, row.inputs[1]], kind, [features, outputs], {"axis": 0})  # type: ignore[list-item]
     turned_back = emitter.node("Transpose", [weight], kind, [outputs, features], {"perm": [1, 0]})
     producer = turned_back.producer()
     assert producer is not None
     producer.metadata_props[TURNED] = "yes"
     emitter.finish(turned_back)
-    for row in rows:
+    for row in (codes_row, scale_row):
         if row is not None and row.graph is not None and not row.outputs[0].uses():
             graph.remove(row, safe=True)
+
+
+def _stack(value: ir.Value | None) -> tuple[ir.Value | None, ir.Node | None]:
+    """What `Row` picks from, and that node; a value that all loops share is its own."""
+    maker = value.producer() if value is not None else None
+    return (maker.inputs[0], maker) if maker is not None and maker.op_type == "Row" else (value, None)
 
 
 def lower_linears(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import onnx
 import onnxruntime
 import pytest
@@ -12,7 +14,7 @@ import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable, export
 from loopq_compile.passes.roll_loops import RollLoops
 from loopq_compile.rolled import rolled_loops
-from loopq_compile.state import attach_state, copy_graph, get_state
+from loopq_compile.state import attach_state, copy_graph, get_state, get_tensor, set_tensor
 from tests import zoo
 from tests.backends.onnx import graphs
 from tests.tiny import tiny_model, tiny_program, tokens
@@ -67,6 +69,21 @@ def test_weights_per_loop_and_default_session_options(learned, target, tmp_path)
     expected = pytree.tree_leaves(learned(tokens(5)))
     limit = 0.15 if target == "onnxruntime" else 1e-5
     assert difference(expected, [torch.from_numpy(value) for value in given]) < limit
+
+
+@pytest.mark.parametrize("target", ["qdq", "onnxruntime"])
+@pytest.mark.parametrize("part", ["codes", "scale"])
+def test_weights_per_loop_that_are_equal_in_part(learned, part, target, tmp_path) -> None:
+    graph_module = copy_graph(learned.graph_module)
+    attach_state(graph_module, get_state(learned.graph_module))
+    names = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    later = [name for name in names if re.search(rf"_loop[12]_{part}$", name)]
+    assert later
+    for name in later:
+        set_tensor(graph_module, name, get_tensor(graph_module, re.sub(r"_loop\d_", "_loop0_", name)).clone())
+    path = export(graph_module, tmp_path, target=target, form="rolled").path
+    run = OnnxExecutable(graphs.in_float32(path), threads=1)
+    assert difference(list(pytree.tree_leaves(lq.Program(graph_module)(tokens(5)))), run(tokens(5))) < 1e-5
 
 
 def test_a_loop_count_beyond_the_calibrated_one_holds_the_last_rows(learned, tmp_path) -> None:
