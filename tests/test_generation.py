@@ -102,7 +102,7 @@ def test_logits_are_found_in_every_kind_of_output() -> None:
         ([1, 2], {}, "list"),
         (PROMPT[:, :0], {}, "empty"),
         (PROMPT, {"max_new_tokens": 0}, "max_new_tokens"),
-        (PROMPT, {"do_sample": True, "temperature": 0.0}, "do_sample=False"),
+        (PROMPT, {"do_sample": True, "temperature": 0.0}, "leave out do_sample"),
         (PROMPT, {"do_sample": True, "top_k": 0}, "top_k"),
         (PROMPT, {"do_sample": True, "top_p": 1.5}, "top_p"),
     ],

@@ -44,7 +44,7 @@ def test_auto_decides_by_size(monkeypatch):
 
     monkeypatch.setattr(students.Student, "__init__", spy)
     for limit, expected in ((1 << 40, False), (1, True)):
-        monkeypatch.setattr(calibrate, "_KEPT_BYTES", limit)
+        monkeypatch.setattr(calibrate, "KEPT_BYTES", limit)
         seen.clear()
         prepared(Calibrate(), steps=1, recompute="auto")
         assert seen[0] is expected
