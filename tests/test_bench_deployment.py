@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from loopq_compile.bench import random_models
 from loopq_compile.bench import size as size_module
 from loopq_compile.bench.beyond import beyond
 from loopq_compile.bench.cache import caches
@@ -45,7 +46,7 @@ def test_fewer_bits_in_the_cache_cost_perplexity_and_save_bytes() -> None:
 def test_a_model_is_compiled_end_to_end(monkeypatch) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = OuroConfig(vocab_size=128, total_ut_steps=2, tie_word_embeddings=False, **sizes)
-    monkeypatch.setattr(size_module, "SIZES", {"tiny": lambda: config})
+    monkeypatch.setattr(random_models, "SIZES", {"tiny": lambda: config})
     monkeypatch.setattr(size_module, "measure", run)
     report = size("tiny")
     by = {row["what"]: row for row in report.data}

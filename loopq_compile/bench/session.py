@@ -35,11 +35,20 @@ def measure(file: Path, length: int) -> dict[str, Any]:
 
 def resident() -> int:
     """Resident size of this process in bytes; 0 where Linux is not."""
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The largest resident size of this process so far in bytes; 0 where Linux is not."""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return 0
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+    line = next(line for line in status.splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 

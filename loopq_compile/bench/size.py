@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 
 from loopq_compile.bench import session
 from loopq_compile.bench.cells import Values
+from loopq_compile.bench.random_models import sized
 from loopq_compile.bench.report import Report
 from loopq_compile.bench.size_session import Job, measure
-from loopq_compile.errors import LoopQError, did_you_mean
-from loopq_compile.models import OuroConfig
-
-SIZES: Mapping[str, Callable[[], OuroConfig]] = {"ouro-1.4b": OuroConfig.ouro_1_4b, "ouro-2.6b": OuroConfig.ouro_2_6b}
-"""Models by name; their weights are random, which sizes and times do not depend on."""
-
 
 COLUMNS = ("what", "seconds", "of a processor", "peak GiB", "GiB")
 
@@ -36,7 +30,7 @@ def size(
     opens the file in another.
 
     Args:
-        name: one of `SIZES`.
+        name: one of `random_models.SIZES`.
         scheme: weights rounded to nearest, without data.
         layers: fewer than the model has, to try it out.
         head_bits, float_bits: of the export.
@@ -45,10 +39,7 @@ def size(
     Raises:
         LoopQError: the model is unknown, or a process failed.
     """
-    if name not in SIZES:
-        raise LoopQError(f"Unknown model {name!r}.{did_you_mean(name, SIZES)}")
-    config = SIZES[name]()
-    config = replace(config, num_hidden_layers=layers) if layers else config
+    config = sized(name, layers)
     with tempfile.TemporaryDirectory() as folder:
         say(f"compiling {name}, {config.num_hidden_layers} layers x {config.total_ut_steps} loops")
         steps = measure(Job(config.to_dict(), folder, scheme, head_bits, float_bits))

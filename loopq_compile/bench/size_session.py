@@ -12,12 +12,9 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loopq_compile.errors import LoopQError
-
-if TYPE_CHECKING:
-    from loopq_compile.models import Ouro, OuroConfig
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ def run(job: Job) -> dict[str, dict[str, float]]:
     import torch
 
     import loopq_compile as lq
+    from loopq_compile.bench.random_models import random_model
     from loopq_compile.models import OuroConfig
 
     steps: dict[str, dict[str, float]] = {}
@@ -69,7 +67,7 @@ def run(job: Job) -> dict[str, dict[str, float]]:
         steps[step] = {"seconds": now - start, "processor": spent - used, "peak": peak}
         start, used = now, spent
 
-    model = _random_model(OuroConfig.from_dict(job.config))
+    model = random_model(OuroConfig.from_dict(job.config))
     done("random model")
     example = torch.ones(2, 8, dtype=torch.int64)
     program = lq.compile(model, example, scheme=job.scheme, method="symmetric", release_model=True)
@@ -79,28 +77,6 @@ def run(job: Job) -> dict[str, dict[str, float]]:
     program.export_onnx(job.folder, head_bits=job.head_bits, float_bits=job.float_bits, **options)
     done("export")
     return steps
-
-
-def _random_model(config: OuroConfig) -> Ouro:
-    """A model whose weights repeat one block of random numbers: a billion take longer to draw than to compile."""
-    import torch
-
-    from loopq_compile.models import Ouro
-
-    with torch.device("meta"):
-        model = Ouro(config)
-    model = model.to_empty(device="cpu").eval()
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for weight in model.parameters():
-            flat = weight.view(-1)
-            for part in flat.split(len(block)):
-                part.copy_(block[: len(part)]) if weight.ndim > 1 else part.fill_(1.0)
-            if weight.ndim > 1:
-                flat.div_(weight.shape[-1] ** 0.5)
-    return model
 
 
 if __name__ == "__main__":

@@ -2,92 +2,150 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from loopq_compile.bench.cells import Values
+import loopq_compile
+from loopq_compile.bench.cells import Cells, Values
 from loopq_compile.bench.report import Report
-from loopq_compile.bench.speed_session import Job, measure
+from loopq_compile.bench.speed_session import Job, load, measure
+from loopq_compile.bench.speed_torch import WAYS
 from loopq_compile.capture import capture
 from loopq_compile.driver import compile as compile_model
+from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.memory import trim
 from loopq_compile.passes.tag_loops import TagLoops
 from loopq_compile.pipeline import Pipeline
+from loopq_compile.pipelines import get_pipeline
 from loopq_compile.program import Program
 from loopq_compile.scheme import Scheme
 
+_EXACT = "ONNX Runtime float32"
+
 
 def speed(
-    name: str,
-    model: nn.Module,
+    job: Job,
     schemes: Sequence[str] = ("w4a16", "w4a8", "w4a4"),
     forms: Sequence[str] = ("unrolled",),
-    job: Job | None = None,
     head_bits: Sequence[int | None] = (None,),
-    torch_dtypes: Sequence[str] = ("float32", "bfloat16"),
+    pytorch: Sequence[str] = ("float32", "bfloat16"),
     methods: Sequence[str] = ("symmetric",),
     *,
+    cells: Cells | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Measures a model in several ways, each in a process of its own.
+    """Measures a model in several ways, each in a process of its own, while this one holds no model.
 
     Args:
-        name: by which such a process loads the PyTorch model.
-        model: the model itself, which is exported here.
+        job: the model, lengths, batches and repeats.
         schemes: of quantized files, compiled without data.
         forms: of the export: "unrolled", "rolled".
         head_bits: of the head in quantized files, None for floating point.
-        job: lengths, batches and repeats; its model is put in here.
-        torch_dtypes: in which PyTorch runs the model as it is.
+        pytorch: ways in which PyTorch runs the model, of `speed_torch.WAYS`; "torchao" is left out, and noted, where it
+            is not installed.
         methods: that need no data: "symmetric" has nothing in front of its products, "quarot" a transform for every
             group of linears, as learned methods have.
+        cells: keeps finished rows, so that a run that was cut off goes on.
         say: told what is being measured.
 
     Raises:
-        LoopQError: a scheme needs data, the model cannot have a key-value cache, or a process failed.
+        LoopQError: unknown names, a scheme that needs data, a model that cannot have a key-value cache, or nothing
+            could be measured. A row that fails beside others says why.
     """
-    job = job or Job(name)
-    data: list[Values] = []
-    for dtype in torch_dtypes:
-        say(f"PyTorch {dtype}")
-        data.append({"runs": f"PyTorch {dtype}", "form": "eager", **measure(replace(job, model=name, dtype=dtype))})
-    options: dict[str, Any] = {"target": "onnxruntime", "cache": True, "last_token": True}
-    for runs, program in _programs(model, schemes, methods):
-        for form, head in itertools.product(forms, head_bits if program.scheme else (None,)):
-            what = f"{runs}, head w{head}" if head else runs
-            say(f"{what}, {form}")
-            with tempfile.TemporaryDirectory() as folder:
-                made = program.export_onnx(folder, form=form, head_bits=head, **options)
-                values = measure(replace(job, model=str(made.path), dtype=""))
-            data.append({"runs": what, "form": form, "bytes": made.bytes, "nodes": made.node_count, **values})
-    return _report(name, job, data)
-
-
-def _programs(model: nn.Module, schemes: Sequence[str], methods: Sequence[str]) -> Iterator[tuple[str, Program]]:
-    example: Any = None if hasattr(model, "prepare_inputs_for_generation") else torch.ones(2, 8, dtype=torch.int64)
-    yield "ONNX Runtime float32", Program(Pipeline([TagLoops()]).run(capture(model, example)))
+    for name in pytorch:
+        if name not in WAYS:
+            raise LoopQError(f"Unknown way {name!r} to run PyTorch.{did_you_mean(name, WAYS)}")
     for scheme, method in itertools.product(schemes, methods):
-        name = f"ours {scheme}" if method == "symmetric" else f"ours {scheme} {method}"
-        yield name, compile_model(model, example, scheme=Scheme.parse(scheme), method=method)
+        Scheme.parse(scheme), get_pipeline(method)
+    cells, data, notes = cells or Cells(), list[Values](), list[str]()
+    for way in pytorch:
+        if WAYS[way].torchao and importlib.util.find_spec("torchao") is None:
+            notes.append("There is no torchao row: torchao is not installed (pip install 'loopq-compile[torchao]').")
+            say(notes[-1])
+            continue
+        data.append(_torch_row(job, way, cells, say))
+    for scheme, method in [("", ""), *itertools.product(schemes, methods)]:
+        for form, head in itertools.product(forms, head_bits if scheme else (None,)):
+            data.append(_onnx_row(job, scheme, method, form, head, cells, say))
+    if all("failed" in x for x in data):
+        raise LoopQError(data[0]["failed"] if data else "There is nothing to measure.")
+    return _report(job, data, notes)
 
 
-def _report(name: str, job: Job, data: list[Values]) -> Report:
-    columns = ["runs", "form", "MB", "open ms", "memory MB"]
+def _torch_row(job: Job, way: str, cells: Cells, say: Callable[[str], None]) -> Values:
+    runs = f"PyTorch {WAYS[way].dtype}" if not WAYS[way].torchao else "torchao w4a8"
+    row = {"runs": runs, "form": "compiled" if WAYS[way].compiled else "eager"}
+    return _cell(row, replace(job, way=way), cells, say, partial(measure, replace(job, way=way)))
+
+
+def _onnx_row(
+    job: Job, scheme: str, method: str, form: str, head: int | None, cells: Cells, say: Callable[[str], None]
+) -> Values:
+    runs = f"ours {scheme}{'' if method == 'symmetric' else f' {method}'}" if scheme else _EXACT
+
+    def run() -> Values:
+        with tempfile.TemporaryDirectory() as folder:
+            written = _export(job, scheme, method, form, head, folder)
+            gc.collect()  # graphs and their nodes refer to each other
+            trim()
+            return written | measure(replace(job, model=str(Path(folder) / "model.onnx"), config=None))
+
+    return _cell({"runs": f"{runs}, head w{head}" if head else runs, "form": form}, job, cells, say, run)
+
+
+def _cell(row: Values, job: Job, cells: Cells, say: Callable[[str], None], run: Callable[[], Values]) -> Values:
+    """A row, measured or kept; one that fails says why, and is tried again next time."""
+    say(f"{row['runs']}, {row['form']}")
+    about = {"speed": row, "version": loopq_compile.__version__, "torch": torch.__version__, **asdict(job)}
+    try:
+        return row | cells.get(f"{row['runs']}-{row['form']}", about, run)
+    except LoopQError as error:
+        say(f"failed: {error}")
+        return row | {"failed": str(error)}
+
+
+def _export(job: Job, scheme: str, method: str, form: str, head: int | None, folder: str) -> Values:
+    """Writes a file, and leaves nothing of the model behind."""
+    model = load(job)
+    example: Any = None if hasattr(model, "prepare_inputs_for_generation") else torch.ones(2, 8, dtype=torch.int64)
+    if scheme:
+        program = compile_model(model, example, scheme=scheme, method=method, release_model=True)
+    else:
+        program = Program(Pipeline([TagLoops()]).run(capture(model, example)))
+    made = program.export_onnx(folder, target="onnxruntime", form=form, cache=True, last_token=True, head_bits=head)
+    return {"bytes": made.bytes, "nodes": made.node_count}
+
+
+def _report(job: Job, data: list[Values], notes: list[str]) -> Report:
+    columns = ["runs", "form", "MB", "open ms", "compile s", "memory MB", "peak MB"]
     columns += [f"prefill {length}" for length in job.prefill] + [f"decode x{batch}" for batch in job.decode]
-    rows = []
-    for x in data:
-        size = f"{x['bytes'] / 1e6:.1f}" if "bytes" in x else ""
-        rates = [*x["prefill"].values(), *x["decode"].values()]
-        numbers = [f"{x['load_ms']:.0f}", f"{x['memory'] / 1e6:.0f}", *(f"{rate:,.1f}" for rate in rates)]
-        rows.append((x["runs"], x["form"], size, *numbers))
     notes = [
-        f"Tokens a second, one thread, the best of {job.repeats} runs. Prefill: one prompt of so many tokens, logits "
-        f"of the last. Decode: {job.steps} steps of 1 token behind {job.context} tokens of context, all rows counted.",
-        "Memory is what opening and running add to the resident size of a process of its own.",
+        f"Tokens a second, one thread, the best of {job.repeats} runs behind one that does not count. Prefill: one "
+        f"prompt of so many tokens, logits of the last. Decode: {job.steps} steps of 1 token behind {job.context} "
+        "tokens of context, all rows counted. Compile: what torch.compile adds to the calls that do not count.",
+        "Memory and peak are what opening and running add to the resident size of a process of its own, at the end "
+        "and at most (loading and compiling included).",
+        *notes,
+        *(f"{x['runs']}, {x['form']}: not measured. {x['failed']}" for x in data if "failed" in x),
     ]
-    return Report("speed", f"Speed of {name}", columns, rows, data, text_columns=2, notes=notes)
+    rows = [_row(x, len(columns)) for x in data]
+    return Report("speed", f"Speed of {job.model}", columns, rows, data, text_columns=2, notes=notes)
+
+
+def _row(x: Values, width: int) -> tuple[str, ...]:
+    if "failed" in x:
+        return (x["runs"], x["form"], "failed", *[""] * (width - 3))
+    size = f"{x['bytes'] / 1e6:.1f}" if "bytes" in x else ""
+    compiling = f"{x['first_s']:.1f}" if x["form"] == "compiled" else ""
+    rates = [*x["prefill"].values(), *x["decode"].values()]
+    memory = (f"{x[key] / 1e6:.0f}" for key in ("memory", "peak"))
+    return (x["runs"], x["form"], size, f"{x['load_ms']:.0f}", compiling, *memory, *(f"{rate:,.1f}" for rate in rates))

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from loopq_compile.cli.bench.options import Model, Out, Schemes, load_model, show
+from loopq_compile.cli.bench.options import Fresh, Model, Out, Schemes, load_model, show
 from loopq_compile.cli.common import AllowPickle, Json, RepeatLayers, TrustRemoteCode, names, note, whole_numbers
+from loopq_compile.errors import LoopQError
 
 
 def speed_command(
@@ -27,29 +28,46 @@ def speed_command(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Tokens decoded in a run.")] = 16,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs, of which the fastest counts.")] = 3,
     pytorch: Annotated[
-        str, typer.Option("--pytorch", metavar="LIST", help="Types in which PyTorch runs the model.")
-    ] = "float32,bfloat16",
+        str,
+        typer.Option(
+            "--pytorch",
+            metavar="LIST",
+            help="Ways in which PyTorch runs the model: float32, bfloat16, compiled (torch.compile, float32), torchao "
+            "(4-bit weights, 8-bit activations, compiled).",
+        ),
+    ] = "float32,bfloat16,compiled,torchao",
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Of ouro-1.4b and ouro-2.6b: fewer layers, to try it out.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     out: Out = None,
+    fresh: Fresh = False,
     json: Json = False,
 ) -> None:
     """Tokens a second for prompts and for decoding: PyTorch, ONNX Runtime in full precision, and quantized files.
 
-    All with a key-value cache, in one thread, each in a process of its own.
+    All with a key-value cache, in one thread, each in a process of its own. ouro-1.4b and ouro-2.6b are models of
+    published size with random weights. With --out, finished rows are kept: a run that was cut off goes on.
 
     Example: loopq-compile bench speed smollm2 --repeat 12-15x3
     """
+    from loopq_compile.bench.cells import Cells
+    from loopq_compile.bench.random_models import SIZES, sized
     from loopq_compile.bench.speed import speed
     from loopq_compile.bench.speed_session import Job
 
-    name = f"{model}@{repeat}" if repeat else model
-    loaded = load_model(model, None, trust_remote_code, repeat, allow_pickle).model
-    lengths, batches = (whole_numbers(*pair) for pair in (("--prefill", prefill), ("--decode", decode)))
+    if model not in SIZES and layers is not None:
+        raise LoopQError(f"--layers is for models with random weights: {', '.join(SIZES)}.")
+    if model in SIZES and repeat is not None:
+        raise LoopQError(f"--repeat is for Hugging Face models; {model} has loops.")
+    if model not in SIZES:
+        load_model(model, None, trust_remote_code, repeat, allow_pickle)  # refused now if at all, and let go again
     job = Job(
-        name,
-        prefill=tuple(lengths),
-        decode=tuple(batches),
+        f"{model}@{repeat}" if repeat else model,
+        config=sized(model, layers).to_dict() if model in SIZES else None,
+        prefill=tuple(whole_numbers("--prefill", prefill)),
+        decode=tuple(whole_numbers("--decode", decode)),
         context=context,
         steps=steps,
         repeats=repeats,
@@ -57,15 +75,7 @@ def speed_command(
         allow_pickle=allow_pickle,
     )
     bits = [number or None for number in whole_numbers("--head-bits", heads)]
-    report = speed(
-        name,
-        loaded,
-        names(schemes),
-        names(forms),
-        job,
-        bits,
-        names(pytorch),
-        names(methods),
-        say=note(True),
-    )
-    show(report, out, json, model=name)
+    cells = Cells(out / "cells" if out else None, fresh)
+    ways = names(pytorch)
+    report = speed(job, names(schemes), names(forms), bits, ways, names(methods), cells=cells, say=note(True))
+    show(report, out, json, model=job.model)
