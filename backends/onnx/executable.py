@@ -107,7 +107,8 @@ class OnnxExecutable:
         A file with a key-value cache reads the prompt once; any other reads all again for every token.
 
         Args:
-            loops: number of loops of a rolled file.
+            loops: number of loops of a rolled file, by default that of the program. More than that hold the last rows
+                of its tables.
             exit_threshold: of a file that may stop early.
             options: as there.
         """
@@ -119,9 +120,15 @@ class OnnxExecutable:
         """What `generate` asks for the next token.
 
         Raises:
-            LoopQError: the file takes more than token ids and an attention mask, or no threshold.
+            LoopQError: the file takes more than token ids and an attention mask, or no threshold; `loops` for a file
+                that is not rolled.
         """
         check_early_exit(self.signature, exit_threshold)
+        if loops is not None and not self._is_rolled:
+            raise LoopQError(
+                f"{self.path} is unrolled: its number of loops is fixed. Export the program with form='rolled' "
+                "(`loopq-compile export DIR --form rolled`) to choose it at run time."
+            )
         if has_cache(self.signature):
             count = self._loop_count(loops) if self._is_rolled else None
             return OnnxDecoder(self.session, self.signature, count, exit_threshold)

@@ -38,6 +38,10 @@ def generate_command(
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", help=r"End behind this text (\n: line break); may be given repeatedly."),
     ] = None,
+    loops: Annotated[
+        int | None,
+        typer.Option("--loops", min=1, help="Loops to run, of ONNX files written with `export --form rolled`."),
+    ] = None,
     exit_threshold: ExitThreshold = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on behind the end-of-text token.")] = False,
     tokenizer: TokenizerFile = None,
@@ -63,7 +67,7 @@ def generate_command(
     stops = [unescaped(text) for text in stop or ()]
     loaded = load(model, tokenizer, trust_remote_code, None, allow_pickle, dtype)
     ids = tokenize(loaded.tokenizer, prompt).unsqueeze(0)
-    chosen = _chosen(loaded, exit_threshold)
+    chosen = _chosen(loaded, loops, exit_threshold)
     start = time.perf_counter()
     with torch.no_grad():
         steps = stream(
@@ -97,15 +101,22 @@ def generate_command(
             typer.echo(f"{spent['mean_loops']:.2f} loops a call in the mean", err=True)
 
 
-def _chosen(loaded: Any, exit_threshold: float | None) -> Any:
-    """The model, with its threshold chosen."""
+def _chosen(loaded: Any, loops: int | None, exit_threshold: float | None) -> Any:
+    """The model, with its number of loops and its threshold chosen."""
     from loopq_compile.decoding import Chosen
 
-    if exit_threshold is None:
+    if loops is not None and loaded.kind != "onnx":
+        raise LoopQError(
+            "--loops is for ONNX files, in which the number of loops is an input: write one with `loopq-compile export "
+            "DIR --form rolled`. Models and compiled programs run the loops that they have."
+        )
+    options = {"loops": loops, "exit_threshold": exit_threshold}
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
         return loaded.model
     if not hasattr(loaded.model, "decoder"):
         raise LoopQError("--exit-threshold is for compiled programs and ONNX files; run `loopq-compile compile` first.")
-    return Chosen(loaded.model, exit_threshold=exit_threshold)
+    return Chosen(loaded.model, **given)
 
 
 def _spent(chosen: Any) -> dict[str, float]:

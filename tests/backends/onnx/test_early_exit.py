@@ -87,6 +87,13 @@ def test_the_command_line(tmp_path) -> None:
     assert any(name.startswith("present.0.key: INT8") for name in made["outputs"])
     # The gate of an untrained model says one half to every token.
     assert json.loads(run("generate", tmp_path / "onnx", "--prompt", "w1 w2", *given))["mean_loops"] == 1
+    # Without a threshold the file runs as many loops as it is told to.
+    one, four = (
+        run("generate", tmp_path / "onnx", "--prompt", "w1", "--loops", n, *given[:2], "--json") for n in (1, 4)
+    )
+    assert json.loads(one)["mean_loops"] == 1 and json.loads(four)["mean_loops"] == 4
+    fixed = CliRunner().invoke(app, ["generate", str(folder), "--prompt", "w1", "--loops", "2", *map(str, given[:2])])
+    assert fixed.exit_code == 1 and "--form rolled" in fixed.output
     scored = ["--max-tokens", 40, "--length", 20, "--stride", 20, "--text", text]
     row = json.loads(run("eval", tmp_path / "onnx", *scored, *given))["results"][0]
     assert row["loops"] == 1 and row["perplexity"] > 1

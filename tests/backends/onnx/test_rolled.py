@@ -12,11 +12,17 @@ from torch.utils import _pytree as pytree
 
 import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable, export
+from loopq_compile.capture import capture
 from loopq_compile.passes.roll_loops import RollLoops
+from loopq_compile.passes.tag_loops import TagLoops
+from loopq_compile.pipeline import Pipeline
+from loopq_compile.program import Program
 from loopq_compile.rolled import rolled_loops
 from loopq_compile.state import attach_state, copy_graph, get_state, get_tensor, set_tensor
 from tests import zoo
 from tests.backends.onnx import graphs
+from tests.decoding import ids
+from tests.passes.test_exit_early import ouro
 from tests.tiny import tiny_model, tiny_program, tokens
 
 
@@ -105,6 +111,30 @@ def test_a_loop_count_beyond_the_calibrated_one_holds_the_last_rows(learned, tmp
         assert difference(list(expected), list(given.values())) < 1e-5
     with pytest.raises(lq.LoopQError, match="whole number from 1"):
         run(tokens(5), loops=0)
+
+
+def test_text_is_generated_with_as_many_loops_as_asked_for(tmp_path) -> None:
+    """A file of three loops gives the text that the program compiled with five gives."""
+
+    def with_loops(count: int) -> Program:
+        model = ouro()
+        model.loops = count
+        return Program(Pipeline([TagLoops()]).run(capture(model, ids(2, 6))))
+
+    three, five = with_loops(3), with_loops(5)
+    assert not torch.equal(three.generate(ids(2, 6), 6), five.generate(ids(2, 6), 6))
+    exports = {"cached": ("rolled", True), "recomputing": ("rolled", False), "fixed": ("unrolled", True)}
+    cached, recomputing, fixed = (
+        OnnxExecutable(three.export_onnx(tmp_path / name, form=form, cache=cache).path, threads=1)
+        for name, (form, cache) in exports.items()
+    )
+    for run in (cached, recomputing):
+        assert torch.equal(run.generate(ids(2, 6), 6, loops=5), five.generate(ids(2, 6), 6))
+        assert torch.equal(run.generate(ids(2, 6), 6), fixed.generate(ids(2, 6), 6))
+    with pytest.raises(lq.LoopQError, match=r"unrolled.*form='rolled'"):
+        fixed.generate(ids(2, 6), 6, loops=5)
+    with pytest.raises(lq.LoopQError, match="whole number from 1"):
+        cached.generate(ids(2, 6), 6, loops=0)
 
 
 @pytest.mark.parametrize("form", ["unrolled", "rolled"])
