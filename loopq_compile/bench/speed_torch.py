@@ -102,7 +102,8 @@ def quantize_with_torchao(graph_module: fx.GraphModule, weights: list[str]) -> N
         from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup, quantize_
     except ImportError as error:
         raise LoopQError("The row needs torchao: pip install 'loopq-compile[torchao]'.") from error
-    config = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(GROUP_SIZE))
+    four_bits: torch.dtype = torch.int4  # type: ignore[attr-defined]
+    config = Int8DynamicActivationIntxWeightConfig(weight_dtype=four_bits, weight_granularity=PerGroup(GROUP_SIZE))
     for node in graph_module.graph.nodes:
         if node.target is torch.ops.aten.linear.default and getattr(node.args[1], "target", None) in weights:
             node.target = F.linear  # which torchao's tensors know; the operator is taken apart before they see it
