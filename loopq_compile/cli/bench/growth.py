@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loopq_compile.cli.bench.options import Activations, Model, Out, Samples, Schemes, load_model, show
+from loopq_compile.cli.bench.options import Activations, Model, Out, Samples, Schemes, load_model, show, text_tokens
 from loopq_compile.cli.common import (
     AllowPickle,
     Json,
@@ -18,7 +18,6 @@ from loopq_compile.cli.common import (
     calibration_batches,
     names,
     note,
-    text_source,
     whole_numbers,
 )
 from loopq_compile.errors import LoopQError
@@ -72,15 +71,13 @@ def beyond_command(
 ) -> None:
     """Perplexity with more loops than were calibrated, or fewer: one rolled file, its loop count set at run time."""
     from loopq_compile.bench.beyond import beyond
-    from loopq_compile.evaluate import tokenize
     from loopq_compile.scheme import Scheme
 
     def with_loops(count: int | None) -> Any:
         return _with_loops(load_model(model, None, trust_remote_code, None, allow_pickle).model, model, count)
 
     loaded = load_model(model, None, trust_remote_code, None, allow_pickle)
-    content, source = text_source(text)
-    tokens = tokenize(loaded.tokenizer, content, max_tokens)
+    tokens, source = text_tokens(loaded, text, max_tokens)
     batches = calibration_batches("docs", loaded.tokenizer, samples, 128, 0)
     chosen = [Scheme.parse(scheme, activation=kind) for scheme in names(schemes) for kind in names(activations)]
     counts = whole_numbers("--values", values)
@@ -112,15 +109,13 @@ def exit_command(
 ) -> None:
     """Loops spent against perplexity where a loop stops early, for models with an exit gate."""
     from loopq_compile.bench.exits import exits
-    from loopq_compile.evaluate import tokenize
 
     try:
         thresholds = [float(value) for value in names(values)]
     except ValueError as error:
         raise LoopQError(f"--values takes numbers, comma-separated; got {values!r}.") from error
     loaded = load_model(model, None, trust_remote_code, None, allow_pickle)
-    content, source = text_source(text)
-    tokens = tokenize(loaded.tokenizer, content, max_tokens)
+    tokens, source = text_tokens(loaded, text, max_tokens)
     report = exits(loaded.model, tokens, names(schemes), thresholds, length, say=note(True))
     show(report, out, json, model=model, text=source)
 
@@ -142,11 +137,9 @@ def cache_command(
 ) -> None:
     """Perplexity and bytes a token of key-value caches in floating point, 8 and 4 bits."""
     from loopq_compile.bench.cache import caches
-    from loopq_compile.evaluate import tokenize
 
     loaded = load_model(model, None, trust_remote_code, repeat, allow_pickle)
-    content, source = text_source(text)
-    tokens = tokenize(loaded.tokenizer, content, max_tokens)
+    tokens, source = text_tokens(loaded, text, max_tokens)
     bits = [number or None for number in whole_numbers("--values", values)]
     report = caches(loaded.model, tokens, names(schemes), bits, length, say=note(True))
     show(report, out, json, model=f"{model}@{repeat}" if repeat else model, text=source)

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loopq_compile.cli.common import console, load, note, table
+from loopq_compile.cli.common import console, load, note, table, text_source
 from loopq_compile.errors import LoopQError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from loopq_compile.bench.report import Report
     from loopq_compile.loading import Loaded
 
@@ -74,3 +76,11 @@ def load_model(
     if loaded.kind != "model":
         raise LoopQError(f"{model} is quantized already; bench takes a model in floating point.")
     return loaded
+
+
+def text_tokens(loaded: Loaded, file: str | None, count: int) -> tuple[Tensor, str]:
+    """The first `count` token ids `[n]` of the text to score (0: all), and a sentence about where it is from."""
+    from loopq_compile.evaluate import tokenize
+
+    content, source = text_source(file)
+    return tokenize(loaded.tokenizer, content, count), source

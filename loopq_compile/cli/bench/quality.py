@@ -16,6 +16,7 @@ from loopq_compile.cli.bench.options import (
     Samples,
     Schemes,
     load_model,
+    text_tokens,
 )
 from loopq_compile.cli.common import (
     AllowPickle,
@@ -34,7 +35,6 @@ from loopq_compile.cli.common import (
     names,
     note,
     table,
-    text_source,
 )
 
 
@@ -67,13 +67,11 @@ def quality_command(
     Every combination is calibrated on the same samples and measured on the same text.
     """
     from loopq_compile import bench
-    from loopq_compile.evaluate import tokenize
 
     say = note(json)
     runs = bench.variants(names(methods), names(schemes), names(activations), group_size=group_size)
     loaded = load_model(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
-    content, source = text_source(text)
-    tokens = tokenize(loaded.tokenizer, content, max_tokens)
+    tokens, source = text_tokens(loaded, text, max_tokens)
     batches = calibration_batches(calibration, loaded.tokenizer, samples, sample_length, seed, loaded.model)
     about: dict[str, Any] = {"model": model, "text": source, "tokens": len(tokens), "length": length, "stride": stride}
     about |= {
