@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from loopq_compile.backends.triton.configurations import WIDEST_PLAIN, WIDEST_TILE
+from loopq_compile.backends.triton.configurations import WIDEST_HEAD, WIDEST_PLAIN, WIDEST_TILE
 from loopq_compile.backends.triton.decode import StaticDecoder, capture_cuda_graph, check_cuda_graphs
 from loopq_compile.backends.triton.operators import INTERPRETED
 from loopq_compile.errors import LoopQError
 from loopq_compile.operators import ops
 from loopq_compile.passes.fuse_adapters import FuseAdapters
+from loopq_compile.passes.fuse_attention import FuseAttention
 from loopq_compile.passes.fuse_linears import FuseLinears
 from loopq_compile.passes.fusion import RESULTS, Entry, Limits
 from loopq_compile.passes.roll_loops import RollLoops
@@ -22,7 +23,7 @@ from loopq_compile.state import attach_state, get_state
 
 _LIMITS = Limits((32, 64, 128), WIDEST_PLAIN, WIDEST_TILE)
 _OLDEST = (8, 0)
-_NAMES = ("quantize_packed", "packed_linear", "transition_adapter_row")
+_NAMES = ("quantize_packed", "packed_linear", "transition_adapter_row", "quantize_cache", "cached_attention")
 
 
 class TritonExecutable(nn.Module):
@@ -105,9 +106,8 @@ def fuse(program: Any, *, rolled: bool = False, may_fail: bool = False) -> fx.Gr
     Raises:
         LoopQError: nothing can be fused, or iterations differ and cannot be rolled; the message says why.
     """
-    graph_module = Pipeline([FuseLinears(_LIMITS), RollLoops() if rolled else FuseAdapters()], "triton").run(
-        private_copy(getattr(program, "graph_module", program))
-    )
+    passes = [FuseLinears(_LIMITS), FuseAttention(WIDEST_HEAD), RollLoops() if rolled else FuseAdapters()]
+    graph_module = Pipeline(passes, "triton").run(private_copy(getattr(program, "graph_module", program)))
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             node.meta.pop("val", None)

@@ -105,6 +105,7 @@ class _Recorder:
         aligned = []
         for parameter, value in zip(self.kernel.params, args, strict=False):
             kind, is_aligned = _specialized(value, parameter.do_not_specialize)
+            is_aligned = is_aligned and not parameter.do_not_specialize_on_alignment
             if kind is None:
                 constants[parameter.name] = value
             else:
