@@ -56,7 +56,7 @@ class Case:
         constants: compile-time arguments; arguments that are neither here nor in `types` are None.
         warps, stages: as in a launch.
         aligned: pointers and run-time numbers that are multiples of 16.
-        products: "s8" if the kernel multiplies int8 on tensor cores, "tf32" for transforms, "bf16" in attention, else "".
+        products: "s8" if the kernel multiplies int8 on tensor cores, "tf32" or "bf16" for other products, else "".
     """
 
     name: str

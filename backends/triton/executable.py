@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -19,6 +20,7 @@ from loopq_compile.passes.fuse_linears import FuseLinears
 from loopq_compile.passes.fusion import RESULTS, Entry, Limits
 from loopq_compile.passes.roll_loops import RollLoops
 from loopq_compile.pipeline import Pipeline
+from loopq_compile.rolled import RolledLoop
 from loopq_compile.state import attach_state, get_state
 
 _LIMITS = Limits((32, 64, 128), WIDEST_PLAIN, WIDEST_TILE)
@@ -149,13 +151,23 @@ def device_for(wanted: str | torch.device | None, fallback: bool) -> torch.devic
 
 
 def private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy to fuse; the program keeps its graph, and tensors are shared until they are packed."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    copied = fx.GraphModule(graph_module, graph)
+    """A copy to fuse, bodies of rolled loops included; the program keeps its graphs, and tensors are shared until they
+    are packed."""
+    copied = _copy_graph(graph_module)
+    for name, module in list(copied.named_children()):
+        if isinstance(module, RolledLoop):
+            loop = copy.copy(module)
+            loop._modules = {"body": _copy_graph(module.body)}
+            setattr(copied, name, loop)
     state = get_state(graph_module)
     attach_state(copied, dataclasses.replace(state, log=list(state.log), results={}, notes=[]))
     return copied
+
+
+def _copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    return fx.GraphModule(graph_module, graph)
 
 
 def use_kernels(graph_module: fx.GraphModule) -> fx.GraphModule:

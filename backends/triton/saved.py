@@ -35,6 +35,7 @@ from loopq_compile.backends.triton.launches import launches
 from loopq_compile.backends.triton.operators import INTERPRETED
 from loopq_compile.errors import LoopQError
 from loopq_compile.manifest import check_files, first_line, read_json
+from loopq_compile.rolled import rolled_loops
 
 CASE_FILE, BINARY_FILE = "kernels.json", "kernels.safetensors"
 _KEPT = ("json", "cubin")
@@ -67,6 +68,7 @@ def save(
     directory: str | os.PathLike[str],
     *,
     architectures: Sequence[int] = ARCHITECTURES,
+    rolled: bool = False,
     extra_files: Mapping[str, str] | None = None,
 ) -> Saved:
     """Fuses a program, compiles its kernels, and writes both; needs no GPU.
@@ -75,6 +77,7 @@ def save(
         program: as `lower` takes it.
         directory: new, empty, or an earlier program, which is replaced.
         architectures: compute capabilities times ten.
+        rolled: as for `lower`.
         extra_files: text files by name to put beside it, such as `tokenizer.json`.
 
     Raises:
@@ -82,7 +85,7 @@ def save(
     """
     for architecture in architectures:
         check_architecture(architecture)
-    graph_module = fuse(program)
+    graph_module = fuse(program, rolled=rolled)
     lowered = use_kernels(private_copy(graph_module))
     entries: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
@@ -205,7 +208,8 @@ def _case_from_dict(data: Mapping[str, Any]) -> Case:
 
 
 def _check_lowered(folder: Path, graph_module: fx.GraphModule) -> None:
-    names = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_function"}
+    graphs = [graph_module.graph, *(loop.body.graph for loop in rolled_loops(graph_module))]
+    names = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
     if not any(name.startswith("loopq.packed_linear") for name in names):
         raise LoopQError(
             f"{folder} holds no lowered program; write one with `loopq-compile export DIR --target triton --out OUT`."
