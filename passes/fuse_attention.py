@@ -67,27 +67,28 @@ def _arguments(node: fx.Node, widest: int) -> tuple[Any, ...]:
     Raises:
         Refusal: it is another one.
     """
-    query, keys, values = node.args[:3]
+    given: Any = node.args
+    query, keys, values = given[:3]
     stored = [_stored(kind, read) for kind, read in (("keys", keys), ("values", values))]
     (key, key_scale, bits), (value, value_scale, value_bits) = stored
     if bits != value_bits:
         raise Refusal(f"keys have {bits} bits, values {value_bits}")
-    types = {part.meta["val"].dtype for part in (query, key_scale, value_scale)}  # type: ignore[union-attr]
+    types = {part.meta["val"].dtype for part in (query, key_scale, value_scale)}
     if len(types) > 1:
         raise Refusal("queries, keys and values differ in type")
-    mask = node.args[3] if len(node.args) == 4 else None
+    mask = given[3] if len(given) == 4 else None
     shown = mask.meta["val"] if isinstance(mask, fx.Node) else None
     if shown is None or shown.ndim != 4 or shown.dtype not in types:
         raise Refusal("its mask is not added to the scores")
-    shape = query.meta["val"].shape  # type: ignore[union-attr]
+    shape = query.meta["val"].shape
     heads, value_heads = (codes.meta["val"].shape[1] for codes in (key, value))
     if heads != value_heads or shape[1] % heads:
         raise Refusal(f"{shape[1]} queries share {heads} keys and {value_heads} values")
     size, value_size = shape[-1], value.meta["val"].shape[-1] * (1 if bits == 8 else 2)
-    itemsize = query.meta["val"].element_size()  # type: ignore[union-attr]
+    itemsize = query.meta["val"].element_size()
     if max(size, value_size) * itemsize > widest:
         raise Refusal(f"heads of {max(size, value_size)} numbers; a kernel holds {widest // itemsize}")
-    scale = node.kwargs.get("scale")
+    scale: Any = node.kwargs.get("scale")
     scale = 1 / math.sqrt(size) if scale is None else scale
     return (query, key, key_scale, value, value_scale, mask, bits, scale)
 
@@ -100,13 +101,14 @@ def _stored(kind: str, read: Any) -> tuple[fx.Node, fx.Node, int]:
     """
     source = ungrouped(read)
     if source.target is not ops.dequantize_cache.default:
-        below = source
+        below: Any = source
         while isinstance(below, fx.Node) and below.op == "call_function" and below.args:
             below = below.args[0][0] if isinstance(below.args[0], list | tuple) else below.args[0]
             if getattr(below, "target", None) is ops.dequantize_cache.default:
                 raise Refusal(f"{source.target} stands between its {kind} and the cache")
         raise Refusal(f"its {kind} are cached in floating point")
-    codes, scale, bits = source.args
+    arguments: Any = source.args
+    codes, scale, bits = arguments
     if not isinstance(codes.meta.get("val"), Tensor) or codes.meta["val"].ndim != 4:
         raise Refusal(f"its {kind} are not [batch, heads, total, size]")
     return codes, scale, bits

@@ -181,7 +181,7 @@ def test_export_to_kernels_needs_no_gpu(program: Path, tmp_path: Path) -> None:
     run("verify", out)
     assert "--sm goes with --target triton" in fails("export", program, "--out", tmp_path / "no", "--sm", "90")
     kernels = ("export", program, "--out", tmp_path / "no", "--target", "triton")
-    assert "are for ONNX files" in fails(*kernels, "--head-bits", "8")
+    assert "others are for ONNX files" in fails(*kernels, "--head-bits", "8")
     assert "add --cache" in fails(*kernels, "--kv-bits", "8")
     assert "form must be one of" in fails(*kernels, "--form", "flat")
     assert "sm_75 is not supported" in fails(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from loopq_compile.backends.triton.configurations import WIDEST_HEAD, WIDEST_PLAIN, WIDEST_TILE
+from loopq_compile.backends.triton.copies import private_copy, put_on
 from loopq_compile.backends.triton.decode import StaticDecoder, capture_cuda_graph, check_cuda_graphs
 from loopq_compile.backends.triton.operators import INTERPRETED
 from loopq_compile.errors import LoopQError
@@ -20,8 +19,7 @@ from loopq_compile.passes.fuse_linears import FuseLinears
 from loopq_compile.passes.fusion import RESULTS, Entry, Limits
 from loopq_compile.passes.roll_loops import RollLoops
 from loopq_compile.pipeline import Pipeline
-from loopq_compile.rolled import RolledLoop
-from loopq_compile.state import attach_state, get_state
+from loopq_compile.state import get_state
 
 _LIMITS = Limits((32, 64, 128), WIDEST_PLAIN, WIDEST_TILE)
 _OLDEST = (8, 0)
@@ -95,7 +93,7 @@ def lower(
     graph_module = fuse(program, rolled=rolled, may_fail=fallback)
     if kernels:
         use_kernels(graph_module)
-    return TritonExecutable(graph_module, target, kernels).to(target)
+    return TritonExecutable(put_on(graph_module, target), target, kernels).to(target)
 
 
 def fuse(program: Any, *, rolled: bool = False, may_fail: bool = False) -> fx.GraphModule:
@@ -148,26 +146,6 @@ def device_for(wanted: str | torch.device | None, fallback: bool) -> torch.devic
     if not fallback:
         raise LoopQError(f"{problem} {hint}")
     return device if device is not None and device.type != "cuda" else torch.device("cpu")
-
-
-def private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy to fuse, bodies of rolled loops included; the program keeps its graphs, and tensors are shared until they
-    are packed."""
-    copied = _copy_graph(graph_module)
-    for name, module in list(copied.named_children()):
-        if isinstance(module, RolledLoop):
-            loop = copy.copy(module)
-            loop._modules = {"body": _copy_graph(module.body)}
-            setattr(copied, name, loop)
-    state = get_state(graph_module)
-    attach_state(copied, dataclasses.replace(state, log=list(state.log), results={}, notes=[]))
-    return copied
-
-
-def _copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    return fx.GraphModule(graph_module, graph)
 
 
 def use_kernels(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -29,7 +29,8 @@ from triton.runtime.cache import get_cache_manager
 
 from loopq_compile import artifact
 from loopq_compile.backends.triton.ahead import ARCHITECTURES, Case, cache_key, check_architecture, compile_binary
-from loopq_compile.backends.triton.executable import TritonExecutable, device_for, fuse, private_copy, use_kernels
+from loopq_compile.backends.triton.copies import private_copy, put_on
+from loopq_compile.backends.triton.executable import TritonExecutable, device_for, fuse, use_kernels
 from loopq_compile.backends.triton.kernels import KERNELS
 from loopq_compile.backends.triton.launches import launches
 from loopq_compile.backends.triton.operators import INTERPRETED
@@ -127,7 +128,7 @@ def load(
     runs_kernels = target.type == "cuda" or INTERPRETED
     if runs_kernels:
         use_kernels(graph_module)
-    return TritonExecutable(graph_module, target, runs_kernels).to(target)
+    return TritonExecutable(put_on(graph_module, target), target, runs_kernels).to(target)
 
 
 def install(directory: str | os.PathLike[str], architecture: int) -> int:

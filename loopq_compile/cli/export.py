@@ -95,7 +95,7 @@ def export_command(
         _export_onnx(loaded, out, {"target": target, **options}, genai, json)
     elif genai or any(options[name] != _NO_ONNX_OPTIONS[name] for name in ("head_bits", "early_exit", "float_bits")):
         raise LoopQError(
-            "--target triton goes with --sm, --form, --cache, --last-token and --kv-bits; other options are for ONNX files."
+            "--target triton goes with --sm, --form, --cache, --last-token and --kv-bits; others are for ONNX files."
         )
     else:
         _export_kernels(loaded, out, architectures, options, json)
