@@ -147,18 +147,17 @@ def test_products_split_along_k_are_found_too(tmp_path, monkeypatch):
     assert asked == [True, True, True]
 
 
-@pytest.mark.parametrize("rolled", [False, True])
-def test_rolled_programs_and_caches_of_integers_are_found_too(tmp_path, monkeypatch, rolled):
+def test_rolled_programs_and_caches_of_integers_are_found_too(tmp_path, monkeypatch):
     """The loop's body is saved and loaded with the program, which keeps its own graph; kernels serve all lengths."""
-    cached = tiny_program().with_cache(last_token=True, kv_bits=4, stacked=rolled)
+    cached = tiny_program().with_cache(last_token=True, kv_bits=4, stacked=True)
     before = cached.graph_module.code
     folder = tmp_path / "lowered"
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "first"))
-    save(cached, folder, architectures=[90], rolled=rolled)
+    save(cached, folder, architectures=[90], rolled=True)
     assert cached.graph_module.code == before
     run = load(folder, fallback=True)
-    assert len(rolled_loops(run.graph_module)) == int(rolled)
-    expected = cached.lower("triton", fallback=True, rolled=rolled)
+    assert len(rolled_loops(run.graph_module)) == 1
+    expected = cached.lower("triton", fallback=True, rolled=True)
     found = [CachedDecoder(executable, executable.signature, 3) for executable in (run, expected)]
     for begin, end in ((0, 6), (6, 7)):
         ids, mask = tokens(3, 2, 7)[:, begin:end], torch.ones(2, end, dtype=torch.int64)
