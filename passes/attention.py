@@ -172,3 +172,14 @@ def _repeat(node: fx.Node) -> list[fx.Node]:
         if above.target not in (*_COPIES, _aten.expand.default):
             return []
     return []
+
+
+def ungrouped(node: Any) -> fx.Node:
+    """What was copied so that every query head has its keys, head `i` reading `i // copies`; `node` if nothing was."""
+    if node.target in _REPEATS and node.args[2] == 1:
+        return node.args[0]
+    above = node
+    while above.target in (*_VIEWS, _aten.clone.default, _aten.expand.default):
+        above = above.args[0]
+    repeats = above.target is _aten.unsqueeze.default and above.args[1] == 2 and len(shape_of(above.args[0])) == 4
+    return above.args[0] if repeats else node

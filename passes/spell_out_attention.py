@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from loopq_compile.loops import get_tag
-from loopq_compile.passes.attention import SDPA
+from loopq_compile.passes.attention import SDPA, ungrouped
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.insert import call
 
 _aten = torch.ops.aten
-_VIEWS = {_aten.view.default, _aten.reshape.default, _aten.clone.default}
 
 
 class SpellOutAttention(Pass):
@@ -49,7 +48,7 @@ def _has_additive_mask(node: fx.Node) -> bool:
 def _spell_out(graph: fx.Graph, node: fx.Node) -> None:
     query, keys, values, mask = node.args
     scale = node.kwargs.get("scale") or 1 / math.sqrt(_shape(query)[-1])
-    sources = _ungrouped(keys), _ungrouped(values)
+    sources = ungrouped(keys), ungrouped(values)
     heads, groups = _shape(query)[1], {_shape(source)[1] for source in sources}
     grouped = len(groups) == 1 and groups != {heads}
     with graph.inserting_before(node):
@@ -71,14 +70,3 @@ def _spell_out(graph: fx.Graph, node: fx.Node) -> None:
     assert get_tag(result) == get_tag(node)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
-
-
-def _ungrouped(node: Any) -> fx.Node:
-    """What was copied so that every query head has its keys, head `i` reading `i // copies`; `node` if nothing was."""
-    if node.target is _aten.repeat_interleave.self_int and node.args[2] == 1:
-        return node.args[0]
-    above = node
-    while above.target in (*_VIEWS, _aten.expand.default):
-        above = above.args[0]
-    repeats = above.target is _aten.unsqueeze.default and above.args[1] == 2 and len(_shape(above.args[0])) == 4
-    return above.args[0] if repeats else node

@@ -174,12 +174,16 @@ def test_line_breaks_in_stop_texts(typed: str, meant: str) -> None:
 
 def test_export_to_kernels_needs_no_gpu(program: Path, tmp_path: Path) -> None:
     out = tmp_path / "kernels"
-    report = run_json("export", program, "--out", out, "--target", "triton", "--sm", "90")
+    options = ("--target", "triton", "--sm", "90", "--form", "rolled", "--cache", "--last-token", "--kv-bits", "8")
+    report = run_json("export", program, "--out", out, *options)
     assert report["architectures"] == [90] and report["kernels"] > 3 and report["bytes"] > 10_000
     assert {"kernels.json", "kernels.safetensors", "tokenizer.json", "program.json"} <= {p.name for p in out.iterdir()}
     run("verify", out)
     assert "--sm goes with --target triton" in fails("export", program, "--out", tmp_path / "no", "--sm", "90")
-    assert "are for ONNX files" in fails("export", program, "--out", tmp_path / "no", "--target", "triton", "--cache")
+    kernels = ("export", program, "--out", tmp_path / "no", "--target", "triton")
+    assert "others are for ONNX files" in fails(*kernels, "--head-bits", "8")
+    assert "add --cache" in fails(*kernels, "--kv-bits", "8")
+    assert "form must be one of" in fails(*kernels, "--form", "flat")
     assert "sm_75 is not supported" in fails(
         "export", program, "--out", tmp_path / "no", "--target", "triton", "--sm", "75"
     )

@@ -41,7 +41,11 @@ def test_zeros_stay_zeros(bits: int, dtype: torch.dtype) -> None:
 def test_they_are_operators_of_pytorch(bits: int) -> None:
     x = torch.randn(2, 3, 8)
     torch.library.opcheck(torch.ops.loopq.quantize_cache.default, (x, bits, 8))
-    torch.library.opcheck(torch.ops.loopq.dequantize_cache.default, (*quantize_cache(x, bits, 8), bits))
+    stored = quantize_cache(x, bits, 8)
+    torch.library.opcheck(torch.ops.loopq.dequantize_cache.default, (*stored, bits))
+    query, parts = torch.randn(2, 6, 4, 8), [part[:, :, None].expand(-1, -1, 5, -1) for part in stored]
+    arguments = (query, *parts, *parts, torch.zeros(2, 1, 4, 5), bits, 0.3)
+    torch.library.opcheck(torch.ops.loopq.cached_attention.default, arguments)
 
 
 @pytest.mark.parametrize(("name", "bits"), [("ouro", 8), ("llama-eager", 4)])

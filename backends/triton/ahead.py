@@ -22,14 +22,20 @@ from triton.runtime.cache import get_cache_key
 from loopq_compile.backends.triton.configurations import Tile, row_warps, tile_of_kind, tuning_grid
 from loopq_compile.backends.triton.cubin import needs, tensor_core_instructions
 from loopq_compile.backends.triton.kernels.adapter import adapter_kernel
+from loopq_compile.backends.triton.kernels.cache import attention_kernel, join_parts_kernel, write_cache_kernel
 from loopq_compile.backends.triton.kernels.linear import linear_kernel, sum_parts_kernel
 from loopq_compile.backends.triton.kernels.quantize import quantize_kernel
 from loopq_compile.backends.triton.operators import (
     ADAPTER_WARPS,
+    ATTENTION_STAGES,
+    CACHE_WARPS,
     INTERPRETED,
     SUM_COLUMNS,
     adapter_constants,
+    attention_constants,
+    attention_warps,
     row_constants,
+    write_constants,
 )
 from loopq_compile.errors import LoopQError
 
@@ -50,7 +56,7 @@ class Case:
         constants: compile-time arguments; arguments that are neither here nor in `types` are None.
         warps, stages: as in a launch.
         aligned: pointers and run-time numbers that are multiples of 16.
-        products: "s8" if the kernel multiplies int8 on tensor cores, "tf32" for transforms, "" for neither.
+        products: "s8" if the kernel multiplies int8 on tensor cores, "tf32" or "bf16" for other products, else "".
     """
 
     name: str
@@ -98,7 +104,9 @@ class Compiled:
             found.append(f"spills {self.spilled} bytes")
         if self.shared > SHARED_LIMITS[self.architecture] * 1024:
             found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMITS[self.architecture]} KiB are there")
-        kinds = {"s8": (".s8", "kind::i8"), "tf32": (".tf32", "kind::tf32")}.get(self.products, ())
+        kinds = {"s8": (".s8", "kind::i8"), "tf32": (".tf32", "kind::tf32"), "bf16": (".bf16", "kind::f16")}.get(
+            self.products, ()
+        )
         if kinds and not any(kind in name for kind in kinds for name in self.instructions):
             found.append(f"no {self.products} tensor-core instruction")
         return found
@@ -258,6 +266,36 @@ def adapter_case(name: str = "adapter", width: int = 2048, rank: int = 8) -> Cas
     return _case(name, adapter_kernel, types, adapter_constants(width, rank), ADAPTER_WARPS, 3, ("u_stride",))
 
 
+def write_case(bits: int, size: int = 128, group_size: int = 32) -> Case:
+    """Quantization of keys or values in bfloat16 on their way into a cache, with a scale for `group_size` channels."""
+    types = {"x": "*bf16", "codes": "*u8" if bits == 4 else "*i8", "scales": "*bf16", "smallest": "fp32"}
+    types |= dict.fromkeys(("x_batch", "x_head", "x_token", "count", "heads", "new"), "i32")
+    constants = write_constants(size, group_size, bits)
+    return Case(f"cache write kv{bits}", write_cache_kernel, types, constants, CACHE_WARPS, 3)
+
+
+def attention_case(bits: int, size: int = 128, group_size: int = 32) -> Case:
+    """Attention in bfloat16 on a cache of integers, with a scale for `group_size` channels of a head."""
+    types = dict.fromkeys(("query", "key_scales", "value_scales", "mask"), "*bf16")
+    types |= dict.fromkeys(("keys", "values"), "*u8" if bits == 4 else "*i8")
+    types |= dict.fromkeys(("sums", "weights"), "*fp32") | {"scale": "fp32"}
+    types |= dict.fromkeys((f"query_{axis}" for axis in ("batch", "head", "row")), "i32")
+    types |= dict.fromkeys((f"mask_{axis}" for axis in ("batch", "head", "row", "column")), "i32")
+    types |= dict.fromkeys(("heads", "repeat", "rows", "total"), "i32")
+    groups = size // group_size
+    constants = attention_constants(size, groups, size, groups, bits, element_size=2)
+    aligned = ("sums", "weights")
+    name, warps = f"attention kv{bits} {size}", attention_warps(constants)
+    return Case(name, attention_kernel, types, constants, warps, ATTENTION_STAGES, aligned, "bf16")
+
+
+def join_case(size: int = 128) -> Case:
+    """What puts the parts of attention together."""
+    types = {"sums": "*fp32", "weights": "*fp32", "out": "*bf16"}
+    types |= dict.fromkeys(("parts", "heads", "repeat", "rows"), "i32")
+    return _case("attention join", join_parts_kernel, types, {"SIZE": size, "PADDED": size}, 1, 3, ())
+
+
 def sum_case(split: int = 4) -> Case:
     """What adds up the parts of the decode variant."""
     types = {"parts": "*fp32", "bias": "*bf16", "out": "*bf16", "rows": "i32", "columns": "i32"}
@@ -281,6 +319,8 @@ def default_cases(group_size: int = 32, architecture: int | None = None) -> list
     cases.append(quantize("gelu+transform", 4096, (64, 64), activation="gelu"))
     cases.append(quantize("gelu_tanh", 4096, None, activation="gelu_tanh"))
     cases.append(quantize("layer norm+transform", 768, (24, 32), norm="layer"))
+    cases += [write_case(8, group_size=128), write_case(4), join_case()]
+    cases += [attention_case(8, group_size=128), attention_case(4), attention_case(8, 64, 64), attention_case(4, 64)]
     return [*cases, adapter_case()]
 
 

@@ -33,6 +33,12 @@ TARGET_PROGRAMS = 264
 """The decode variant splits k until so many programs run: two for each of the 132 multiprocessors of an H100."""
 SMALLEST_SHARE = 8
 """Groups that a program of the decode variant adds up at least."""
+ATTENTION_BYTES = 4096
+"""Of dequantized keys, and as many of values, that a program of attention holds at the same time."""
+WIDEST_HEAD = 512
+"""Bytes of a head in the type of queries that attention takes: 128 numbers in float32, 256 in half precision."""
+SMALLEST_PART = 128
+"""Columns of a key-value cache that a program looks at, at least, where their number is split."""
 _AXES = {"rows": (64, 128), "columns": (64, 128), "warps": (4, 8), "stages": (2, 3)}
 _DECODE_AXES = {"rows": (16,), "columns": (32, 64, 128), "warps": (2, 4), "stages": (3, 4, 5)}
 
@@ -85,6 +91,29 @@ def linear_tile(rows: int, columns: int, groups: int, architecture: int | None =
     while programs * split < TARGET_PROGRAMS and groups >= 2 * split * SMALLEST_SHARE:
         split *= 2
     return replace(tile, split=split)
+
+
+def attention_tile(padded: int, element_size: int) -> int:
+    """Columns of a cache that a program of attention looks at together: a power of two from 16 to 64.
+
+    Args:
+        padded: channels of a head, rounded up to a power of two.
+        element_size: bytes of a number that was dequantized.
+    """
+    return min(64, max(16, ATTENTION_BYTES // (padded * element_size * element_size // 2)))
+
+
+def attention_parts(programs: int, total: int) -> int:
+    """Into how many parts attention cuts the columns of a cache.
+
+    Args:
+        programs: that run with one part.
+        total: columns that the cache has room for.
+    """
+    parts = 1
+    while programs * parts < TARGET_PROGRAMS and total >= 2 * parts * SMALLEST_PART:
+        parts *= 2
+    return parts
 
 
 def tile_of_kind(kind: str, architecture: int | None = None) -> Tile:

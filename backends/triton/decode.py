@@ -1,9 +1,8 @@
 """Decoding with fixed shapes, which a CUDA graph can capture: all loops of a step are one launch from the host.
 
-A key-value cache that grows has other shapes in every step. Here it has room for `capacity` tokens from the start. The
-tokens read so far lie at its end; what is in front of them counts as padding on the left, which programs with a cache
-know by their attention mask. A step appends one token and drops the foremost entry, so that nothing but the contents of
-the same buffers changes.
+A key-value cache that grows has other shapes in every step. Here it has room for `capacity` tokens from the start. A
+step writes its token at a position that is itself the content of a buffer (pass `fix-cache`): no cache is copied, and
+nothing but the contents of the same buffers changes.
 """
 
 from __future__ import annotations
@@ -12,10 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from loopq_compile.decoding import CachedDecoder, has_cache, logits_of, present_name
+from loopq_compile.backends.triton.copies import private_copy
+from loopq_compile.decoding import CachedDecoder, has_cache, logits_of
 from loopq_compile.errors import LoopQError
+from loopq_compile.passes.fix_cache import FixCache
+from loopq_compile.pipeline import Pipeline
 from loopq_compile.signature import LOOPS_AXIS, PAST, InputSpec
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class StaticDecoder:
         if capacity < 2:
             raise LoopQError(f"capacity is the most tokens of prompt and continuation, at least 2; got {capacity}.")
         self.run, self.capacity, self.capture = run, capacity, capture
+        self._graph_module = step_of(run.graph_module)
         self._steps: dict[int, _Step] = {}
         self._current: _Step | None = None
         self._length = 0
@@ -80,7 +83,7 @@ class StaticDecoder:
         logits = prompt(ids, mask)
         batch = len(ids)
         if batch not in self._steps:
-            self._steps[batch] = _Step(self.run, batch, self.capacity)
+            self._steps[batch] = _Step(self.run, self._graph_module, batch, self.capacity)
         step = self._current = self._steps[batch]
         assert prompt.past is not None
         step.begin(prompt.past, mask)
@@ -89,47 +92,52 @@ class StaticDecoder:
         return logits
 
 
+def step_of(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a lowered graph that reads one token, with the position as a last input.
+
+    Raises:
+        LoopQError: as `fix-cache`.
+    """
+    return Pipeline([FixCache()], "triton").run(private_copy(graph_module))
+
+
 class _Step:
     """The buffers of one batch size, and the step that works on them."""
 
-    def __init__(self, run: TritonExecutable, batch: int, capacity: int) -> None:
+    def __init__(self, run: TritonExecutable, graph_module: fx.GraphModule, batch: int, capacity: int) -> None:
         ids, mask, *caches = run.signature.inputs
-        self.run = run
+        self.run, self.graph_module = run, graph_module
         self.replay: Step | None = None
-        sizes = {"batch": batch, PAST: capacity - 1, LOOPS_AXIS: run.loops}
+        sizes = {"batch": batch, PAST: capacity, LOOPS_AXIS: run.loops}
         self.ids = torch.zeros(batch, 1, dtype=ids.dtype, device=run.device)
         self.mask = torch.zeros(batch, capacity, dtype=mask.dtype, device=run.device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=run.device)
         self.past = {spec.name: _buffer(spec, sizes, run.device) for spec in caches}
         self.axis = {spec.name: spec.shape.index(PAST) for spec in caches}
         self.logits: Tensor | None = None
 
     def state(self) -> list[Tensor]:
         """The buffers that a step changes."""
-        return [self.mask, *self.past.values()]
+        return [self.position, *self.past.values()]
 
     def begin(self, past: dict[str, Tensor], mask: Tensor) -> None:
-        """Keys and values of a prompt at the end of the buffers, and one place for the next token."""
-        length = min(mask.shape[1], self.mask.shape[1] - 1)
-        self.mask.zero_()
-        self.mask[:, -1] = 1
-        self.mask[:, -1 - length : -1] = mask[:, -length:].to(self.mask)
+        """Keys and values of a prompt in front; the next token comes behind it, and no later one is padding."""
+        length = mask.shape[1]
+        self.mask.fill_(1)
+        self.mask[:, :length] = mask.to(self.mask)
+        self.position.fill_(length)
         for name, buffer in self.past.items():
             buffer.zero_()
-            axis = self.axis[name]
-            begin = buffer.shape[axis] - length
-            buffer.narrow(axis, begin, length).copy_(past[name].narrow(axis, past[name].shape[axis] - length, length))
+            buffer.narrow(self.axis[name], 0, length).copy_(past[name])
 
     def advance(self) -> None:
         """One step on the buffers: no value reaches the host, and no shape depends on one."""
-        result = self.run.signature.restore(self.run.graph_module(self.ids, self.mask, *self.past.values()))
-        logits = logits_of(result)[:, -1]
+        inputs = (self.ids, self.mask, *self.past.values(), self.position)
+        logits = logits_of(self.run.signature.restore(self.graph_module(*inputs)))[:, -1]
         if self.logits is None:
             self.logits = torch.empty_like(logits)
         self.logits.copy_(logits)
-        for name, buffer in self.past.items():
-            axis = self.axis[name]
-            buffer.copy_(result[present_name(name)].narrow(axis, 1, buffer.shape[axis]))
-        self.mask.copy_(torch.cat([self.mask[:, 1:], self.mask[:, -1:]], 1))
+        self.position += 1
 
     def __call__(self, ids: Tensor) -> Tensor:
         self.ids.copy_(ids)

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from loopq_compile.backends.triton.configurations import WIDEST_PLAIN, WIDEST_TILE
+from loopq_compile.backends.triton.configurations import WIDEST_HEAD, WIDEST_PLAIN, WIDEST_TILE
+from loopq_compile.backends.triton.copies import private_copy, put_on
 from loopq_compile.backends.triton.decode import StaticDecoder, capture_cuda_graph, check_cuda_graphs
 from loopq_compile.backends.triton.operators import INTERPRETED
 from loopq_compile.errors import LoopQError
 from loopq_compile.operators import ops
 from loopq_compile.passes.fuse_adapters import FuseAdapters
+from loopq_compile.passes.fuse_attention import FuseAttention
 from loopq_compile.passes.fuse_linears import FuseLinears
 from loopq_compile.passes.fusion import RESULTS, Entry, Limits
 from loopq_compile.passes.roll_loops import RollLoops
 from loopq_compile.pipeline import Pipeline
-from loopq_compile.state import attach_state, get_state
+from loopq_compile.state import get_state
 
 _LIMITS = Limits((32, 64, 128), WIDEST_PLAIN, WIDEST_TILE)
 _OLDEST = (8, 0)
-_NAMES = ("quantize_packed", "packed_linear", "transition_adapter_row")
+_NAMES = ("quantize_packed", "packed_linear", "transition_adapter_row", "quantize_cache", "cached_attention")
 
 
 class TritonExecutable(nn.Module):
@@ -92,7 +93,7 @@ def lower(
     graph_module = fuse(program, rolled=rolled, may_fail=fallback)
     if kernels:
         use_kernels(graph_module)
-    return TritonExecutable(graph_module, target, kernels).to(target)
+    return TritonExecutable(put_on(graph_module, target), target, kernels).to(target)
 
 
 def fuse(program: Any, *, rolled: bool = False, may_fail: bool = False) -> fx.GraphModule:
@@ -105,9 +106,8 @@ def fuse(program: Any, *, rolled: bool = False, may_fail: bool = False) -> fx.Gr
     Raises:
         LoopQError: nothing can be fused, or iterations differ and cannot be rolled; the message says why.
     """
-    graph_module = Pipeline([FuseLinears(_LIMITS), RollLoops() if rolled else FuseAdapters()], "triton").run(
-        private_copy(getattr(program, "graph_module", program))
-    )
+    passes = [FuseLinears(_LIMITS), FuseAttention(WIDEST_HEAD), RollLoops() if rolled else FuseAdapters()]
+    graph_module = Pipeline(passes, "triton").run(private_copy(getattr(program, "graph_module", program)))
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             node.meta.pop("val", None)
@@ -146,16 +146,6 @@ def device_for(wanted: str | torch.device | None, fallback: bool) -> torch.devic
     if not fallback:
         raise LoopQError(f"{problem} {hint}")
     return device if device is not None and device.type != "cuda" else torch.device("cpu")
-
-
-def private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy to fuse; the program keeps its graph, and tensors are shared until they are packed."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    copied = fx.GraphModule(graph_module, graph)
-    state = get_state(graph_module)
-    attach_state(copied, dataclasses.replace(state, log=list(state.log), results={}, notes=[]))
-    return copied
 
 
 def use_kernels(graph_module: fx.GraphModule) -> fx.GraphModule:

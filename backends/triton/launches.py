@@ -52,18 +52,18 @@ def launches(graph_module: fx.GraphModule, architecture: int | None = None, rows
     signature = get_state(graph_module).signature
     for count in rows:
         with recording(lambda case: found.setdefault(repr(case), case), architecture):
-            run_fake(graph_module, signature, count)
+            run_fake(graph_module, signature, count, get_state(graph_module).loops.count)
     return list(found.values())
 
 
-def run_fake(graph_module: fx.GraphModule, signature: Signature, count: int) -> None:
-    """Runs a graph on `count` tokens without values.
+def run_fake(graph_module: fx.GraphModule, signature: Signature, count: int, loops: int = 1) -> None:
+    """Runs a graph on `count` tokens without values; caches in one tensor are those of so many `loops`.
 
     Raises:
         LoopQError: the graph asks for values: a CUDA graph could not capture it either.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        inputs = [torch.empty(_shape(spec.shape, count), dtype=spec.dtype) for spec in signature.inputs]
+        inputs = [torch.empty(_shape(spec.shape, count, loops), dtype=spec.dtype) for spec in signature.inputs]
         try:
             graph_module(*inputs)
         except torch._subclasses.fake_tensor.DynamicOutputShapeException as error:
@@ -72,8 +72,8 @@ def run_fake(graph_module: fx.GraphModule, signature: Signature, count: int) -> 
             raise LoopQError(f"The program reads a value on the host, which waits for the GPU: {error}.") from error
 
 
-def _shape(spec: Sequence[int | str], count: int) -> list[int]:
-    sizes = {"batch": 1, "sequence": count, PAST: _PAST, LOOPS_AXIS: 1}
+def _shape(spec: Sequence[int | str], count: int, loops: int) -> list[int]:
+    sizes = {"batch": 1, "sequence": count, PAST: _PAST, LOOPS_AXIS: loops}
     return [
         size if isinstance(size, int) else sum(sizes.get(part, count) for part in size.split(" + ")) for size in spec
     ]
@@ -105,6 +105,7 @@ class _Recorder:
         aligned = []
         for parameter, value in zip(self.kernel.params, args, strict=False):
             kind, is_aligned = _specialized(value, parameter.do_not_specialize)
+            is_aligned = is_aligned and not parameter.do_not_specialize_on_alignment
             if kind is None:
                 constants[parameter.name] = value
             else:

@@ -1,5 +1,5 @@
-"""Launches the kernels: `loopq_triton::quantize_packed`, `loopq_triton::packed_linear`,
-`loopq_triton::transition_adapter_row`, with the schemas and meanings of the `loopq::` operators of these names.
+"""Launches the kernels: `loopq_triton::quantize_packed`, `packed_linear`, `transition_adapter_row`, and for caches of
+integers `quantize_cache` and `cached_attention`, with schemas and meanings of the `loopq::` operators of these names.
 
 They are registered with `torch.library.triton_op`, so `torch.compile` sees the kernels and CUDA graphs capture them. On
 tensors that are not on a GPU they run only in Triton's interpreter.
@@ -16,12 +16,21 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from loopq_compile.backends.triton.configurations import WIDEST_FACTORED, linear_tile, row_warps
+from loopq_compile.backends.triton.configurations import (
+    DECODE_ROWS,
+    WIDEST_FACTORED,
+    attention_parts,
+    attention_tile,
+    linear_tile,
+    row_warps,
+)
 from loopq_compile.backends.triton.kernels.adapter import adapter_kernel
+from loopq_compile.backends.triton.kernels.cache import attention_kernel, join_parts_kernel, write_cache_kernel
 from loopq_compile.backends.triton.kernels.linear import linear_kernel, sum_parts_kernel
 from loopq_compile.backends.triton.kernels.quantize import quantize_kernel
 from loopq_compile.operators import ops
 from loopq_compile.operators.adapter import EPSILON
+from loopq_compile.operators.cache import attention_like, cached_attention_definition
 from loopq_compile.operators.packed import quantized_like
 from loopq_compile.operators.quantize import smallest_scale
 
@@ -30,6 +39,10 @@ INTERPRETED = not isinstance(linear_kernel, triton.runtime.JITFunction)
 TRANSFORM_PRECISION = "tf32x3"
 """How transforms are multiplied on tensor cores: three tf32 products, about as exact as float32."""
 SUM_COLUMNS, ADAPTER_WARPS = 256, 4
+ATTENTION_QUERIES, ATTENTION_STAGES = 16, 2
+"""Query heads and rows that a program of the attention kernel computes together, the fewest that tensor cores take."""
+CACHE_TILE, CACHE_WARPS = 512, 4
+"""Numbers that a program quantizes on their way into a cache."""
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -159,5 +172,100 @@ def transition_adapter_row(u, gate, gain, shift, mix, down, up, loop):
         *(rows.stride(0), loop, gate.shape[0], EPSILON),
         **adapter_constants(width, down.shape[1]),
         num_warps=ADAPTER_WARPS,
+    )
+    return out
+
+
+def write_constants(size: int, group_size: int, bits: int) -> dict[str, int]:
+    """The constants of `write_cache_kernel`."""
+    parts = 2 if bits == 4 else 1
+    padded = triton.next_power_of_2(size // parts)
+    return {
+        "SIZE": size,
+        "GROUP": group_size,
+        "BITS": bits,
+        "ROWS": max(1, CACHE_TILE // (parts * padded)),
+        "PADDED": padded,
+    }
+
+
+@_same_schema("quantize_cache")
+def quantize_cache(x, bits, group_size):
+    """See `loopq_compile.operators.cache.quantize_cache`."""
+    *leading, size = x.shape
+    codes_type, width = (torch.int8, size) if bits == 8 else (torch.uint8, size // 2)
+    codes = torch.empty((*leading, width), dtype=codes_type, device=x.device)
+    scale = torch.empty((*leading, size // group_size), dtype=x.dtype, device=x.device)
+    rows = x if x.ndim == 4 else x.reshape(1, 1, -1, size)
+    rows = rows if rows.stride(3) == 1 else rows.contiguous()
+    batch, heads, new, _ = rows.shape
+    constants, count = write_constants(size, group_size, bits), batch * heads * new
+    if count > 0:
+        launcher(write_cache_kernel)[(triton.cdiv(count, constants["ROWS"]),)](
+            *(rows, codes, scale, *rows.stride()[:3], count, heads, new, smallest_scale(x.dtype)),
+            **constants,
+            num_warps=CACHE_WARPS,
+        )
+    return codes, scale
+
+
+def attention_constants(
+    size: int, groups: int, value_size: int, value_groups: int, bits: int, element_size: int
+) -> dict[str, Any]:
+    """The constants of `attention_kernel`, for keys and values of `element_size` bytes a number."""
+    padded = max(16, triton.next_power_of_2(size))
+    value_padded = max(16, triton.next_power_of_2(value_size))
+    return {
+        "SIZE": size,
+        "GROUP": size // groups,
+        "VALUE_SIZE": value_size,
+        "VALUE_GROUP": value_size // value_groups,
+        "BITS": bits,
+        "PADDED": padded,
+        "VALUE_PADDED": value_padded,
+        "QUERIES": ATTENTION_QUERIES,
+        "TILE": attention_tile(max(padded, value_padded), element_size),
+        "PRECISION": "ieee" if INTERPRETED else TRANSFORM_PRECISION,
+    }
+
+
+def attention_warps(constants: dict[str, Any]) -> int:
+    """Warps of a program of `attention_kernel`, found by compiling: with others some architectures spill."""
+    return 8 if max(constants["PADDED"], constants["VALUE_PADDED"]) <= 128 else 4
+
+
+@_same_schema("cached_attention")
+def cached_attention(query, key, key_scale, value, value_scale, mask, bits, scale):
+    """See `loopq_compile.operators.cache.cached_attention`. Prompts of more than `DECODE_ROWS` rows are computed by the
+    definition: there PyTorch's own kernels are the fast ones."""
+    batch, queries, rows, size = query.shape
+    heads, total = key.shape[1:3]
+    if rows > DECODE_ROWS:
+        return cached_attention_definition(query, key, key_scale, value, value_scale, mask, bits, scale)
+    query = query if query.stride(3) == 1 else query.contiguous()
+    mask = mask.expand(batch, queries, rows, total)
+    stored = [tensor.contiguous() for tensor in (key, key_scale, value, value_scale)]
+    out = attention_like(query, value, bits)
+    repeat, value_size = queries // heads, out.shape[-1]
+    groups, value_groups = key_scale.shape[-1], value_scale.shape[-1]
+    constants = attention_constants(size, groups, value_size, value_groups, bits, query.element_size())
+    caches, blocks = batch * heads, triton.cdiv(repeat * rows, ATTENTION_QUERIES)
+    parts = attention_parts(caches * blocks, total)
+    sums = torch.empty((parts, caches * repeat * rows, value_size), dtype=torch.float32, device=query.device)
+    weights = torch.empty((2, parts, caches * repeat * rows), dtype=torch.float32, device=query.device)
+    launcher(attention_kernel)[(caches, blocks, parts)](
+        *(query, *stored, mask, sums, weights),
+        *query.stride()[:3],
+        *mask.stride(),
+        *(heads, repeat, rows, total, scale),
+        **constants,
+        num_warps=attention_warps(constants),
+        num_stages=ATTENTION_STAGES,
+    )
+    launcher(join_parts_kernel)[(caches * repeat * rows,)](
+        *(sums, weights, out, parts, heads, repeat, rows),
+        SIZE=value_size,
+        PADDED=constants["VALUE_PADDED"],
+        num_warps=1,
     )
     return out

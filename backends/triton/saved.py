@@ -29,12 +29,14 @@ from triton.runtime.cache import get_cache_manager
 
 from loopq_compile import artifact
 from loopq_compile.backends.triton.ahead import ARCHITECTURES, Case, cache_key, check_architecture, compile_binary
-from loopq_compile.backends.triton.executable import TritonExecutable, device_for, fuse, private_copy, use_kernels
+from loopq_compile.backends.triton.copies import private_copy, put_on
+from loopq_compile.backends.triton.executable import TritonExecutable, device_for, fuse, use_kernels
 from loopq_compile.backends.triton.kernels import KERNELS
 from loopq_compile.backends.triton.launches import launches
 from loopq_compile.backends.triton.operators import INTERPRETED
 from loopq_compile.errors import LoopQError
 from loopq_compile.manifest import check_files, first_line, read_json
+from loopq_compile.rolled import rolled_loops
 
 CASE_FILE, BINARY_FILE = "kernels.json", "kernels.safetensors"
 _KEPT = ("json", "cubin")
@@ -67,6 +69,7 @@ def save(
     directory: str | os.PathLike[str],
     *,
     architectures: Sequence[int] = ARCHITECTURES,
+    rolled: bool = False,
     extra_files: Mapping[str, str] | None = None,
 ) -> Saved:
     """Fuses a program, compiles its kernels, and writes both; needs no GPU.
@@ -75,6 +78,7 @@ def save(
         program: as `lower` takes it.
         directory: new, empty, or an earlier program, which is replaced.
         architectures: compute capabilities times ten.
+        rolled: as for `lower`.
         extra_files: text files by name to put beside it, such as `tokenizer.json`.
 
     Raises:
@@ -82,7 +86,7 @@ def save(
     """
     for architecture in architectures:
         check_architecture(architecture)
-    graph_module = fuse(program)
+    graph_module = fuse(program, rolled=rolled)
     lowered = use_kernels(private_copy(graph_module))
     entries: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
@@ -124,7 +128,7 @@ def load(
     runs_kernels = target.type == "cuda" or INTERPRETED
     if runs_kernels:
         use_kernels(graph_module)
-    return TritonExecutable(graph_module, target, runs_kernels).to(target)
+    return TritonExecutable(put_on(graph_module, target), target, runs_kernels).to(target)
 
 
 def install(directory: str | os.PathLike[str], architecture: int) -> int:
@@ -205,7 +209,8 @@ def _case_from_dict(data: Mapping[str, Any]) -> Case:
 
 
 def _check_lowered(folder: Path, graph_module: fx.GraphModule) -> None:
-    names = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_function"}
+    graphs = [graph_module.graph, *(loop.body.graph for loop in rolled_loops(graph_module))]
+    names = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
     if not any(name.startswith("loopq.packed_linear") for name in names):
         raise LoopQError(
             f"{folder} holds no lowered program; write one with `loopq-compile export DIR --target triton --out OUT`."

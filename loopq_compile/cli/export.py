@@ -93,10 +93,12 @@ def export_command(
         if architectures:
             raise LoopQError("--sm goes with --target triton.")
         _export_onnx(loaded, out, {"target": target, **options}, genai, json)
-    elif options != _NO_ONNX_OPTIONS:
-        raise LoopQError("With --target triton there is --sm alone; the other options are for ONNX files.")
+    elif genai or any(options[name] != _NO_ONNX_OPTIONS[name] for name in ("head_bits", "early_exit", "float_bits")):
+        raise LoopQError(
+            "--target triton goes with --sm, --form, --cache, --last-token and --kv-bits; others are for ONNX files."
+        )
     else:
-        _export_kernels(loaded, out, architectures, json)
+        _export_kernels(loaded, out, architectures, options, json)
 
 
 def _export_onnx(loaded: Loaded, out: Path, options: dict[str, Any], genai: bool, json: bool) -> None:
@@ -125,12 +127,20 @@ def _export_onnx(loaded: Loaded, out: Path, options: dict[str, Any], genai: bool
         note(json)(str(report))
 
 
-def _export_kernels(loaded: Loaded, out: Path, architectures: str, json: bool) -> None:
+def _export_kernels(loaded: Loaded, out: Path, architectures: str, options: dict[str, Any], json: bool) -> None:
+    from loopq_compile.backends.onnx.exporter import FORMS
     from loopq_compile.backends.triton import save
     from loopq_compile.backends.triton.ahead import ARCHITECTURES
 
     chosen = whole_numbers("--sm", architectures) or ARCHITECTURES
-    report = save(loaded.model, out, architectures=chosen, extra_files=loaded.files())
+    program, rolled = loaded.model, options["form"] == "rolled"
+    if options["form"] not in FORMS:
+        raise LoopQError(f"form must be one of {', '.join(FORMS)}; got {options['form']!r}.")
+    if options["cache"]:
+        program = program.with_cache(stacked=rolled, last_token=options["last_token"], kv_bits=options["kv_bits"])
+    elif options["last_token"] or options["kv_bits"] is not None:
+        raise LoopQError("--last-token and --kv-bits need a key-value cache: add --cache.")
+    report = save(program, out, architectures=chosen, rolled=rolled, extra_files=loaded.files())
     if json:
         print_json(asdict(report))
     else:

@@ -9,7 +9,7 @@ two-dimensional inputs and one scale table per channel, neither of which fits ac
 import torch
 
 from loopq_compile.operators.adapter import transition_adapter
-from loopq_compile.operators.cache import dequantize_cache, quantize_cache
+from loopq_compile.operators.cache import cached_attention, dequantize_cache, quantize_cache
 from loopq_compile.operators.packed import packed_linear, quantize_packed, transition_adapter_row
 from loopq_compile.operators.quantize import dequantize, dynamic_scale, quantize
 from loopq_compile.operators.straight_through import fake_quantize, fake_quantize_dynamic
@@ -19,6 +19,7 @@ ops = torch.ops.loopq
 """The registered operators, as they stand in graphs: `ops.quantize.default` and so on."""
 
 __all__ = [
+    "cached_attention",
     "dequantize",
     "dequantize_cache",
     "dynamic_scale",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from loopq_compile.operators.quantize import smallest_scale
 
@@ -75,3 +76,71 @@ def dequantize_cache(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
 def _(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     *leading, size = codes.shape
     return scale.new_empty([*leading, size if bits == 8 else 2 * size])
+
+
+def cached_attention_definition(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor,
+    value: Tensor,
+    value_scale: Tensor,
+    mask: Tensor,
+    bits: int,
+    scale: float,
+) -> Tensor:
+    """`cached_attention` in operators of PyTorch; the heads of a token lie side by side."""
+    keys = dequantize_cache_definition(key, key_scale, bits)
+    values = dequantize_cache_definition(value, value_scale, bits)
+    grouped = query.shape[1] != key.shape[1]
+    result = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=grouped)
+    return result.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@torch.library.custom_op("loopq::cached_attention", mutates_args=())
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor,
+    value: Tensor,
+    value_scale: Tensor,
+    mask: Tensor,
+    bits: int,
+    scale: float,
+) -> Tensor:
+    """`softmax(scale * query keyᵀ + mask) value` on keys and values as `quantize_cache` stored them.
+
+    Args:
+        query: `[batch, query heads, rows, size]`.
+        key, key_scale, value, value_scale: codes `[batch, heads, total, ...]` and scales `[batch, heads, total,
+            groups]`. Query head `h` reads head `h // (query heads / heads)`.
+        mask: added to the scores, in the type of `query`, `[batch, query heads, rows, total]`; all but the last may be
+            1.
+        bits: of the codes, 8 or 4.
+        scale: factor of the scores.
+
+    Returns:
+        `[batch, query heads, rows, size of a value]` in the type of `query`; in memory the heads of a token lie side by
+        side. Where a mask takes everything away by a finite number, the weights are equal.
+    """
+    return cached_attention_definition(query, key, key_scale, value, value_scale, mask, bits, scale)
+
+
+@cached_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor,
+    value: Tensor,
+    value_scale: Tensor,
+    mask: Tensor,
+    bits: int,
+    scale: float,
+) -> Tensor:
+    return attention_like(query, value, bits)
+
+
+def attention_like(query: Tensor, value: Tensor, bits: int) -> Tensor:
+    """A tensor for the result of `cached_attention`."""
+    batch, heads, rows, _ = query.shape
+    size = value.shape[-1] if bits == 8 else 2 * value.shape[-1]
+    return query.new_empty([batch, rows, heads, size]).transpose(1, 2)

@@ -46,7 +46,7 @@ def test_numbers_agree_with_the_assembler(tmp_path):
 def test_the_loop_and_the_rows_are_arguments():
     """One kernel serves all loops and lengths: neither is a constant of any case."""
     for case in CASES.values():
-        for argument in ("loop", "row", "rows", "weight_rows", "table_rows", "factor_rows"):
+        for argument in ("loop", "row", "rows", "weight_rows", "table_rows", "factor_rows", "total", "count"):
             assert argument not in case.constants
             if argument in case.kernel.arg_names:
                 assert case.types[argument] == "i32"

@@ -11,11 +11,14 @@ from triton.runtime.driver import driver
 
 import loopq_compile as lq
 from loopq_compile.backends.triton import decode
+from loopq_compile.backends.triton.copies import put_on
 from loopq_compile.backends.triton.decode import StaticDecoder
 from loopq_compile.backends.triton.executable import TritonExecutable, fuse, use_kernels
-from loopq_compile.backends.triton.launches import run_fake
+from loopq_compile.backends.triton.launches import recording, run_fake
 from loopq_compile.generation import generate
+from loopq_compile.state import get_state
 from tests.backends.triton.test_saved import Driver
+from tests.decoding import captured
 from tests.tiny import tiny_program, tokens
 
 _aten = torch.ops.aten
@@ -49,6 +52,55 @@ def test_logits_are_those_of_the_growing_cache():
         mask = torch.ones(2, end, dtype=torch.int64)
         found, expected = static(ids[:, begin:end], mask), growing(ids[:, begin:end], mask)
         assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rolled"),
+    [
+        ("ouro-mask", {}, False),
+        ("ouro-mask", {"kv_bits": 8, "stacked": True}, True),
+        ("loopformer", {"kv_bits": 4, "stacked": True}, False),
+    ],
+)
+def test_positions_are_those_of_the_tokens(name, options, rolled):
+    """Rotary and learned positions, masks of the model, caches of integers, rolled loops: rows that padding shifts."""
+    program = captured(name)[1].with_cache(last_token=True, **options)
+    run = program.lower("triton", fallback=True, rolled=rolled)
+    static, growing = StaticDecoder(run, 14, None).decoder(), program.decoder()
+    ids, mask = tokens(4, 2, 9), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, :3] = 0
+    for begin, end in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+        found, expected = (run(ids[:, begin:end], mask[:, :end]) for run in (static, growing))
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_everything_lies_on_the_gpu(bits):
+    """On tensors that claim to be on a GPU, where operators refuse to mix devices; programs are captured on the CPU."""
+    device = torch.device("cuda", 0)
+    program = captured("ouro-mask")[1].with_cache(last_token=True, kv_bits=bits)
+    lowered = put_on(use_kernels(fuse(program, may_fail=True)), device)
+    inputs = get_state(lowered).signature.inputs
+    with FakeTensorMode(), torch.no_grad(), recording(lambda case: None):
+        for module in lowered.modules():
+            for table in (module._buffers, module._parameters):
+                table.update({k: torch.empty(v.shape, dtype=v.dtype, device=device) for k, v in table.items()})
+        sizes = {"batch": 2, "sequence": 1, "past": 12, "past + sequence": 12}
+        sizes |= {spec.shape[1]: 12 for spec in inputs if spec.name == "attention_mask"}
+        step = decode.step_of(lowered)
+        given = [torch.empty([sizes.get(d, d) for d in spec.shape], dtype=spec.dtype, device=device) for spec in inputs]
+        result = step(*given, torch.empty(1, dtype=torch.int64, device=device))
+    assert {value.device for value in result} == {device}
+
+
+def test_no_step_copies_a_cache():
+    """The graph of a step joins nothing along the sequence, and what it returns as a cache is the buffer itself."""
+    decoder = StaticDecoder(lowered(), 12, None)
+    generate(decoder, tokens(5, 2, 4), 2)
+    (step,) = decoder._steps.values()
+    caches = list(step.past.values())
+    returned = step.graph_module(step.ids, step.mask, *caches, step.position)
+    assert sum(any(value is cache for cache in caches) for value in returned) == len(caches) == 6
 
 
 def test_warming_up_and_replaying_leave_the_text_as_it_is():
@@ -96,10 +148,11 @@ def test_a_step_asks_the_gpu_for_nothing():
     assert torch.ops.loopq.packed_linear in listing.seen and not listing.seen & set(HOST)
     assert not listing.devices
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        step.run.graph_module(
+        step.graph_module(
             torch.empty(2, 1, dtype=torch.int64),
             torch.empty(2, 20, dtype=torch.int64),
             *[torch.empty(buffer.shape) for buffer in step.past.values()],
+            torch.empty(1, dtype=torch.int64),
         )
 
 

@@ -22,7 +22,9 @@ from loopq_compile.artifact import read
 from loopq_compile.backends.triton import launches, load, operators, save, saved
 from loopq_compile.backends.triton.ahead import compile_binary
 from loopq_compile.backends.triton.executable import use_kernels
+from loopq_compile.decoding import CachedDecoder
 from loopq_compile.manifest import write_manifest
+from loopq_compile.rolled import rolled_loops
 from loopq_compile.state import get_state
 from tests.tiny import tiny_model, tiny_program, tokens
 
@@ -84,7 +86,7 @@ class WarmUp:
         return call
 
 
-def ask(monkeypatch, cache, graph_module, architecture, lengths=LENGTHS):
+def ask(monkeypatch, cache, graph_module, architecture, lengths=LENGTHS, loops=1):
     """`(kernel, whether it was found)` for everything that launches with so many tokens ask Triton for."""
     asked = []
 
@@ -97,7 +99,7 @@ def ask(monkeypatch, cache, graph_module, architecture, lengths=LENGTHS):
     monkeypatch.setattr(operators, "architecture_of", lambda device: architecture)
     monkeypatch.setattr(driver, "_active", Driver(architecture))
     for length in lengths:
-        launches.run_fake(graph_module, get_state(graph_module).signature, length)
+        launches.run_fake(graph_module, get_state(graph_module).signature, length, loops)
     return asked
 
 
@@ -143,6 +145,28 @@ def test_products_split_along_k_are_found_too(tmp_path, monkeypatch):
     operators.packed_linear(*arguments)
     operators.quantize_packed(x, None, "", "", None, None, 0.0, *[None] * 3, torch.ones(1, 31), 0, 32, 4, -8)
     assert asked == [True, True, True]
+
+
+def test_rolled_programs_and_caches_of_integers_are_found_too(tmp_path, monkeypatch):
+    """The loop's body is saved and loaded with the program, which keeps its own graph; kernels serve all lengths."""
+    cached = tiny_program().with_cache(last_token=True, kv_bits=4, stacked=True)
+    before = cached.graph_module.code
+    folder = tmp_path / "lowered"
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "first"))
+    save(cached, folder, architectures=[90], rolled=True)
+    assert cached.graph_module.code == before
+    run = load(folder, fallback=True)
+    assert len(rolled_loops(run.graph_module)) == 1
+    expected = cached.lower("triton", fallback=True, rolled=True)
+    found = [CachedDecoder(executable, executable.signature, 3) for executable in (run, expected)]
+    for begin, end in ((0, 6), (6, 7)):
+        ids, mask = tokens(3, 2, 7)[:, begin:end], torch.ones(2, end, dtype=torch.int64)
+        assert torch.equal(found[0](ids, mask), found[1](ids, mask))
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    saved.install(folder, 90)
+    asked = ask(monkeypatch, tmp_path / "cache", use_kernels(read(folder)), 90, loops=3)
+    assert {name for name, _ in asked} >= {"attention_kernel", "join_parts_kernel", "write_cache_kernel"}
+    assert all(hit for _, hit in asked), [name for name, hit in asked if not hit]
 
 
 def test_stale_kernels_are_left_out(folder, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""Lets Triton's interpreter round to bfloat16 as GPUs do (`cvt.rn`): on its own it cuts the last bits off."""
+"""Lets Triton's interpreter round to bfloat16 as GPUs do (`cvt.rn`): on its own it cuts the last bits off. And lets it
+multiply matrices of bfloat16, which it holds as uint16 and would multiply as such."""
 
 import numpy as np
 import pytest
@@ -19,3 +20,18 @@ def round_to_bfloat16(monkeypatch):
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounding_cast)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_trunc", rounding_cast)
+
+
+@pytest.fixture(autouse=True)
+def multiply_bfloat16(monkeypatch):
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def wide(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        values = torch.from_numpy(np.ascontiguousarray(handle.data)).view(torch.bfloat16).float()
+        return interpreter.TensorHandle(values.numpy(), tl.float32)
+
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder, "create_dot", lambda self, a, b, *others: dot(self, wide(a), wide(b), *others)
+    )

@@ -1,8 +1,10 @@
 """Whole programs on kernels, in the interpreter, against the reference backend."""
 
 import pytest
+import torch
 
 import loopq_compile as lq
+from loopq_compile.decoding import CachedDecoder
 from tests.tiny import tiny_model, tokens
 
 
@@ -56,3 +58,26 @@ def test_kernels_are_called(monkeypatch):
     monkeypatch.setattr(operators, "launcher", Counting)
     compiled("las", "w4a4", "dynamic").lower("triton")(tokens(1, 1, 4))
     assert len(grids) >= 3 * 4 * 2, "three loops, four groups, two kernels each"
+
+
+@pytest.mark.parametrize(("bits", "rolled"), [(8, False), (4, True)])
+def test_a_cache_of_integers_equals_the_reference(bits, rolled):
+    """A prompt padded on the left, then token by token; caches of single loops and, rolled, stacked ones."""
+    program = compiled("las", "w8a8", "static").with_cache(last_token=True, kv_bits=bits, stacked=rolled)
+    run = program.lower("triton", rolled=rolled)
+    graphs = [m for m in run.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    names = [str(node.target) for graph_module in graphs for node in graph_module.graph.nodes]
+    assert names.count("loopq_triton.cached_attention.default") == (1 if rolled else 3)
+    assert names.count("loopq_triton.quantize_cache.default") == (2 if rolled else 6)
+    assert not any(name.startswith(("loopq.quantize_cache", "loopq.dequantize")) for name in names)
+    found, expected = CachedDecoder(run, run.signature, run.loops), program.decoder()
+    ids, mask = tokens(4, 2, 8), torch.ones(2, 8, dtype=torch.int64)
+    mask[1, :3] = 0
+    for begin, end in ((0, 6), (6, 7), (7, 8)):
+        y = expected(ids[:, begin:end], mask[:, :end])
+        difference = (found(ids[:, begin:end], mask[:, :end]) - y).abs() / y.abs().max()
+        assert difference.max() < 0.03 and difference.mean() < 0.003
+    for name, right in expected.past.items():
+        assert found.past[name].shape == right.shape and found.past[name].dtype == right.dtype
+        if right.dtype != torch.float32:
+            assert (found.past[name] == right).float().mean() > 0.97

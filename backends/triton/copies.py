@@ -1,0 +1,51 @@
+"""Copies of programs that lowering may change, and where they run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_aggregate
+
+from loopq_compile.rolled import RolledLoop
+from loopq_compile.state import attach_state, get_state
+
+
+def private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy to fuse, bodies of rolled loops included; the program keeps its graphs, and tensors are shared until they
+    are packed."""
+    copied = _copy_graph(graph_module)
+    for name, module in list(copied.named_children()):
+        if isinstance(module, RolledLoop):
+            loop = copy.copy(module)
+            loop._modules = {"body": _copy_graph(module.body)}
+            setattr(copied, name, loop)
+    state = get_state(graph_module)
+    attach_state(copied, dataclasses.replace(state, log=list(state.log), results={}, notes=[]))
+    return copied
+
+
+def _copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    return fx.GraphModule(graph_module, graph)
+
+
+def put_on(graph_module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """Lets a graph make its constants (`arange`, masks) on `device`, in place, bodies of rolled loops included.
+
+    Programs are captured on the CPU, which such nodes name; tensors that the graph owns are moved by `.to(device)`.
+    """
+
+    def moved(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
+            module.recompile()
+    return graph_module
