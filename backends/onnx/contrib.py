@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from loopq_compile.backends.onnx import attention
 from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array, sizes
 from loopq_compile.backends.onnx.prepare import Origin
 from loopq_compile.backends.onnx.qdq import lower_to_qdq
@@ -47,6 +48,8 @@ def lower_to_contrib(model: ir.Model, origins: Mapping[str, Origin], *, head_bit
         made += [_lower_head(graph, node, head_bits) for node in heads]
     if fuse_rotary(graph) or any(made):
         model.opset_imports[CONTRIB] = 1
+    if attention.fuse_attention(graph):
+        model.opset_imports[""] = attention.OPSET
     for op_type in ("Dequantize", "Quantize", "DynamicScale", "Row"):
         for node in [node for node in graph if node.domain == DOMAIN and node.op_type == op_type]:
             if not node.outputs[0].uses():

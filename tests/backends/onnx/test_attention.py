@@ -1,0 +1,49 @@
+"""Attention in target `onnxruntime` is one node, and the file computes what it computed without."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from loopq_compile.backends.onnx import attention, export
+from tests.decoding import VOCABULARY, captured
+
+
+def results(path, past: int, new: int) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
+    """All results on random caches, one row padded on the left far into the new tokens."""
+    rng = np.random.default_rng(0)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    mask = np.ones((2, past + new), dtype=np.int64)
+    mask[1, : past + new - 1] = 0
+    feed = {"input_ids": rng.integers(0, VOCABULARY, (2, new)), "attention_mask": mask, "loops": np.array(3)}
+    for given in session.get_inputs():
+        if given.name not in feed:
+            sizes = [{"batch": 2, "past": past, "loops": 3}.get(size, size) for size in given.shape]
+            feed[given.name] = rng.normal(size=sizes).astype(np.float32)
+    names = [given.name for given in session.get_inputs()]
+    return dict(
+        zip(
+            [value.name for value in session.get_outputs()],
+            session.run(None, {name: feed[name] for name in names}),
+            strict=True,
+        )
+    )
+
+
+@pytest.mark.parametrize("form", ["unrolled", "rolled"])
+def test_every_row_of_every_result_is_what_it_was(form: str, tmp_path, monkeypatch) -> None:
+    graph_module = captured("ouro-mask")[1].graph_module
+    fused = export(graph_module, tmp_path / "fused", target="onnxruntime", cache=True, form=form)
+    assert fused.nodes["Attention"] == (6 if form == "unrolled" else 2)  # two layers, three times
+    assert "Softmax" not in fused.nodes
+    assert fused.opset == attention.OPSET
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "fuse_attention", lambda graph: 0)
+        plain = export(graph_module, tmp_path / "plain", target="onnxruntime", cache=True, form=form)
+    assert "Attention" not in plain.nodes
+    assert plain.opset < attention.OPSET
+    for past, new in ((37, 1), (11, 5), (0, 6)):
+        given, expected = (results(file.path, past, new) for file in (fused, plain))
+        for name, values in expected.items():
+            np.testing.assert_allclose(given[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
