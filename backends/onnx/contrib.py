@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from loopq_compile.backends.onnx import attention
 from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array, sizes
+from loopq_compile.backends.onnx.merge import merge_products
 from loopq_compile.backends.onnx.prepare import Origin
 from loopq_compile.backends.onnx.qdq import lower_to_qdq
 from loopq_compile.backends.onnx.rotary import fuse_rotary
@@ -26,7 +27,8 @@ from loopq_compile.errors import LoopQError
 
 CONTRIB = "com.microsoft"
 SMALLEST_BLOCK = 16
-_HEAD_BLOCK = 32
+_HEAD_BLOCKS = {4: (32,), 8: (128, 64, 32)}
+"""Neighbouring weights of a head that share a scale, by width: the first that divides the features."""
 
 
 def lower_to_contrib(model: ir.Model, origins: Mapping[str, Origin], *, head_bits: int | None = None) -> None:
@@ -48,6 +50,7 @@ def lower_to_contrib(model: ir.Model, origins: Mapping[str, Origin], *, head_bit
         made += [_lower_head(graph, node, head_bits) for node in heads]
     if fuse_rotary(graph) or any(made):
         model.opset_imports[CONTRIB] = 1
+    merge_products(graph)
     if attention.fuse_attention(graph):
         model.opset_imports[""] = attention.OPSET
     for op_type in ("Dequantize", "Quantize", "DynamicScale", "Row"):
@@ -109,15 +112,16 @@ def _lower_head(graph: ir.Graph, node: ir.Node, bits: int) -> bool:
     """Replaces the `Linear` that gives the logits: weights rounded to nearest in blocks, activations to 8 bits."""
     x, weight, *bias = node.inputs
     values = constant_array(weight)
-    if x is None or weight is None or values is None or values.ndim != 2 or values.shape[1] % _HEAD_BLOCK:
-        raise LoopQError(f"head_bits={bits} needs a linear head with a multiple of {_HEAD_BLOCK} inputs.")
+    if x is None or weight is None or values is None or values.ndim != 2 or values.shape[1] % _HEAD_BLOCKS[bits][-1]:
+        raise LoopQError(f"head_bits={bits} needs a linear head with a multiple of {_HEAD_BLOCKS[bits][-1]} inputs.")
     outputs, features = values.shape
-    blocks = values.reshape(outputs, -1, _HEAD_BLOCK)
+    block = next(size for size in _HEAD_BLOCKS[bits] if features % size == 0)
+    blocks = values.reshape(outputs, -1, block)
     scale = np.maximum(np.abs(blocks).max(-1), 1e-12) / np.float32(2 ** (bits - 1) - 1)
     codes = np.rint(blocks / scale[..., None]).astype(np.int8).reshape(values.shape)
-    packed = constant(graph, f"{weight.name}.packed", _pack(codes, features // _HEAD_BLOCK, bits))
+    packed = constant(graph, f"{weight.name}.packed", _pack(codes, features // block, bits))
     scales = constant(graph, f"{weight.name}.scales", scale.astype(values.dtype))
-    attributes = {"K": features, "N": outputs, "bits": bits, "block_size": _HEAD_BLOCK, "accuracy_level": 4}
+    attributes = {"K": features, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": 4}
     emitter, result = Emitter(graph, node), node.outputs[0]
     y = emitter.node("MatMulNBits", [x, packed, scales], result.dtype, result.shape, attributes, domain=CONTRIB)
     if bias and bias[0] is not None:

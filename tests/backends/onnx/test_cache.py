@@ -113,7 +113,7 @@ def test_clipped_activations_keep_their_nodes(tmp_path) -> None:
 def test_an_integer_head(tmp_path) -> None:
     program = quantized()
     report = export(program.graph_module, tmp_path, target="onnxruntime", cache=True, head_bits=8)
-    assert report.nodes["MatMulNBits"] == 3 * 7 + 1
+    assert report.nodes["MatMulNBits"] == 3 * 4 + 1
     expected = program(ids())["logits"]
     given = OnnxExecutable(report.path, threads=1)(ids())["logits"]
     difference = (given - expected).abs().max() / expected.abs().max()

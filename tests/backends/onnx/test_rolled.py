@@ -143,12 +143,13 @@ def test_packed_weights_stand_in_the_file_once(form: str, tmp_path) -> None:
     path = export(program.graph_module, tmp_path, target="onnxruntime", form=form).path
     graph = onnx.load(path).graph
     packed = [tensor for tensor in graph.initializer if tensor.name.endswith(".packed")]
-    assert len(packed) == 7
-    assert {tensor.name: list(tensor.dims) for tensor in packed}["layers.0.up.weight_codes.packed"] == [128, 2, 16]
+    assert len(packed) == 4  # query, key and value are one product, gate and up another
+    sizes = {tensor.name: list(tensor.dims) for tensor in packed}
+    assert sizes["layers.0.gate.weight_codes.packed+layers.0.up.weight_codes.packed"] == [256, 2, 16]
     body = [node for node in graph.node if node.op_type == "Loop"]
     nodes = body[0].attribute[0].g.node if body else graph.node
     products = [node for node in nodes if node.op_type == "MatMulNBits"]
-    assert len(products) == (7 if body else 21)
+    assert len(products) == (4 if body else 12)
     assert all(attribute.i == 4 for p in products for attribute in p.attribute if attribute.name == "accuracy_level")
 
 
