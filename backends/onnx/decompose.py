@@ -68,6 +68,7 @@ def _transition_adapter(
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _aten.rms_norm.default: _rms_norm,
     _aten.diff.default: _diff,
+    _aten.view.default: torch.reshape,  # attention spelled out leaves another layout in memory than the operator did
     _loopq.kronecker.default: _kronecker,
     _loopq.transition_adapter.default: _transition_adapter,
     _loopq.quantize_cache.default: quantize_cache_definition,

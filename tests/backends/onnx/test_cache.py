@@ -74,6 +74,15 @@ def test_a_hugging_face_model(tmp_path) -> None:
     assert sums == {"past + sequence"}
 
 
+@pytest.mark.parametrize("form", ["unrolled", "rolled"])
+def test_a_layer_that_views_what_attention_gives(form: str, tmp_path) -> None:
+    """`nn.TransformerEncoderLayer` relies on the layout in memory that the fused operator leaves."""
+    model, program = captured("encoder-layer")
+    report = export(program.graph_module, tmp_path, target="onnxruntime", form=form, cache=True)
+    run = OnnxExecutable(report.path, threads=1)
+    check_decoding(model, run, run.signature)
+
+
 def test_what_is_refused(tmp_path) -> None:
     with pytest.raises(lq.LoopQError, match="no attention"):
         export(zoo.tagged("inject-later").graph_module, tmp_path, cache=True)
