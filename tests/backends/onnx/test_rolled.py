@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import onnx
@@ -117,7 +118,7 @@ def test_text_is_generated_with_as_many_loops_as_asked_for(tmp_path) -> None:
     """A file of three loops gives the text that the program compiled with five gives."""
 
     def with_loops(count: int) -> Program:
-        model = ouro()
+        model = copy.deepcopy(ouro())  # shared with other tests
         model.loops = count
         return Program(Pipeline([TagLoops()]).run(capture(model, ids(2, 6))))
 
