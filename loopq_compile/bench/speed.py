@@ -72,6 +72,11 @@ def speed(
             notes.append("There is no torchao row: torchao is not installed (pip install 'loopq-compile[torchao]').")
             say(notes[-1])
             continue
+        if WAYS[way].torchao:
+            notes.append(
+                "torchao's wheels for x86 come without its CPU kernels: its row dequantizes weights in every call, and is "
+                "not the best that torchao can do."
+            )
         data.append(_torch_row(job, way, cells, say))
     for scheme, method in [("", ""), *itertools.product(schemes, methods)]:
         for form, head in itertools.product(forms, head_bits if scheme else (None,)):
