@@ -74,8 +74,8 @@ def speed(
             continue
         if WAYS[way].torchao:
             notes.append(
-                "torchao's wheels for x86 come without its CPU kernels: its row dequantizes weights in every call, and is "
-                "not the best that torchao can do."
+                "torchao's wheels for x86 come without its CPU kernels: its row dequantizes weights in every call, "
+                "and is not the best that torchao can do."
             )
         data.append(_torch_row(job, way, cells, say))
     for scheme, method in [("", ""), *itertools.product(schemes, methods)]:
