@@ -104,6 +104,7 @@ class Program:
         form: str = "unrolled",
         cache: bool = False,
         last_token: bool = False,
+        products: str = "packed",
         head_bits: int | None = None,
         kv_bits: int | None = None,
         early_exit: bool = False,
@@ -120,6 +121,8 @@ class Program:
                 the left), `past_key_values.N.key` and `.value` `[batch, heads, past, size]`, outputs `present.N.key`
                 and `.value`, for every loop and layer; in form "rolled" for every layer, the loops as first dimension.
             last_token: with a cache, `logits` for the last token alone, which saves the head's work on prompts.
+            products: with target "onnxruntime": "packed" weights, the smallest file; or "int8" products, which read
+                prompts and batches several times as fast and take one byte a weight. They need quantized activations.
             head_bits: with target "onnxruntime", 4 or 8: bits of the head's weights, which schemes leave in floating
                 point.
             kv_bits: with a cache, 8 or 4: keys and values as integers, with scales as inputs and outputs beside them.
@@ -136,8 +139,8 @@ class Program:
         """
         from loopq_compile.backends.onnx import export
 
-        options: dict[str, Any] = {"cache": cache, "last_token": last_token, "head_bits": head_bits}
-        options |= {"kv_bits": kv_bits, "early_exit": early_exit, "float_bits": float_bits}
+        options: dict[str, Any] = {"cache": cache, "last_token": last_token, "products": products}
+        options |= {"head_bits": head_bits, "kv_bits": kv_bits, "early_exit": early_exit, "float_bits": float_bits}
         return export(self.graph_module, directory, target=target, form=form, **options)
 
     def with_cache(self, *, stacked: bool = False, last_token: bool = False, kv_bits: int | None = None) -> Program:

@@ -35,19 +35,20 @@ def test_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)["data"]
-    assert [x["runs"] for x in data] == ["PyTorch float32", "ONNX Runtime float32", "ours w4a8, head w8"]
+    ours = ["ours w4a8, head w8", "ours w4a8 int8, head w8"]
+    assert [x["runs"] for x in data] == ["PyTorch float32", "ONNX Runtime float32", *ours]
     for x in data:
         assert x["load_ms"] > 0 and 0 < x["memory"] <= x["peak"]
         assert set(x["prefill"]) == {"8"} and set(x["decode"]) == {"1", "2"}
         assert min(*x["prefill"].values(), *x["decode"].values()) > 0
-    assert data[2]["bytes"] < data[1]["bytes"] / 2
-    assert (tmp_path / "speed.md").read_text().count("| ours w4a8") == 1
+    assert data[2]["bytes"] < data[3]["bytes"] < data[1]["bytes"] / 2
+    assert (tmp_path / "speed.md").read_text().count("| ours w4a8") == 2
 
 
 def test_a_model_of_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
     config = OuroConfig(vocab_size=512, total_ut_steps=2, tie_word_embeddings=False, **SIZES)
     monkeypatch.setattr(random_models, "SIZES", {"tiny": lambda: config})
-    arguments = ["bench", "speed", "tiny", "--schemes", "w4a4", "--methods", "quarot", *BRIEF]
+    arguments = ["bench", "speed", "tiny", "--schemes", "w4a4", "--methods", "quarot", "--products", "packed", *BRIEF]
     arguments += ["--head-bits", "8", "--pytorch", "bfloat16"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -68,7 +69,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch, fails: str = "none") -> list[str]:
         return {"load_ms": 1.0, "memory": 1, "peak": 2, "first_s": 3.25, **rates}
 
     monkeypatch.setattr(speed_module, "measure", fake)
-    monkeypatch.setattr(speed_module, "_export", lambda *_: {"bytes": 1, "nodes": 1})
+    monkeypatch.setattr(speed_module, "_write", lambda *_: {"bytes": 1, "nodes": 1})
     return measured
 
 

@@ -1,5 +1,7 @@
 """Target `onnxruntime`: 4-bit and 8-bit products as `com.microsoft::MatMulNBits`, which multiplies packed weights.
 
+With `products="int8"` products whose activations are quantized are written by `row_products` instead.
+
 The operator takes `[N, K]` weights in blocks of one scale, as unsigned codes around 8 (or 128), two 4-bit codes to the
 byte. Weights that do not fit (blocks that are no power of two from 16 on) stay as target `qdq` has them.
 
@@ -12,6 +14,7 @@ just that way, so their own quantize and dequantize nodes go away: a third of al
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +25,7 @@ from loopq_compile.backends.onnx.merge import merge_products
 from loopq_compile.backends.onnx.prepare import Origin
 from loopq_compile.backends.onnx.qdq import lower_to_qdq
 from loopq_compile.backends.onnx.rotary import fuse_rotary
+from loopq_compile.backends.onnx.row_products import RowProducts, to_rows
 from loopq_compile.backends.onnx.translate import DOMAIN
 from loopq_compile.errors import LoopQError
 
@@ -31,23 +35,32 @@ _HEAD_BLOCKS = {4: (32,), 8: (128, 64, 32)}
 """Neighbouring weights of a head that share a scale, by width: the first that divides the features."""
 
 
-def lower_to_contrib(model: ir.Model, origins: Mapping[str, Origin], *, head_bits: int | None = None) -> None:
+def lower_to_contrib(
+    model: ir.Model, origins: Mapping[str, Origin], *, head_bits: int | None = None, products: str = "packed"
+) -> None:
     """Replaces the nodes of domain `loopq` in place, linear layers with fitting weights first.
 
     Args:
         head_bits: width of the language-model head's weights, 4 or 8; None leaves it in floating point.
+        products: "packed" or "int8".
 
     Raises:
-        LoopQError: as in `lower_to_qdq`.
+        LoopQError: as in `lower_to_qdq`; or "int8" for a program whose activations are not quantized.
     """
     graph = model.graph
+    rows = RowProducts(graph) if products == "int8" else None
     linears = [node for node in graph if node.domain == DOMAIN and node.op_type == "Linear"]
-    made = [_lower_linear(graph, node) for node in linears]
+    made = [_lower_linear(graph, node, rows) for node in linears]
+    if rows is not None and not rows.count:
+        raise LoopQError(
+            "products='int8' multiplies activations in 8 bits; this program has no product of quantized weights and "
+            "quantized activations: compile it with a scheme such as 'w4a8'."
+        )
     if head_bits is not None:
         heads = [node for node in graph if node in linears and node.outputs[0].name == "logits"]
         if not heads:
             raise LoopQError(f"head_bits={head_bits} needs logits that come straight from a linear head.")
-        made += [_lower_head(graph, node, head_bits) for node in heads]
+        made += [_lower_head(graph, node, head_bits, rows if head_bits == 8 else None) for node in heads]
     if fuse_rotary(graph) or any(made):
         model.opset_imports[CONTRIB] = 1
     merge_products(graph)
@@ -77,43 +90,88 @@ def _restate_norms(graph: ir.Graph) -> None:
         graph.remove(node, safe=True)
 
 
-def _lower_linear(graph: ir.Graph, node: ir.Node) -> bool:
+@dataclass(frozen=True)
+class _Weight:
+    """A quantized weight: integers `[..., N, K]`, scales `[..., N, groups]`, and the rows of them that are read."""
+
+    name: str
+    codes: np.ndarray
+    codes_row: ir.Value | None
+    scale_name: str
+    scale: np.ndarray
+    scale_row: ir.Value | None
+
+    @property
+    def block(self) -> int:
+        return self.codes.shape[-1] // self.scale.shape[-1]
+
+
+def _lower_linear(graph: ir.Graph, node: ir.Node, rows: RowProducts | None) -> bool:
     """Replaces `Linear(x, Dequantize(codes, scale), bias)`; False if its weight does not fit."""
-    x, weight, *bias = node.inputs
-    dequantize = weight.producer() if weight is not None else None
-    if x is None or dequantize is None or dequantize.domain != DOMAIN or dequantize.op_type != "Dequantize":
+    x, weight = node.inputs[0], _weight(node.inputs[1])
+    if x is None or weight is None:
         return False
-    codes_value, codes, codes_row = _stored(dequantize.inputs[0])
-    scale_value, scale, scale_row = _stored(dequantize.inputs[1])  # what is equal in all loops has no row
-    if codes is None or scale is None or codes_value is None or scale_value is None:
-        return False
-    scale = np.broadcast_to(scale, (*scale.shape[:-2], codes.shape[-2], scale.shape[-1]))
-    outputs, features, groups = codes.shape[-2], codes.shape[-1], scale.shape[-1]
-    block = features // groups
-    if block < SMALLEST_BLOCK or block & (block - 1):
-        return False
-    bits = 4 if codes.min(initial=0) >= -8 and codes.max(initial=0) <= 7 else 8
-    emitter = Emitter(graph, node)
-    packed = _row(emitter, constant(graph, f"{codes_value.name}.packed", _pack(codes, groups, bits)), codes_row)
-    scales = _row(emitter, constant(graph, f"{scale_value.name}.scales", scale), scale_row)
+    emitter, result = Emitter(graph, node), node.outputs[0]
     quantized = _made_by(x, "Dequantize") is not None
-    x = _before_rounding(x, block) or x
-    attributes = {"K": features, "N": outputs, "bits": bits, "block_size": block}
+    if rows is not None and quantized:
+        _finish(emitter, node, _in_rows(emitter, _before_rounding(x) or x, weight, result, rows))
+        return True
+    if weight.block < SMALLEST_BLOCK or weight.block & (weight.block - 1):
+        return False
+    bits = 4 if weight.codes.min(initial=0) >= -8 and weight.codes.max(initial=0) <= 7 else 8
+    codes = _pack(weight.codes, weight.scale.shape[-1], bits)
+    packed = _row(emitter, constant(graph, f"{weight.name}.packed", codes), weight.codes_row)
+    scales = _row(emitter, constant(graph, f"{weight.scale_name}.scales", weight.scale), weight.scale_row)
+    x = _before_rounding(x, weight.block) or x
+    attributes = {"K": weight.codes.shape[-1], "N": weight.codes.shape[-2], "bits": bits, "block_size": weight.block}
     attributes["accuracy_level"] = 4 if quantized else 1
-    result = node.outputs[0]
     y = emitter.node("MatMulNBits", [x, packed, scales], result.dtype, result.shape, attributes, domain=CONTRIB)
-    if bias and bias[0] is not None:
-        y = emitter.node("Add", [y, bias[0]], result.dtype, result.shape)
-    emitter.finish(y)
+    _finish(emitter, node, y)
     return True
 
 
-def _lower_head(graph: ir.Graph, node: ir.Node, bits: int) -> bool:
+def _weight(value: ir.Value | None) -> _Weight | None:
+    """The weight behind `value`, None if it is not quantized or not stored."""
+    dequantize = _made_by(value, "Dequantize")
+    if dequantize is None:
+        return None
+    codes_value, codes, codes_row = _stored(dequantize.inputs[0])
+    scale_value, scale, scale_row = _stored(dequantize.inputs[1])  # what is equal in all loops has no row
+    if codes is None or scale is None or codes_value is None or scale_value is None:
+        return None
+    scale = np.broadcast_to(scale, (*scale.shape[:-2], codes.shape[-2], scale.shape[-1]))
+    return _Weight(str(codes_value.name), codes, codes_row, str(scale_value.name), scale, scale_row)
+
+
+def _in_rows(emitter: Emitter, x: ir.Value, weight: _Weight, result: ir.Value, rows: RowProducts) -> ir.Value:
+    graph, row = emitter.graph, weight.scale_row if weight.codes_row is None else weight.codes_row
+    names = [f"{weight.name}.{part}.{weight.scale_name}" for part in ("rows", "row_scales")]
+    if names[0] not in graph.initializers:
+        made = to_rows(weight.codes * np.repeat(weight.scale, weight.block, axis=-1))
+        for name, values in zip(names, made, strict=True):
+            constant(graph, name, values)
+    codes, scale = (_row(emitter, graph.initializers[name], row) for name in names)
+    return rows.emit(emitter, x, codes, scale, result)
+
+
+def _finish(emitter: Emitter, node: ir.Node, y: ir.Value) -> None:
+    """Puts `y` and the bias of the linear `node` in its place."""
+    bias, result = node.inputs[2] if len(node.inputs) > 2 else None, node.outputs[0]
+    emitter.finish(y if bias is None else emitter.node("Add", [y, bias], result.dtype, result.shape))
+
+
+def _lower_head(graph: ir.Graph, node: ir.Node, bits: int, rows: RowProducts | None) -> bool:
     """Replaces the `Linear` that gives the logits: weights rounded to nearest in blocks, activations to 8 bits."""
-    x, weight, *bias = node.inputs
+    x, weight = node.inputs[:2]
     values = constant_array(weight)
     if x is None or weight is None or values is None or values.ndim != 2 or values.shape[1] % _HEAD_BLOCKS[bits][-1]:
         raise LoopQError(f"head_bits={bits} needs a linear head with a multiple of {_HEAD_BLOCKS[bits][-1]} inputs.")
+    emitter, result = Emitter(graph, node), node.outputs[0]
+    if rows is not None:
+        codes, scale = to_rows(values)
+        stored = constant(graph, f"{weight.name}.rows", codes), constant(graph, f"{weight.name}.row_scales", scale)
+        _finish(emitter, node, rows.emit(emitter, x, *stored, result))
+        return True
     outputs, features = values.shape
     block = next(size for size in _HEAD_BLOCKS[bits] if features % size == 0)
     blocks = values.reshape(outputs, -1, block)
@@ -122,11 +180,8 @@ def _lower_head(graph: ir.Graph, node: ir.Node, bits: int) -> bool:
     packed = constant(graph, f"{weight.name}.packed", _pack(codes, features // block, bits))
     scales = constant(graph, f"{weight.name}.scales", scale.astype(values.dtype))
     attributes = {"K": features, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": 4}
-    emitter, result = Emitter(graph, node), node.outputs[0]
     y = emitter.node("MatMulNBits", [x, packed, scales], result.dtype, result.shape, attributes, domain=CONTRIB)
-    if bias and bias[0] is not None:
-        y = emitter.node("Add", [y, bias[0]], result.dtype, result.shape)
-    emitter.finish(y)
+    _finish(emitter, node, y)
     return True
 
 
@@ -135,8 +190,12 @@ def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
     return node if node is not None and node.domain == DOMAIN and node.op_type == op_type else None
 
 
-def _before_rounding(x: ir.Value, block: int) -> ir.Value | None:
-    """The activations before they were rounded, where `MatMulNBits` rounds them in the same way; None elsewhere."""
+def _before_rounding(x: ir.Value, block: int | None = None) -> ir.Value | None:
+    """The activations before they were rounded to 8 bits, where the product rounds them again; None elsewhere.
+
+    Args:
+        block: only if they were rounded in blocks of this size, as `MatMulNBits` does; None for any size.
+    """
     dequantize = _made_by(x, "Dequantize")
     quantize = _made_by(dequantize.inputs[0], "Quantize") if dequantize is not None else None
     scale = _made_by(quantize.inputs[1], "DynamicScale") if quantize is not None else None
@@ -144,7 +203,9 @@ def _before_rounding(x: ir.Value, block: int) -> ir.Value | None:
         return None
     clip = constant_array(_stored(scale.inputs[1])[0])
     same = quantize.attributes["q_max"].as_int() == scale.attributes["limit"].as_int() == 127
-    blocks = quantize.attributes["group_size"].as_int() == scale.attributes["group_size"].as_int() == block
+    blocks = block is None or (
+        quantize.attributes["group_size"].as_int() == scale.attributes["group_size"].as_int() == block
+    )
     return quantize.inputs[0] if same and blocks and clip is not None and (clip == 1).all() else None
 
 

@@ -36,6 +36,8 @@ from loopq_compile.state import CompilerState, attach_state, copy_graph, get_sta
 
 TARGETS = ("qdq", "onnxruntime")
 FORMS = ("unrolled", "rolled")
+PRODUCTS = ("packed", "int8")
+_CHOICES = {"target": TARGETS, "form": FORMS, "products": PRODUCTS}
 _IR_VERSION = 10
 
 
@@ -47,6 +49,7 @@ def export(
     form: str = "unrolled",
     cache: bool = False,
     last_token: bool = False,
+    products: str = "packed",
     head_bits: int | None = None,
     kv_bits: int | None = None,
     early_exit: bool = False,
@@ -71,6 +74,9 @@ def export(
             sequence]` and `past_key_values.N.key`, `.value` `[batch, heads, past, size]`, outputs `present.N.key`,
             `.value`, for every loop and layer; in form "rolled" for every layer, with the loops in front.
         last_token: with a cache: `logits` are those of the last token, `[batch, 1, vocabulary]`.
+        products: target "onnxruntime": "packed", `MatMulNBits` on 4-bit weights; "int8", integer products of whole rows
+            where activations are quantized: prompts and batches several times as fast, one byte a weight, and weights
+            rounded to 8 bits per output, activations to 8 bits per token, once more.
         head_bits: target "onnxruntime": 4 or 8 rounds the weights of the language-model head, which schemes leave in
             floating point, to nearest, and what it reads to 8 bits. In small models the head is much of a step.
         kv_bits: with a cache: 8 or 4 keeps keys and values as integers; inputs `past_key_values.N.key_scale`,
@@ -86,10 +92,12 @@ def export(
         LoopQError: an unknown or not yet available option, an operator without translation, or a directory that
             cannot be written.
     """
-    _check_options(graph_module, directory, target, form)
+    _check_options(graph_module, directory, target=target, form=form, products=products)
     _check_dependent(form, cache, last_token=last_token, kv_bits=kv_bits, early_exit=early_exit)
     if head_bits is not None and (head_bits not in (4, 8) or target != "onnxruntime"):
         raise LoopQError(f"head_bits must be 4 or 8, with target='onnxruntime'; got {head_bits!r}, target={target!r}.")
+    if products != "packed" and target != "onnxruntime":
+        raise LoopQError(f"products={products!r} goes with target='onnxruntime'; got target={target!r}.")
     if float_bits not in FLOAT_BITS:
         raise LoopQError(f"float_bits must be 16 or 32; got {float_bits!r}.")
     check_destination(Path(directory), overwrite=overwrite)
@@ -109,7 +117,7 @@ def export(
     model = translate(prepared, state.signature, names, OPSET)
     simplify(model)
     if target == "onnxruntime":
-        lower_to_contrib(model, prepared.origins, head_bits=head_bits)
+        lower_to_contrib(model, prepared.origins, head_bits=head_bits, products=products)
     else:
         lower_to_qdq(model, prepared.origins)
     roll(model.graph)
@@ -151,14 +159,14 @@ def _check_dependent(form: str, cache: bool, *, last_token: bool, kv_bits: int |
         raise LoopQError("early_exit=True needs a loop that can stop: give form='rolled'.")
 
 
-def _check_options(graph_module: Any, directory: Any, target: str, form: str) -> None:
+def _check_options(graph_module: Any, directory: Any, **chosen: str) -> None:
     if not isinstance(graph_module, fx.GraphModule):
         raise LoopQError(f"export takes the graph module of a program; got {type(graph_module).__name__}.")
     if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
         raise LoopQError(f"directory must be a path; got {directory!r}.")
-    for option, value, known in (("target", target, TARGETS), ("form", form, FORMS)):
-        if value not in known:
-            raise LoopQError(f"Unknown ONNX {option} {value!r}.{did_you_mean(str(value), known)}")
+    for option, value in chosen.items():
+        if value not in _CHOICES[option]:
+            raise LoopQError(f"Unknown ONNX {option} {value!r}.{did_you_mean(str(value), _CHOICES[option])}")
     half = [
         str(node.target)
         for node in graph_module.graph.nodes

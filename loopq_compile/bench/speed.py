@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ def speed(
     head_bits: Sequence[int | None] = (None,),
     pytorch: Sequence[str] = ("float32", "bfloat16"),
     methods: Sequence[str] = ("symmetric",),
+    products: Sequence[str] = ("packed",),
     *,
     cells: Cells | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -54,6 +55,7 @@ def speed(
             is not installed.
         methods: that need no data: "symmetric" has nothing in front of its products, "quarot" a transform for every
             group of linears, as learned methods have.
+        products: of the export: "packed", "int8"; the latter where a scheme quantizes activations.
         cells: keeps finished rows, so that a run that was cut off goes on.
         say: told what is being measured.
 
@@ -78,9 +80,11 @@ def speed(
                 "and is not the best that torchao can do."
             )
         data.append(_torch_row(job, way, cells, say))
-    for scheme, method in [("", ""), *itertools.product(schemes, methods)]:
-        for form, head in itertools.product(forms, head_bits if scheme else (None,)):
-            data.append(_onnx_row(job, scheme, method, form, head, cells, say))
+    exports = [_Export(form=form) for form in forms]
+    for parts in itertools.product(schemes, methods, products, forms, head_bits):
+        if parts[2] == "packed" or Scheme.parse(parts[0]).quantizes_activations:
+            exports.append(_Export(*parts))
+    data += [_onnx_row(job, export, cells, say) for export in exports]
     if all("failed" in x for x in data):
         raise LoopQError(data[0]["failed"] if data else "There is nothing to measure.")
     return _report(job, data, notes)
@@ -92,19 +96,34 @@ def _torch_row(job: Job, way: str, cells: Cells, say: Callable[[str], None]) -> 
     return _cell(row, replace(job, way=way), cells, say, partial(measure, replace(job, way=way)))
 
 
-def _onnx_row(
-    job: Job, scheme: str, method: str, form: str, head: int | None, cells: Cells, say: Callable[[str], None]
-) -> Values:
-    runs = f"ours {scheme}{'' if method == 'symmetric' else f' {method}'}" if scheme else _EXACT
+@dataclass(frozen=True)
+class _Export:
+    """A file to measure; full precision without a scheme."""
 
+    scheme: str = ""
+    method: str = "symmetric"
+    products: str = "packed"
+    form: str = "unrolled"
+    head: int | None = None
+
+    @property
+    def runs(self) -> str:
+        if not self.scheme:
+            return _EXACT
+        parts = [f"ours {self.scheme}", *([self.method] if self.method != "symmetric" else [])]
+        parts += [self.products] if self.products != "packed" else []
+        return " ".join(parts) + (f", head w{self.head}" if self.head else "")
+
+
+def _onnx_row(job: Job, export: _Export, cells: Cells, say: Callable[[str], None]) -> Values:
     def run() -> Values:
         with tempfile.TemporaryDirectory() as folder:
-            written = _export(job, scheme, method, form, head, folder)
+            written = _write(job, export, folder)
             gc.collect()  # graphs and their nodes refer to each other
             trim()
             return written | measure(replace(job, model=str(Path(folder) / "model.onnx"), config=None))
 
-    return _cell({"runs": f"{runs}, head w{head}" if head else runs, "form": form}, job, cells, say, run)
+    return _cell({"runs": export.runs, "form": export.form}, job, cells, say, run)
 
 
 def _cell(row: Values, job: Job, cells: Cells, say: Callable[[str], None], run: Callable[[], Values]) -> Values:
@@ -118,15 +137,16 @@ def _cell(row: Values, job: Job, cells: Cells, say: Callable[[str], None], run: 
         return row | {"failed": str(error)}
 
 
-def _export(job: Job, scheme: str, method: str, form: str, head: int | None, folder: str) -> Values:
+def _write(job: Job, export: _Export, folder: str) -> Values:
     """Writes a file, and leaves nothing of the model behind."""
     model = load(job)
     example: Any = None if hasattr(model, "prepare_inputs_for_generation") else torch.ones(2, 8, dtype=torch.int64)
-    if scheme:
-        program = compile_model(model, example, scheme=scheme, method=method, release_model=True)
+    options: dict[str, Any] = {"form": export.form, "head_bits": export.head, "products": export.products}
+    if export.scheme:
+        program = compile_model(model, example, scheme=export.scheme, method=export.method, release_model=True)
     else:
         program = Program(Pipeline([TagLoops()]).run(capture(model, example)))
-    made = program.export_onnx(folder, target="onnxruntime", form=form, cache=True, last_token=True, head_bits=head)
+    made = program.export_onnx(folder, target="onnxruntime", cache=True, last_token=True, **options)
     return {"bytes": made.bytes, "nodes": made.node_count}
 
 

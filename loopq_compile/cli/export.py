@@ -20,12 +20,15 @@ _NO_ONNX_OPTIONS = {
     "form": "unrolled",
     "cache": False,
     "last_token": False,
+    "products": "packed",
     "head_bits": None,
     "kv_bits": None,
     "early_exit": False,
     "float_bits": 32,
 }
 """Options of ONNX files when nobody gives any."""
+
+_ONLY_ONNX = ("products", "head_bits", "early_exit", "float_bits")
 
 
 def export_command(
@@ -49,6 +52,12 @@ def export_command(
     last_token: Annotated[
         bool, typer.Option("--last-token", help="With --cache: compute logits for the last token alone.")
     ] = False,
+    products: Annotated[
+        str,
+        typer.Option(
+            help="With --target onnxruntime: packed, 4-bit weights; int8, faster prompts and batches in more memory."
+        ),
+    ] = "packed",
     head_bits: Annotated[
         int | None,
         typer.Option("--head-bits", help="With --target onnxruntime: 4 or 8 bits for the head."),
@@ -84,6 +93,7 @@ def export_command(
         "form": form,
         "cache": cache or genai,
         "last_token": last_token,
+        "products": products,
         "head_bits": head_bits,
         "kv_bits": kv_bits,
         "early_exit": early_exit,
@@ -93,7 +103,7 @@ def export_command(
         if architectures:
             raise LoopQError("--sm goes with --target triton.")
         _export_onnx(loaded, out, {"target": target, **options}, genai, json)
-    elif genai or any(options[name] != _NO_ONNX_OPTIONS[name] for name in ("head_bits", "early_exit", "float_bits")):
+    elif genai or any(options[name] != _NO_ONNX_OPTIONS[name] for name in _ONLY_ONNX):
         raise LoopQError(
             "--target triton goes with --sm, --form, --cache, --last-token and --kv-bits; others are for ONNX files."
         )

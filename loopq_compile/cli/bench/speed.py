@@ -22,6 +22,9 @@ def speed_command(
     heads: Annotated[
         str, typer.Option("--head-bits", metavar="LIST", help="Of quantized files: 0 for a head in floating point.")
     ] = "0,8",
+    products: Annotated[
+        str, typer.Option("--products", help="Of the export: packed, int8. int8 where activations are quantized.")
+    ] = "packed,int8",
     prefill: Annotated[str, typer.Option("--prefill", metavar="LIST", help="Lengths of prompts.")] = "128,512",
     decode: Annotated[str, typer.Option("--decode", metavar="LIST", help="Batch sizes of decoding.")] = "1,8",
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens in the cache when decoding begins.")] = 128,
@@ -77,5 +80,6 @@ def speed_command(
     bits = [number or None for number in whole_numbers("--head-bits", heads)]
     cells = Cells(out / "cells" if out else None, fresh)
     ways = names(pytorch)
-    report = speed(job, names(schemes), names(forms), bits, ways, names(methods), cells=cells, say=note(True))
+    made = names(schemes), names(forms), bits, ways, names(methods), names(products)
+    report = speed(job, *made, cells=cells, say=note(True))
     show(report, out, json, model=job.model)
