@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array, replace_value
+from loopq_compile.backends.onnx.matching import made_by, only_reader, remove_unused
 
 OPSET = 23
 """The operator set that brought `Attention`."""
@@ -68,28 +69,18 @@ def _replace(graph: ir.Graph, match: _Match, masks: dict[ir.Value, ir.Value]) ->
     )
     graph.insert_before(anchor, [node])
     replace_value(old, result)
-    _remove_unused(graph, anchor)
+    remove_unused(graph, anchor)
     if len(joined) == 2:
         for join, output in zip(joined, outputs[1:], strict=True):
             replace_value(join.outputs[0], output)
-            _remove_unused(graph, join)
+            remove_unused(graph, join)
 
 
 def _cache_join(graph: ir.Graph, value: ir.Value) -> ir.Node | None:
     """The `Concat(past, new)` that gives `value`, if that is a result of the file which attention alone reads."""
-    join = _made_by(value, "Concat")
+    join = made_by(value, "Concat")
     fits = join is not None and len(join.inputs) == 2 and join.attributes.get_int("axis", 0) in (2, -2)
     return join if fits and value.is_graph_output() and len(list(value.uses())) == 1 else None
-
-
-def _remove_unused(graph: ir.Graph, node: ir.Node) -> None:
-    if node.graph is not graph or any(output.uses() or output.is_graph_output() for output in node.outputs):
-        return
-    makers = [value.producer() for value in node.inputs if value is not None]
-    graph.remove(node, safe=True)
-    for maker in makers:
-        if maker is not None:
-            _remove_unused(graph, maker)
 
 
 def _match(softmax: ir.Node) -> _Match | None:
@@ -97,7 +88,7 @@ def _match(softmax: ir.Node) -> _Match | None:
     shape = _sizes(scores)
     if scores is None or scores.dtype is not ir.DataType.FLOAT or shape is None or len(shape) not in (4, 5):
         return None
-    product = _only_reader(weights, "MatMul")
+    product = only_reader(weights, "MatMul")
     if (
         product is None
         or product.inputs[0] is not weights
@@ -105,14 +96,14 @@ def _match(softmax: ir.Node) -> _Match | None:
     ):
         return None
     mask, (scores, outer) = None, _unscaled(scores)
-    total = _made_by(scores, "Add")
+    total = made_by(scores, "Add")
     if total is not None:
         sides = [(total.inputs[i], total.inputs[1 - i]) for i in (0, 1)]
-        scores, mask = next(((a, b) for a, b in sides if _made_by(_unscaled(a)[0], "MatMul")), (None, None))
+        scores, mask = next(((a, b) for a, b in sides if made_by(_unscaled(a)[0], "MatMul")), (None, None))
         if outer != 1 or _sizes(scores) != shape:
             return None
         scores, outer = _unscaled(scores)
-    multiply = _made_by(scores, "MatMul")
+    multiply = made_by(scores, "MatMul")
     if multiply is None:
         return None
     query, first = _unscaled(multiply.inputs[0])
@@ -127,7 +118,7 @@ def _fit(
     """The match, if all shapes are what the operator takes, without a doubt."""
     value, masked, anchor = product.inputs[1], mask is not None, product
     if len(shape) == 5:
-        merged = _only_reader(product.outputs[0], "Reshape")
+        merged = only_reader(product.outputs[0], "Reshape")
         query, key, value, mask = _ungrouped(query), _single(key), _single(value), _single(mask)
         if merged is None or merged.inputs[0] is not product.outputs[0]:
             return None
@@ -165,7 +156,7 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
 
 def _turned_back(value: ir.Value | None) -> ir.Value | None:
     """`x`, if `value` is `x` with its last two axes exchanged."""
-    node = _made_by(value, "Transpose")
+    node = made_by(value, "Transpose")
     order = list(node.attributes["perm"].as_ints()) if node is not None and "perm" in node.attributes else []
     rank = len(order)
     return node.inputs[0] if node is not None and order == [*range(rank - 2), rank - 1, rank - 2] else None
@@ -173,7 +164,7 @@ def _turned_back(value: ir.Value | None) -> ir.Value | None:
 
 def _ungrouped(value: ir.Value | None) -> ir.Value | None:
     """`[batch, heads, new, size]` of what is viewed as `[batch, groups, heads / groups, new, size]`."""
-    node = _made_by(value, "Reshape")
+    node = made_by(value, "Reshape")
     x = node.inputs[0] if node is not None else None
     before, after = _sizes(x), _sizes(value)
     if before is None or after is None or len(before) != 4 or not all(isinstance(n, int) for n in after[1:3]):
@@ -183,7 +174,7 @@ def _ungrouped(value: ir.Value | None) -> ir.Value | None:
 
 def _single(value: ir.Value | None) -> ir.Value | None:
     """`x [batch, groups, total, size]` of `value [batch, groups, 1, total, size]`."""
-    node = _made_by(value, "Unsqueeze")
+    node = made_by(value, "Unsqueeze")
     axes = constant_array(node.inputs[1]) if node is not None else None
     return node.inputs[0] if node is not None and axes is not None and axes.tolist() in ([2], [-3]) else None
 
@@ -196,15 +187,3 @@ def _sizes(value: ir.Value | None) -> list | None:
     if None in known:
         return None
     return [size if isinstance(size, int) else " + ".join(sorted(str(size).split(" + "))) for size in known]
-
-
-def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type and node.domain == "" else None
-
-
-def _only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
-    readers = [reader for reader, _ in value.uses()]
-    if value.is_graph_output() or len(readers) != 1:
-        return None
-    return readers[0] if readers[0].op_type == op_type and readers[0].domain == "" else None

@@ -21,6 +21,8 @@ import onnx_ir as ir
 
 from loopq_compile.backends.onnx import attention
 from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array, sizes
+from loopq_compile.backends.onnx.heads import keep_rows
+from loopq_compile.backends.onnx.matching import made_by
 from loopq_compile.backends.onnx.merge import merge_products
 from loopq_compile.backends.onnx.prepare import Origin
 from loopq_compile.backends.onnx.qdq import lower_to_qdq
@@ -66,6 +68,7 @@ def lower_to_contrib(
     merge_products(graph)
     if attention.fuse_attention(graph):
         model.opset_imports[""] = attention.OPSET
+        keep_rows(graph)
     for op_type in ("Dequantize", "Quantize", "DynamicScale", "Row"):
         for node in [node for node in graph if node.domain == DOMAIN and node.op_type == op_type]:
             if not node.outputs[0].uses():
@@ -112,7 +115,7 @@ def _lower_linear(graph: ir.Graph, node: ir.Node, rows: RowProducts | None) -> b
     if x is None or weight is None:
         return False
     emitter, result = Emitter(graph, node), node.outputs[0]
-    quantized = _made_by(x, "Dequantize") is not None
+    quantized = made_by(x, "Dequantize", DOMAIN) is not None
     if rows is not None and quantized:
         _finish(emitter, node, _in_rows(emitter, _before_rounding(x) or x, weight, result, rows))
         return True
@@ -132,7 +135,7 @@ def _lower_linear(graph: ir.Graph, node: ir.Node, rows: RowProducts | None) -> b
 
 def _weight(value: ir.Value | None) -> _Weight | None:
     """The weight behind `value`, None if it is not quantized or not stored."""
-    dequantize = _made_by(value, "Dequantize")
+    dequantize = made_by(value, "Dequantize", DOMAIN)
     if dequantize is None:
         return None
     codes_value, codes, codes_row = _stored(dequantize.inputs[0])
@@ -185,20 +188,15 @@ def _lower_head(graph: ir.Graph, node: ir.Node, bits: int, rows: RowProducts | N
     return True
 
 
-def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.domain == DOMAIN and node.op_type == op_type else None
-
-
 def _before_rounding(x: ir.Value, block: int | None = None) -> ir.Value | None:
     """The activations before they were rounded to 8 bits, where the product rounds them again; None elsewhere.
 
     Args:
         block: only if they were rounded in blocks of this size, as `MatMulNBits` does; None for any size.
     """
-    dequantize = _made_by(x, "Dequantize")
-    quantize = _made_by(dequantize.inputs[0], "Quantize") if dequantize is not None else None
-    scale = _made_by(quantize.inputs[1], "DynamicScale") if quantize is not None else None
+    dequantize = made_by(x, "Dequantize", DOMAIN)
+    quantize = made_by(dequantize.inputs[0], "Quantize", DOMAIN) if dequantize is not None else None
+    scale = made_by(quantize.inputs[1], "DynamicScale", DOMAIN) if quantize is not None else None
     if quantize is None or scale is None or scale.inputs[0] is not quantize.inputs[0]:
         return None
     clip = constant_array(_stored(scale.inputs[1])[0])

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array, sizes
+from loopq_compile.backends.onnx.matching import made_by
 
 CONTRIB = "com.microsoft"
 _PASSED = {"Unsqueeze", "Cast", "Cos", "Sin", "Identity"}
@@ -41,7 +42,7 @@ def fuse_rotary(graph: ir.Graph) -> int:
 
 def _match(add: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
     """`(x, cos, sin)` of `x * cos + turned(x) * sin`; None for any other sum."""
-    products = [_made_by(value, "Mul") for value in add.inputs]
+    products = [made_by(value, "Mul") for value in add.inputs]
     if None in products:
         return None
     for straight, turned in (products, products[::-1]):
@@ -67,10 +68,10 @@ def _fits(x: ir.Value, *tables: ir.Value) -> bool:
 
 def _turned(value: ir.Value | None) -> ir.Value | None:
     """`x`, if `value` is `concat(-second half of x, first half of x)` along the last axis."""
-    joined = _made_by(value, "Concat")
+    joined = made_by(value, "Concat")
     if joined is None or len(joined.inputs) != 2 or not _is_last(joined, joined.outputs[0]):
         return None
-    negative = _made_by(joined.inputs[0], "Neg")
+    negative = made_by(joined.inputs[0], "Neg")
     first, second = _half(joined.inputs[1]), _half(negative.inputs[0]) if negative is not None else None
     if first is None or second is None or first[0] is not second[0] or (first[1], second[1]) != (0, 1):
         return None
@@ -135,11 +136,6 @@ def _half_table(emitter: Emitter, tables: dict[ir.Value, ir.Value], table: ir.Va
 def _behind(graph: ir.Graph, maker: ir.Node) -> list[ir.Node]:
     nodes = list(graph)
     return nodes[nodes.index(maker) + 1 :]
-
-
-def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type and node.domain == "" else None
 
 
 def _is_last(node: ir.Node, value: ir.Value) -> bool:

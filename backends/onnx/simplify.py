@@ -34,13 +34,18 @@ def simplify(model: ir.Model) -> None:
 
 
 def _state_reshapes(graph: ir.Graph) -> None:
-    """Gives `Reshape` a constant target wherever one says the same: 0 for a dimension that stays, -1 for one other.
+    """Drops each `Reshape` that changes nothing, and gives others a constant target wherever one says the same: 0 for a
+    dimension that stays, -1 for one other.
 
     The exporter computes targets from shapes, four nodes for each; in a decoding step that is most of what runs.
     """
     for node in [node for node in graph if node.op_type == "Reshape" and node.domain == ""]:
         x, target = node.inputs
         result = node.outputs[0].shape
+        if x is not None and _same(x.shape, result) and not node.outputs[0].is_graph_output():
+            ir.convenience.replace_all_uses_with(node.outputs[0], x)
+            graph.remove(node, safe=True)
+            continue
         if x is None or x.shape is None or result is None or constant_array(target) is not None:
             continue
         sizes = _target(list(x.shape), list(result))
@@ -48,6 +53,14 @@ def _state_reshapes(graph: ir.Graph) -> None:
             name = "to_" + "_".join(str(size).replace("-1", "rest") for size in sizes)
             node.attributes.pop("allowzero", None)  # with which 0 would mean no entries
             node.replace_input_with(1, constant(graph, name, np.array(sizes, dtype=np.int64)))
+
+
+def _same(before: ir.Shape | None, after: ir.Shape | None) -> bool:
+    """Whether two shapes are known, and equal."""
+    if before is None or after is None or len(before) != len(after):
+        return False
+    pairs = zip(before, after, strict=True)
+    return all(a == b and (isinstance(a, int) or a.value is not None) for a, b in pairs)
 
 
 def _target(before: list[Any], after: list[Any]) -> list[int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -31,6 +32,25 @@ def results(path, past: int, new: int) -> dict[str, np.ndarray]:  # type: ignore
     )
 
 
+def attentions(path) -> list[onnx.NodeProto]:  # type: ignore[no-untyped-def]
+    graph = onnx.load(path).graph
+    bodies = [node.attribute[0].g for node in graph.node if node.op_type == "Loop"]
+    return [node for part in (graph, *bodies) for node in part.node if node.op_type == "Attention"]
+
+
+def shape(node: onnx.NodeProto) -> tuple[int, int] | None:
+    """Heads of queries and of keys, where they lie side by side."""
+    given = {attribute.name: attribute.i for attribute in node.attribute}
+    return (given["q_num_heads"], given["kv_num_heads"]) if "q_num_heads" in given else None
+
+
+def test_attention_on_an_integer_cache_keeps_its_shape(tmp_path, monkeypatch) -> None:
+    """Keys and values are dequantized `[batch, heads, total, size]`: nothing lies side by side."""
+    graph_module = captured("ouro-mask")[1].graph_module
+    fused = export(graph_module, tmp_path, target="onnxruntime", cache=True, kv_bits=8)
+    assert {shape(node) for node in attentions(fused.path)} == {None}
+
+
 @pytest.mark.parametrize("form", ["unrolled", "rolled"])
 def test_every_row_of_every_result_is_what_it_was(form: str, tmp_path, monkeypatch) -> None:
     graph_module = captured("ouro-mask")[1].graph_module
@@ -38,6 +58,7 @@ def test_every_row_of_every_result_is_what_it_was(form: str, tmp_path, monkeypat
     assert fused.nodes["Attention"] == (6 if form == "unrolled" else 2)  # two layers, three times
     assert "Softmax" not in fused.nodes
     assert fused.opset == attention.OPSET
+    assert {shape(node) for node in attentions(fused.path)} == {(4, 2)}  # heads side by side, as products give them
     with monkeypatch.context() as patch:
         patch.setattr(attention, "fuse_attention", lambda graph: 0)
         plain = export(graph_module, tmp_path / "plain", target="onnxruntime", cache=True, form=form)
