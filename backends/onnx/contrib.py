@@ -62,7 +62,7 @@ def lower_to_contrib(
         heads = [node for node in graph if node in linears and node.outputs[0].name == "logits"]
         if not heads:
             raise LoopQError(f"head_bits={head_bits} needs logits that come straight from a linear head.")
-        made += [_lower_head(graph, node, head_bits, rows if head_bits == 8 else None) for node in heads]
+        made += [_lower_head(graph, node, head_bits) for node in heads]
     if fuse_rotary(graph) or any(made):
         model.opset_imports[CONTRIB] = 1
     merge_products(graph)
@@ -163,18 +163,12 @@ def _finish(emitter: Emitter, node: ir.Node, y: ir.Value) -> None:
     emitter.finish(y if bias is None else emitter.node("Add", [y, bias], result.dtype, result.shape))
 
 
-def _lower_head(graph: ir.Graph, node: ir.Node, bits: int, rows: RowProducts | None) -> bool:
+def _lower_head(graph: ir.Graph, node: ir.Node, bits: int) -> bool:
     """Replaces the `Linear` that gives the logits: weights rounded to nearest in blocks, activations to 8 bits."""
     x, weight = node.inputs[:2]
     values = constant_array(weight)
     if x is None or weight is None or values is None or values.ndim != 2 or values.shape[1] % _HEAD_BLOCKS[bits][-1]:
         raise LoopQError(f"head_bits={bits} needs a linear head with a multiple of {_HEAD_BLOCKS[bits][-1]} inputs.")
-    emitter, result = Emitter(graph, node), node.outputs[0]
-    if rows is not None:
-        codes, scale = to_rows(values)
-        stored = constant(graph, f"{weight.name}.rows", codes), constant(graph, f"{weight.name}.row_scales", scale)
-        _finish(emitter, node, rows.emit(emitter, x, *stored, result))
-        return True
     outputs, features = values.shape
     block = next(size for size in _HEAD_BLOCKS[bits] if features % size == 0)
     blocks = values.reshape(outputs, -1, block)
@@ -183,6 +177,7 @@ def _lower_head(graph: ir.Graph, node: ir.Node, bits: int, rows: RowProducts | N
     packed = constant(graph, f"{weight.name}.packed", _pack(codes, features // block, bits))
     scales = constant(graph, f"{weight.name}.scales", scale.astype(values.dtype))
     attributes = {"K": features, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": 4}
+    emitter, result = Emitter(graph, node), node.outputs[0]
     y = emitter.node("MatMulNBits", [x, packed, scales], result.dtype, result.shape, attributes, domain=CONTRIB)
     _finish(emitter, node, y)
     return True

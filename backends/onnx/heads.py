@@ -2,7 +2,8 @@
 
 `Attention` and `RotaryEmbedding` also take `[batch, sequence, heads * size]`, and give results of that shape. So the
 `Reshape` and `Transpose` in front of each of them, and the two behind, have nothing to do: eight nodes of an attention,
-7 % of a decoding step of looped SmolLM2. Caches keep the shape that they have.
+3.5 % of a decoding step of looped SmolLM2. Caches keep the shape that they have. In rolled files keys reach attention
+joined with their cache, `[batch, heads, total, size]`, and all stays as it is.
 """
 
 from __future__ import annotations

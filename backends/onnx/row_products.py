@@ -5,8 +5,8 @@ slower than single precision: they take up a new scale after every 32 products. 
 the processor's integer units (VNNI, AMX) in one sweep. For that, weights are rounded once more, to 8 bits per output,
 and activations to 8 bits per token. For weights that is little beside their 4 bits; tokens with outliers feel it.
 
-Products that read one tensor stay apart: unlike packed ones they share its rounding anyway, and prompts would have to
-be split again.
+The head stays packed: what it reads has outliers, and of a prompt it reads one row. Products that read one tensor stay
+apart: unlike packed ones they share its rounding anyway, and results of prompts would have to be split again.
 
 Activations are unsigned around 128, which is what those units multiply with signed weights.
 """

@@ -58,7 +58,8 @@ def test_every_row_of_every_result_is_what_it_was(form: str, tmp_path, monkeypat
     assert fused.nodes["Attention"] == (6 if form == "unrolled" else 2)  # two layers, three times
     assert "Softmax" not in fused.nodes
     assert fused.opset == attention.OPSET
-    assert {shape(node) for node in attentions(fused.path)} == {(4, 2)}  # heads side by side, as products give them
+    # Heads side by side, as products give them; where a loop joins caches itself they have a shape of their own.
+    assert {shape(node) for node in attentions(fused.path)} == {(4, 2) if form == "unrolled" else None}
     with monkeypatch.context() as patch:
         patch.setattr(attention, "fuse_attention", lambda graph: 0)
         plain = export(graph_module, tmp_path / "plain", target="onnxruntime", cache=True, form=form)
