@@ -23,6 +23,7 @@ def size(
     layers: int | None = None,
     head_bits: int | None = 8,
     float_bits: int = 16,
+    group_size: int = 32,
     *,
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
@@ -34,6 +35,7 @@ def size(
         scheme: weights rounded to nearest, without data.
         layers: fewer than the model has, to try it out.
         head_bits, float_bits: of the export.
+        group_size: neighbouring features that share a scale.
         say: told what is being done.
 
     Raises:
@@ -42,7 +44,7 @@ def size(
     config = sized(name, layers)
     with tempfile.TemporaryDirectory() as folder:
         say(f"compiling {name}, {config.num_hidden_layers} layers x {config.total_ut_steps} loops")
-        steps = measure(Job(config.to_dict(), folder, scheme, head_bits, float_bits))
+        steps = measure(Job(config.to_dict(), folder, scheme, head_bits, float_bits, group_size))
         path = Path(folder) / "model.onnx"
         parts = _parts(path)
         disk = sum(file.stat().st_size for file in Path(folder).iterdir())
@@ -58,7 +60,9 @@ def size(
         "Random weights, rounded to nearest; export for onnxruntime, rolled, with a cache. Peak: the largest resident "
         "size of the process up to the end of a step. Loaded: what opening the file and calls of 1 x 16 tokens add.",
     ]
-    title = f"{name}, {config.num_hidden_layers} layers x {config.total_ut_steps} loops, {scheme}"
+    title = (
+        f"{name}, {config.num_hidden_layers} layers x {config.total_ut_steps} loops, {scheme}, groups of {group_size}"
+    )
     return Report("size", title, COLUMNS, [_row(x) for x in data], data, notes=notes)
 
 

@@ -26,6 +26,7 @@ class Job:
         folder: for the file.
         scheme: compiled without data.
         head_bits, float_bits: of the export.
+        group_size: neighbouring features that share a scale.
     """
 
     config: dict[str, Any]
@@ -33,6 +34,7 @@ class Job:
     scheme: str = "w4a4"
     head_bits: int | None = None
     float_bits: int = 32
+    group_size: int = 32
 
 
 def measure(job: Job) -> dict[str, dict[str, float]]:
@@ -70,7 +72,8 @@ def run(job: Job) -> dict[str, dict[str, float]]:
     model = random_model(OuroConfig.from_dict(job.config))
     done("random model")
     example = torch.ones(2, 8, dtype=torch.int64)
-    program = lq.compile(model, example, scheme=job.scheme, method="symmetric", release_model=True)
+    scheme = lq.Scheme.parse(job.scheme, group_size=job.group_size)
+    program = lq.compile(model, example, scheme=scheme, method="symmetric", release_model=True)
     del model
     done("capture and passes")
     options: dict[str, Any] = {"target": "onnxruntime", "form": "rolled", "cache": True, "last_token": True}

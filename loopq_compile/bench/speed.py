@@ -40,6 +40,7 @@ def speed(
     pytorch: Sequence[str] = ("float32", "bfloat16"),
     methods: Sequence[str] = ("symmetric",),
     products: Sequence[str] = ("packed",),
+    group_size: int = 32,
     *,
     cells: Cells | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -56,6 +57,7 @@ def speed(
         methods: that need no data: "symmetric" has nothing in front of its products, "quarot" a transform for every
             group of linears, as learned methods have.
         products: of the export: "packed", "int8"; the latter where a scheme quantizes activations.
+        group_size: neighbouring features that share a scale.
         cells: keeps finished rows, so that a run that was cut off goes on.
         say: told what is being measured.
 
@@ -83,7 +85,7 @@ def speed(
     exports = [_Export(form=form) for form in forms]
     for parts in itertools.product(schemes, methods, products, forms, head_bits):
         if parts[2] == "packed" or Scheme.parse(parts[0]).quantizes_activations:
-            exports.append(_Export(*parts))
+            exports.append(_Export(*parts, group_size))
     data += [_onnx_row(job, export, cells, say) for export in exports]
     if all("failed" in x for x in data):
         raise LoopQError(data[0]["failed"] if data else "There is nothing to measure.")
@@ -105,6 +107,7 @@ class _Export:
     products: str = "packed"
     form: str = "unrolled"
     head: int | None = None
+    group_size: int = 32
 
     @property
     def runs(self) -> str:
@@ -112,6 +115,7 @@ class _Export:
             return _EXACT
         parts = [f"ours {self.scheme}", *([self.method] if self.method != "symmetric" else [])]
         parts += [self.products] if self.products != "packed" else []
+        parts += [f"g{self.group_size}"] if self.group_size != 32 else []
         return " ".join(parts) + (f", head w{self.head}" if self.head else "")
 
 
@@ -143,7 +147,8 @@ def _write(job: Job, export: _Export, folder: str) -> Values:
     example: Any = None if hasattr(model, "prepare_inputs_for_generation") else torch.ones(2, 8, dtype=torch.int64)
     options: dict[str, Any] = {"form": export.form, "head_bits": export.head, "products": export.products}
     if export.scheme:
-        program = compile_model(model, example, scheme=export.scheme, method=export.method, release_model=True)
+        scheme = Scheme.parse(export.scheme, group_size=export.group_size)
+        program = compile_model(model, example, scheme=scheme, method=export.method, release_model=True)
     else:
         program = Program(Pipeline([TagLoops()]).run(capture(model, example)))
     made = program.export_onnx(folder, target="onnxruntime", cache=True, last_token=True, **options)

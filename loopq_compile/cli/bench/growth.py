@@ -6,7 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from loopq_compile.cli.bench.options import Activations, Model, Out, Samples, Schemes, load_model, show, text_tokens
+from loopq_compile.cli.bench.options import (
+    Activations,
+    GroupSize,
+    Model,
+    Out,
+    Samples,
+    Schemes,
+    load_model,
+    show,
+    text_tokens,
+)
 from loopq_compile.cli.common import (
     AllowPickle,
     Json,
@@ -151,13 +161,14 @@ def size_command(
     layers: Annotated[int | None, typer.Option("--layers", min=1, help="Fewer layers, to try it out.")] = None,
     head_bits: Annotated[int, typer.Option("--head-bits", help="Of the head: 8, 4, or 0 for floating point.")] = 8,
     float_bits: Annotated[int, typer.Option("--float-bits", help="Of scales, embeddings and the rest.")] = 16,
+    group_size: GroupSize = 32,
     out: Out = None,
     json: Json = False,
 ) -> None:
     """A model of published size with random weights, compiled end to end: time, memory, bytes on disk and loaded."""
     from loopq_compile.bench.size import size
 
-    report = size(model, scheme, layers, head_bits or None, float_bits, say=note(True))
+    report = size(model, scheme, layers, head_bits or None, float_bits, group_size, say=note(True))
     show(report, out, json, model=model)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from loopq_compile.cli.bench.options import Fresh, Model, Out, Schemes, load_model, show
+from loopq_compile.cli.bench.options import Fresh, GroupSize, Model, Out, Schemes, load_model, show
 from loopq_compile.cli.common import AllowPickle, Json, RepeatLayers, TrustRemoteCode, names, note, whole_numbers
 from loopq_compile.errors import LoopQError
 
@@ -25,6 +25,7 @@ def speed_command(
     products: Annotated[
         str, typer.Option("--products", help="Of the export: packed, int8. int8 where activations are quantized.")
     ] = "packed,int8",
+    group_size: GroupSize = 32,
     prefill: Annotated[str, typer.Option("--prefill", metavar="LIST", help="Lengths of prompts.")] = "128,512",
     decode: Annotated[str, typer.Option("--decode", metavar="LIST", help="Batch sizes of decoding.")] = "1,8",
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens in the cache when decoding begins.")] = 128,
@@ -80,6 +81,6 @@ def speed_command(
     bits = [number or None for number in whole_numbers("--head-bits", heads)]
     cells = Cells(out / "cells" if out else None, fresh)
     ways = names(pytorch)
-    made = names(schemes), names(forms), bits, ways, names(methods), names(products)
+    made = names(schemes), names(forms), bits, ways, names(methods), names(products), group_size
     report = speed(job, *made, cells=cells, say=note(True))
     show(report, out, json, model=job.model)
