@@ -93,6 +93,15 @@ def test_finished_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert measured == ["float32", "compiled", ""] and again == ["compiled"]
 
 
+def test_rows_say_what_is_not_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in int8 are measured where activations are quantized."""
+    stubbed(monkeypatch)
+    ways = {"head_bits": [None, 8], "products": ["packed", "int8"], "group_size": 64, "pytorch": []}
+    rows = speed(JOB, ["w4a8", "w4a16"], **ways).rows  # type: ignore[arg-type]
+    both = ["ours w4a8 g64", "ours w4a8 g64, head w8", "ours w4a8 int8 g64", "ours w4a8 int8 g64, head w8"]
+    assert [row[0] for row in rows] == ["ONNX Runtime float32", *both, "ours w4a16 g64", "ours w4a16 g64, head w8"]
+
+
 def test_torchao_is_left_out_with_a_note_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     stubbed(monkeypatch)
     monkeypatch.setattr(speed_module.importlib.util, "find_spec", lambda name: None)
