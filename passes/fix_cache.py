@@ -24,7 +24,8 @@ class FixCache(Pass):
     Before: a program with a cache that grows: `cat(past, new)`, and rows `past ... past + new` of what is computed from
     positions. After: a last input `position`; the new token is written into the cache in place, at that column, and
     takes that row. Cache and attention mask have one length, that of the longest text; columns behind the position hold
-    anything, since causal masks hide them. A position is a tensor, so a CUDA graph reads it anew in every step.
+    anything, since causal masks hide them, and attention on a cache of integers does not read them. A position is a
+    tensor, so a CUDA graph reads it anew in every step.
 
     The signature stays that of the program. Does its work once: a graph that has the input is left as it is.
 
@@ -33,9 +34,9 @@ class FixCache(Pass):
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        nodes = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-        if nodes[-1].target == POSITION:
+        if has_position(graph_module):
             return PassResult(graph_module, False)
+        nodes = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         specs = self.state(graph_module).signature.inputs
         caches = {
             node: spec.shape for spec, node in zip(specs, nodes, strict=True) if spec.name.startswith(PAST_PREFIX)
@@ -54,8 +55,15 @@ class FixCache(Pass):
                 elif past in caches or (past.target is _aten.select.int and past.args[0] in caches):
                     _write(node, position)
         _take_row(graph_module.graph, caches, position)
+        _read_no_further(graph_module.graph, position)
         graph_module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _writes(node))
         return PassResult(graph_module, True)
+
+
+def has_position(graph_module: fx.GraphModule) -> bool:
+    """Whether the pass has done its work."""
+    inputs = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return inputs[-1:] == [POSITION]
 
 
 def _writes(node: fx.Node) -> bool:
@@ -88,9 +96,17 @@ def _write_in_body(graph_module: fx.GraphModule, node: fx.Node, caches: set[fx.N
         inside = loop.body.graph.placeholder(POSITION)
     for inner in joined:
         _write(inner, inside)
+    _read_no_further(loop.body.graph, inside)
     loop.body.graph.eliminate_dead_code(lambda inner: inner.op in ("placeholder", "output") or _writes(inner))
     loop.body.recompile()
     node.args = (state, [*shared, position], *node.args[2:])  # type: ignore[misc]
+
+
+def _read_no_further(graph: fx.Graph, position: fx.Node) -> None:
+    """Lets attention on a cache of integers stop at the new token's column."""
+    for node in graph.nodes:
+        if node.op == "call_function" and str(node.target).split(".")[-2:-1] == ["cached_attention"]:
+            node.args = (*node.args[:8], position)
 
 
 def _take_row(graph: fx.Graph, caches: dict[fx.Node, Any], position: fx.Node) -> None:

@@ -274,8 +274,13 @@ def write_case(bits: int, size: int = 128, group_size: int = 32) -> Case:
     return Case(f"cache write kv{bits}", write_cache_kernel, types, constants, CACHE_WARPS, 3)
 
 
-def attention_case(bits: int, size: int = 128, group_size: int = 32) -> Case:
-    """Attention in bfloat16 on a cache of integers, with a scale for `group_size` channels of a head."""
+def attention_case(bits: int, size: int = 128, group_size: int = 32, *, limited: bool = False) -> Case:
+    """Attention in bfloat16 on a cache of integers, with a scale for `group_size` channels of a head.
+
+    Args:
+        bits, size, group_size: of the cache.
+        limited: the cache has room for more columns than are read.
+    """
     types = dict.fromkeys(("query", "key_scales", "value_scales", "mask"), "*bf16")
     types |= dict.fromkeys(("keys", "values"), "*u8" if bits == 4 else "*i8")
     types |= dict.fromkeys(("sums", "weights"), "*fp32") | {"scale": "fp32"}
@@ -284,8 +289,12 @@ def attention_case(bits: int, size: int = 128, group_size: int = 32) -> Case:
     types |= dict.fromkeys(("heads", "repeat", "rows", "total"), "i32")
     groups = size // group_size
     constants = attention_constants(size, groups, size, groups, bits, element_size=2)
+    if limited:
+        types["last"] = "*i64"
+    else:
+        constants["last"] = None
     aligned = ("sums", "weights")
-    name, warps = f"attention kv{bits} {size}", attention_warps(constants)
+    name, warps = f"attention kv{bits} {size}{' limited' if limited else ''}", attention_warps(constants)
     return Case(name, attention_kernel, types, constants, warps, ATTENTION_STAGES, aligned, "bf16")
 
 
@@ -320,7 +329,9 @@ def default_cases(group_size: int = 32, architecture: int | None = None) -> list
     cases.append(quantize("gelu_tanh", 4096, None, activation="gelu_tanh"))
     cases.append(quantize("layer norm+transform", 768, (24, 32), norm="layer"))
     cases += [write_case(8, group_size=128), write_case(4), join_case()]
-    cases += [attention_case(8, group_size=128), attention_case(4), attention_case(8, 64, 64), attention_case(4, 64)]
+    for limited in (False, True):
+        attention = functools.partial(attention_case, limited=limited)
+        cases += [attention(8, group_size=128), attention(4), attention(8, 64, 64), attention(4, 64)]
     return [*cases, adapter_case()]
 
 

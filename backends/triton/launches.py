@@ -19,6 +19,7 @@ from loopq_compile.backends.triton import operators
 from loopq_compile.backends.triton.ahead import Case
 from loopq_compile.backends.triton.configurations import DECODE_ROWS, MIDDLE_ROWS
 from loopq_compile.errors import LoopQError
+from loopq_compile.passes.fix_cache import has_position
 from loopq_compile.signature import LOOPS_AXIS, PAST, Signature
 from loopq_compile.state import get_state
 
@@ -31,6 +32,7 @@ _TYPES = {
     torch.float16: "fp16",
     torch.uint8: "u8",
     torch.int8: "i8",
+    torch.int64: "i64",
 }
 _ALIGNMENT, _LARGEST_INT32 = 16, (1 << 31) - 1
 
@@ -59,11 +61,16 @@ def launches(graph_module: fx.GraphModule, architecture: int | None = None, rows
 def run_fake(graph_module: fx.GraphModule, signature: Signature, count: int, loops: int = 1) -> None:
     """Runs a graph on `count` tokens without values; caches in one tensor are those of so many `loops`.
 
+    A step with fixed shapes (pass `fix-cache`) has a cache and a mask of one length, and a position.
+
     Raises:
         LoopQError: the graph asks for values: a CUDA graph could not capture it either.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        inputs = [torch.empty(_shape(spec.shape, count, loops), dtype=spec.dtype) for spec in signature.inputs]
+        fixed = isinstance(graph_module, fx.GraphModule) and has_position(graph_module)
+        shapes = [_shape(spec.shape, count, loops, fixed) for spec in signature.inputs]
+        inputs = [torch.empty(shape, dtype=spec.dtype) for shape, spec in zip(shapes, signature.inputs, strict=True)]
+        inputs += [torch.empty(1, dtype=torch.int64)] if fixed else []
         try:
             graph_module(*inputs)
         except torch._subclasses.fake_tensor.DynamicOutputShapeException as error:
@@ -72,8 +79,10 @@ def run_fake(graph_module: fx.GraphModule, signature: Signature, count: int, loo
             raise LoopQError(f"The program reads a value on the host, which waits for the GPU: {error}.") from error
 
 
-def _shape(spec: Sequence[int | str], count: int, loops: int) -> list[int]:
+def _shape(spec: Sequence[int | str], count: int, loops: int, fixed: bool) -> list[int]:
     sizes = {"batch": 1, "sequence": count, PAST: _PAST, LOOPS_AXIS: loops}
+    if fixed:
+        spec = [PAST if isinstance(size, str) and PAST in size.split(" + ") else size for size in spec]
     return [
         size if isinstance(size, int) else sum(sizes.get(part, count) for part in size.split(" + ")) for size in spec
     ]

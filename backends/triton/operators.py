@@ -235,7 +235,7 @@ def attention_warps(constants: dict[str, Any]) -> int:
 
 
 @_same_schema("cached_attention")
-def cached_attention(query, key, key_scale, value, value_scale, mask, bits, scale):
+def cached_attention(query, key, key_scale, value, value_scale, mask, bits, scale, last=None):
     """See `loopq_compile.operators.cache.cached_attention`. Prompts of more than `DECODE_ROWS` rows are computed by the
     definition: there PyTorch's own kernels are the fast ones."""
     batch, queries, rows, size = query.shape
@@ -254,7 +254,7 @@ def cached_attention(query, key, key_scale, value, value_scale, mask, bits, scal
     sums = torch.empty((parts, caches * repeat * rows, value_size), dtype=torch.float32, device=query.device)
     weights = torch.empty((2, parts, caches * repeat * rows), dtype=torch.float32, device=query.device)
     launcher(attention_kernel)[(caches, blocks, parts)](
-        *(query, *stored, mask, sums, weights),
+        *(query, *stored, mask, last, sums, weights),
         *query.stride()[:3],
         *mask.stride(),
         *(heads, repeat, rows, total, scale),

@@ -30,13 +30,16 @@ from triton.runtime.cache import get_cache_manager
 from loopq_compile import artifact
 from loopq_compile.backends.triton.ahead import ARCHITECTURES, Case, cache_key, check_architecture, compile_binary
 from loopq_compile.backends.triton.copies import private_copy, put_on
+from loopq_compile.backends.triton.decode import step_of
 from loopq_compile.backends.triton.executable import TritonExecutable, device_for, fuse, use_kernels
 from loopq_compile.backends.triton.kernels import KERNELS
-from loopq_compile.backends.triton.launches import launches
+from loopq_compile.backends.triton.launches import ROWS, launches
 from loopq_compile.backends.triton.operators import INTERPRETED
+from loopq_compile.decoding import has_cache
 from loopq_compile.errors import LoopQError
 from loopq_compile.manifest import check_files, first_line, read_json
 from loopq_compile.rolled import rolled_loops
+from loopq_compile.state import get_state
 
 CASE_FILE, BINARY_FILE = "kernels.json", "kernels.safetensors"
 _KEPT = ("json", "cubin")
@@ -87,12 +90,12 @@ def save(
     for architecture in architectures:
         check_architecture(architecture)
     graph_module = fuse(program, rolled=rolled)
-    lowered = use_kernels(private_copy(graph_module))
+    graphs = _graphs(use_kernels(private_copy(graph_module)))
     entries: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for architecture in architectures:
-        for case in launches(lowered, architecture):
-            key = cache_key(case, architecture)
+        cases = [case for graph, rows in graphs for case in launches(graph, architecture, rows)]
+        for key, case in {cache_key(case, architecture): case for case in cases}.items():
             entries.append({"key": key, "architecture": architecture, **_case_to_dict(case)})
             tensors |= {f"{key}.{kind}": data for kind, data in _binary(case, architecture).items()}
     described = json.dumps({"triton": triton.__version__, "kernels": entries}, indent=1)
@@ -100,6 +103,16 @@ def save(
     artifact.save(graph_module, directory, files)
     size = sum(tensor.nbytes for tensor in tensors.values())
     return Saved(str(directory), len(entries), tuple(architectures), size)
+
+
+def _graphs(lowered: fx.GraphModule) -> list[tuple[fx.GraphModule, Sequence[int]]]:
+    """What may run, and with how many tokens: the graph, and its step with fixed shapes where it has one."""
+    if not has_cache(get_state(lowered).signature):
+        return [(lowered, ROWS)]
+    try:
+        return [(lowered, ROWS), (step_of(lowered), (1,))]
+    except LoopQError:  # positions that are read in another way: such a program decodes with a growing cache alone
+        return [(lowered, ROWS)]
 
 
 def load(

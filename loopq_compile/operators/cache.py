@@ -87,6 +87,7 @@ def cached_attention_definition(
     mask: Tensor,
     bits: int,
     scale: float,
+    last: Tensor | None = None,
 ) -> Tensor:
     """`cached_attention` in operators of PyTorch; the heads of a token lie side by side."""
     keys = dequantize_cache_definition(key, key_scale, bits)
@@ -106,6 +107,7 @@ def cached_attention(
     mask: Tensor,
     bits: int,
     scale: float,
+    last: Tensor | None = None,
 ) -> Tensor:
     """`softmax(scale * query keyᵀ + mask) value` on keys and values as `quantize_cache` stored them.
 
@@ -117,12 +119,14 @@ def cached_attention(
             1.
         bits: of the codes, 8 or 4.
         scale: factor of the scores.
+        last: int64 `[1]`, the last column that any query may see, where caches have room for more; kernels read no
+            further. The mask has to hide what lies behind, as causal ones do. None for all columns.
 
     Returns:
         `[batch, query heads, rows, size of a value]` in the type of `query`; in memory the heads of a token lie side by
         side. Where a mask takes everything away by a finite number, the weights are equal.
     """
-    return cached_attention_definition(query, key, key_scale, value, value_scale, mask, bits, scale)
+    return cached_attention_definition(query, key, key_scale, value, value_scale, mask, bits, scale, last)
 
 
 @cached_attention.register_fake
@@ -135,6 +139,7 @@ def _(
     mask: Tensor,
     bits: int,
     scale: float,
+    last: Tensor | None = None,
 ) -> Tensor:
     return attention_like(query, value, bits)
 

@@ -121,7 +121,7 @@ def dequantized(
         "rows",
         "total",
     ],
-    do_not_specialize_on_alignment=["query", "keys", "key_scales", "values", "value_scales", "mask"],
+    do_not_specialize_on_alignment=["query", "keys", "key_scales", "values", "value_scales", "mask", "last"],
 )
 def attention_kernel(
     query,
@@ -130,6 +130,7 @@ def attention_kernel(
     values,
     value_scales,
     mask,
+    last,
     sums,
     weights,
     query_batch,
@@ -160,7 +161,8 @@ def attention_kernel(
     Writes, for each query, `sums` `[parts, batch * heads, repeat * rows, VALUE_SIZE]`, the values weighted by
     `exp(score - largest)`, and `weights` `[2, parts, batch * heads, repeat * rows]`, the largest score and the sum of
     these weights; a part without columns has the largest score minus infinity. Parts are whole
-    tiles; their number is that of programs, so one compiled kernel serves all lengths.
+    tiles; their number is that of programs, so one compiled kernel serves all lengths. Columns behind `last [1]` are
+    not read, if that is given: the parts then share the columns up to it.
     """
     cache, part = tl.program_id(0), tl.program_id(2)
     batch, head = cache // heads, cache % heads
@@ -170,8 +172,9 @@ def attention_kernel(
     mask_at = batch.to(tl.int64) * mask_batch + (head * repeat + i // rows) * mask_head + (i % rows) * mask_row
     c, v = tl.arange(0, PADDED), tl.arange(0, VALUE_PADDED)
     q = tl.load(query + query_at[:, None] + c[None, :], mask=real[:, None] & (c < SIZE)[None, :], other=0.0)
-    share = tl.cdiv(tl.cdiv(total, TILE), tl.num_programs(2)) * TILE
-    last = tl.minimum(part * share + share, total)
+    seen = total if last is None else tl.minimum(tl.load(last).to(tl.int32) + 1, total)
+    share = tl.cdiv(tl.cdiv(seen, TILE), tl.num_programs(2)) * TILE
+    end = tl.minimum(part * share + share, seen)
     # One head of the cache has less than 2^31 numbers: places inside of it are 32 bits wide.
     before = cache.to(tl.int64) * total
     keys += before * (SIZE // 2 if BITS == 4 else SIZE)
@@ -181,9 +184,9 @@ def attention_kernel(
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)
     weight = tl.zeros((QUERIES,), tl.float32)
     result = tl.zeros((QUERIES, VALUE_PADDED), tl.float32)
-    for begin in range(part * share, last, TILE):
+    for begin in range(part * share, end, TILE):
         column = begin + tl.arange(0, TILE)
-        inside = column < last
+        inside = column < end
         k = dequantized(keys, key_scales, column, inside, SIZE, GROUP, BITS, PADDED)
         bias_at = mask + mask_at[:, None] + column.to(tl.int64)[None, :] * mask_column
         shown = real[:, None] & inside[None, :]

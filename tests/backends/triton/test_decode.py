@@ -16,6 +16,7 @@ from loopq_compile.backends.triton.decode import StaticDecoder
 from loopq_compile.backends.triton.executable import TritonExecutable, fuse, use_kernels
 from loopq_compile.backends.triton.launches import recording, run_fake
 from loopq_compile.generation import generate
+from loopq_compile.rolled import rolled_loops
 from loopq_compile.state import get_state
 from tests.backends.triton.test_saved import Driver
 from tests.decoding import captured
@@ -72,6 +73,18 @@ def test_positions_are_those_of_the_tokens(name, options, rolled):
     for begin, end in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
         found, expected = (run(ids[:, begin:end], mask[:, :end]) for run in (static, growing))
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rolled", [False, True])
+def test_attention_stops_at_the_position(rolled):
+    """In every loop, or in the body: what a static cache has room for is not read before it is written."""
+    program = captured("ouro-mask")[1].with_cache(last_token=True, kv_bits=8, stacked=True)
+    step = decode.step_of(program.lower("triton", fallback=True, rolled=rolled).graph_module)
+    graphs = [step.graph, *(loop.body.graph for loop in rolled_loops(step))]
+    name = torch.ops.loopq.cached_attention.default
+    found = [node for graph in graphs for node in graph.find_nodes(op="call_function", target=name)]
+    assert len(found) == (2 if rolled else 6)
+    assert all(node.args[8].op == "placeholder" and node.args[8].target == "position" for node in found)
 
 
 @pytest.mark.parametrize("bits", [None, 4])

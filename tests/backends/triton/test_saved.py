@@ -21,6 +21,7 @@ import loopq_compile as lq
 from loopq_compile.artifact import read
 from loopq_compile.backends.triton import launches, load, operators, save, saved
 from loopq_compile.backends.triton.ahead import compile_binary
+from loopq_compile.backends.triton.decode import step_of
 from loopq_compile.backends.triton.executable import use_kernels
 from loopq_compile.decoding import CachedDecoder
 from loopq_compile.manifest import write_manifest
@@ -164,7 +165,9 @@ def test_rolled_programs_and_caches_of_integers_are_found_too(tmp_path, monkeypa
         assert torch.equal(found[0](ids, mask), found[1](ids, mask))
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
     saved.install(folder, 90)
-    asked = ask(monkeypatch, tmp_path / "cache", use_kernels(read(folder)), 90, loops=3)
+    graph_module = use_kernels(read(folder))
+    asked = ask(monkeypatch, tmp_path / "cache", graph_module, 90, loops=3)
+    asked += ask(monkeypatch, tmp_path / "cache", step_of(graph_module), 90, [1], loops=3)
     assert {name for name, _ in asked} >= {"attention_kernel", "join_parts_kernel", "write_cache_kernel"}
     assert all(hit for _, hit in asked), [name for name, hit in asked if not hit]
 

@@ -147,6 +147,22 @@ def test_the_length_is_cut_into_parts(monkeypatch):
     assert configurations.attention_parts(16, 1 << 20) == 32
 
 
+@pytest.mark.parametrize("parts", [1, 8])
+def test_columns_behind_the_last_are_not_read(parts, monkeypatch):
+    """A cache with room for more: NaN and huge codes behind the position, which the mask hides as well."""
+    monkeypatch.setattr("loopq_compile.backends.triton.operators.attention_parts", lambda *_: parts)
+    q = random(2, 3, 1, 32)
+    k, v = (random(2, 3, 200, 32, seed=seed) for seed in (1, 2))
+    stored = [*ops.quantize_cache(k, 8, 32), *ops.quantize_cache(v, 8, 32)]
+    for last in (0, 63, 64, 130, 199):
+        spoiled = [part.clone() for part in stored]
+        for part in spoiled:
+            part[:, :, last + 1 :] = 127 if part.dtype is torch.int8 else float("nan")
+        mask = torch.where(torch.arange(200) <= last, 0.0, float("-inf"))[None, None, None]
+        found = kernels.cached_attention(q, *spoiled, mask, 8, 0.2, torch.tensor([last]))
+        near(found, ops.cached_attention(q, *stored, mask, 8, 0.2))
+
+
 def test_long_prompts_take_the_definition(monkeypatch):
     monkeypatch.setattr("loopq_compile.backends.triton.operators.launcher", None)
     q = random(1, 2, 17, 32)
