@@ -121,8 +121,9 @@ class Program:
                 the left), `past_key_values.N.key` and `.value` `[batch, heads, past, size]`, outputs `present.N.key`
                 and `.value`, for every loop and layer; in form "rolled" for every layer, the loops as first dimension.
             last_token: with a cache, `logits` for the last token alone, which saves the head's work on prompts.
-            products: with target "onnxruntime": "packed" weights, the smallest file; or "int8" products, which read
-                prompts and batches several times as fast and take one byte a weight. They need quantized activations.
+            products: with target "onnxruntime": "packed" weights, the smallest file; "int8" products, which read
+                prompts and batches several times as fast and take one byte a weight; "both", which uses the former for
+                calls of up to three tokens and the latter for others (unrolled). Both need quantized activations.
             head_bits: with target "onnxruntime", 4 or 8: bits of the head's weights, which schemes leave in floating
                 point.
             kv_bits: with a cache, 8 or 4: keys and values as integers, with scales as inputs and outputs beside them.

@@ -35,7 +35,7 @@ def test_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)["data"]
-    ours = ["ours w4a8, head w8", "ours w4a8 int8, head w8"]
+    ours = ["ours w4a8, head w8", "ours w4a8 both, head w8"]
     assert [x["runs"] for x in data] == ["PyTorch float32", "ONNX Runtime float32", *ours]
     for x in data:
         assert x["load_ms"] > 0 and 0 < x["memory"] <= x["peak"]

@@ -1,6 +1,7 @@
 """Target `onnxruntime`: 4-bit and 8-bit products as `com.microsoft::MatMulNBits`, which multiplies packed weights.
 
-With `products="int8"` products whose activations are quantized are written by `row_products` instead.
+With `products="int8"` products whose activations are quantized are written by `row_products` instead; `branches` puts
+both forms into one file.
 
 The operator takes `[N, K]` weights in blocks of one scale, as unsigned codes around 8 (or 128), two 4-bit codes to the
 byte. Weights that do not fit (blocks that are no power of two from 16 on) stay as target `qdq` has them.

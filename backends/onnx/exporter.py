@@ -13,11 +13,12 @@ import torch
 from onnx_ir.passes import common
 from torch import fx
 
+from loopq_compile.backends.onnx.branches import join
 from loopq_compile.backends.onnx.contrib import lower_to_contrib
 from loopq_compile.backends.onnx.convention import METADATA_KEY, output_names, to_json
 from loopq_compile.backends.onnx.loop import LOOPS, roll
 from loopq_compile.backends.onnx.naming import name_everything
-from loopq_compile.backends.onnx.prepare import prepare
+from loopq_compile.backends.onnx.prepare import Prepared, prepare
 from loopq_compile.backends.onnx.qdq import OPSET, lower_to_qdq
 from loopq_compile.backends.onnx.report import OnnxExport, describe
 from loopq_compile.backends.onnx.simplify import simplify
@@ -36,7 +37,7 @@ from loopq_compile.state import CompilerState, attach_state, copy_graph, get_sta
 
 TARGETS = ("qdq", "onnxruntime")
 FORMS = ("unrolled", "rolled")
-PRODUCTS = ("packed", "int8")
+PRODUCTS = ("packed", "int8", "both")
 _CHOICES = {"target": TARGETS, "form": FORMS, "products": PRODUCTS}
 _IR_VERSION = 10
 
@@ -76,7 +77,8 @@ def export(
         last_token: with a cache: `logits` are those of the last token, `[batch, 1, vocabulary]`.
         products: target "onnxruntime": "packed", `MatMulNBits` on 4-bit weights; "int8", integer products of whole rows
             where activations are quantized: prompts and batches several times as fast, one byte a weight, and weights
-            rounded to 8 bits per output, activations to 8 bits per token, once more.
+            rounded to 8 bits per output, activations to 8 bits per token, once more; "both", in one file, unrolled:
+            packed for calls of up to three tokens, int8 for prompts and batches.
         head_bits: target "onnxruntime": 4 or 8 rounds the weights of the language-model head, which schemes leave in
             floating point, to nearest, and what it reads to 8 bits. In small models the head is much of a step.
         kv_bits: with a cache: 8 or 4 keeps keys and values as integers; inputs `past_key_values.N.key_scale`,
@@ -98,6 +100,9 @@ def export(
         raise LoopQError(f"head_bits must be 4 or 8, with target='onnxruntime'; got {head_bits!r}, target={target!r}.")
     if products != "packed" and target != "onnxruntime":
         raise LoopQError(f"products={products!r} goes with target='onnxruntime'; got target={target!r}.")
+    if products == "both" and form == "rolled":
+        # Behind two borders, of branch and loop, ONNX Runtime does not find weights when it packs them for its kernels.
+        raise LoopQError("products='both' is for form='unrolled'; rolled files have 'packed' or 'int8' ones.")
     if float_bits not in FLOAT_BITS:
         raise LoopQError(f"float_bits must be 16 or 32; got {float_bits!r}.")
     check_destination(Path(directory), overwrite=overwrite)
@@ -116,11 +121,11 @@ def export(
     names = output_names(state.signature, prepared.outputs)
     model = translate(prepared, state.signature, names, OPSET)
     simplify(model)
-    if target == "onnxruntime":
-        lower_to_contrib(model, prepared.origins, head_bits=head_bits, products=products)
+    if products == "both":
+        forms = [(model, "packed"), (model.clone(), "int8")]
+        model = join(*(_lowered(form, prepared, target, head_bits, kind) for form, kind in forms))
     else:
-        lower_to_qdq(model, prepared.origins)
-    roll(model.graph)
+        model = _lowered(model, prepared, target, head_bits, products)
     if float_bits == 16:
         store_half(model.graph)
     _clean_up(model)
@@ -128,6 +133,16 @@ def export(
     _describe_program(model, state, prepared.outputs, target=target, form=form, cache=cache)
     files = write_model(model, Path(directory), threshold=external_data_threshold)
     return describe(model, files, target=target, form=form)
+
+
+def _lowered(model: ir.Model, prepared: Prepared, target: str, head_bits: int | None, products: str) -> ir.Model:
+    """The model without nodes of our own; the same object."""
+    if target == "onnxruntime":
+        lower_to_contrib(model, prepared.origins, head_bits=head_bits, products=products)
+    else:
+        lower_to_qdq(model, prepared.origins)
+    roll(model.graph)
+    return model
 
 
 def _check_rollable(graph_module: fx.GraphModule) -> None:
@@ -189,7 +204,7 @@ def _clean_up(model: ir.Model) -> None:
 def _describe_program(
     model: ir.Model, state: CompilerState, outputs: list[Any], *, target: str, form: str, cache: bool
 ) -> None:
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         if node.op_type == "Loop":
             node.metadata_props["loopq.structure"] = state.loops.describe()
     model.producer_name, model.producer_version = "loopq_compile", _version()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from loopq_compile.backends.onnx.branches import branches
 from loopq_compile.errors import LoopQError
 
 FLOAT_BITS = (16, 32)
@@ -40,17 +41,19 @@ def store_half(graph: ir.Graph) -> None:
 
 def _widen(graph: ir.Graph, value: ir.Value, half: ir.Value) -> None:
     looked_up = [node for node, position in value.uses() if node.op_type == "Gather" and position == 0]
-    for node in [node for node in looked_up if node.attributes.get_int("axis", 0) == 0 and node.graph is graph]:
-        result = node.outputs[0]
+    places = [graph, *branches(graph)]
+    for node in [node for node in looked_up if node.attributes.get_int("axis", 0) == 0 and node.graph in places]:
+        result, place = node.outputs[0], node.graph
+        assert isinstance(place, ir.Graph)
         rows = ir.Value(type=ir.TensorType(ir.DataType.FLOAT16), shape=result.shape)
         gather = ir.node(
             "Gather", [half, node.inputs[1]], {"axis": 0}, outputs=[rows], metadata_props=dict(node.metadata_props)
         )
         cast = ir.node("Cast", [rows], {"to": ir.DataType.FLOAT.value}, metadata_props=dict(node.metadata_props))
         cast.outputs[0].type, cast.outputs[0].shape = result.type, result.shape
-        graph.insert_before(node, [gather, cast])
+        place.insert_before(node, [gather, cast])
         ir.convenience.replace_all_uses_with(result, cast.outputs[0])
-        graph.remove(node, safe=True)
+        place.remove(node, safe=True)
     if value.uses():
         cast = ir.node("Cast", [half], {"to": ir.DataType.FLOAT.value})
         cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape

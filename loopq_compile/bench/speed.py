@@ -56,7 +56,7 @@ def speed(
             is not installed.
         methods: that need no data: "symmetric" has nothing in front of its products, "quarot" a transform for every
             group of linears, as learned methods have.
-        products: of the export: "packed", "int8"; the latter where a scheme quantizes activations.
+        products: of the export: "packed", or "int8" and (unrolled) "both" where a scheme quantizes activations.
         group_size: neighbouring features that share a scale.
         cells: keeps finished rows, so that a run that was cut off goes on.
         say: told what is being measured.
@@ -84,7 +84,8 @@ def speed(
         data.append(_torch_row(job, way, cells, say))
     exports = [_Export(form=form) for form in forms]
     for parts in itertools.product(schemes, methods, products, forms, head_bits):
-        if parts[2] == "packed" or Scheme.parse(parts[0]).quantizes_activations:
+        fits = Scheme.parse(parts[0]).quantizes_activations and parts[2:4] != ("both", "rolled")
+        if parts[2] == "packed" or fits:
             exports.append(_Export(*parts, group_size))
     data += [_onnx_row(job, export, cells, say) for export in exports]
     if all("failed" in x for x in data):

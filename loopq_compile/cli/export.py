@@ -55,7 +55,8 @@ def export_command(
     products: Annotated[
         str,
         typer.Option(
-            help="With --target onnxruntime: packed, 4-bit weights; int8, faster prompts and batches in more memory."
+            help="With --target onnxruntime: packed, 4-bit weights; int8, fast prompts and batches in more memory; "
+            "both, by the number of tokens."
         ),
     ] = "packed",
     head_bits: Annotated[

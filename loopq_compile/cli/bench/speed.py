@@ -23,8 +23,8 @@ def speed_command(
         str, typer.Option("--head-bits", metavar="LIST", help="Of quantized files: 0 for a head in floating point.")
     ] = "0,8",
     products: Annotated[
-        str, typer.Option("--products", help="Of the export: packed, int8. int8 where activations are quantized.")
-    ] = "packed,int8",
+        str, typer.Option("--products", help="Of the export: packed; int8 and both where activations are quantized.")
+    ] = "packed,both",
     group_size: GroupSize = 32,
     prefill: Annotated[str, typer.Option("--prefill", metavar="LIST", help="Lengths of prompts.")] = "128,512",
     decode: Annotated[str, typer.Option("--decode", metavar="LIST", help="Batch sizes of decoding.")] = "1,8",

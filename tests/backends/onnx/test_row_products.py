@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, fx
@@ -74,6 +75,36 @@ def test_products_of_one_tensor_share_its_integers(tmp_path) -> None:
     assert report.nodes["QuantizeLinear"] == 4 * 3  # q+k+v, o, gate+up, down
     assert report.nodes[PRODUCT] == 7 * 3 and report.integer_weights == {"INT8": 7}
     assert report.nodes["MatMulNBits"] == 1  # the head: what it reads has outliers, and is one row of a prompt
+
+
+@pytest.mark.parametrize("float_bits", [32, 16])
+def test_both_forms_in_a_file(float_bits: int, tmp_path) -> None:
+    """To the last bit what either gives: packed products for up to three tokens, whole rows for more."""
+    options = {"target": "onnxruntime", "cache": True, "float_bits": float_bits, "head_bits": 8}
+    runs = {}
+    for products in ("packed", "int8", "both"):
+        folder = tmp_path / products
+        export(tiny_program("w4a8").graph_module, folder, products=products, **options)
+        runs[products] = OnnxExecutable(folder, threads=1)
+    for batch, length, same in ((1, 1, "packed"), (3, 1, "packed"), (1, 4, "int8"), (4, 1, "int8"), (2, 9, "int8")):
+        x = tokens(2, batch, length)
+        found, expected = runs["both"](x), runs[same](x)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    tensors = [x.raw_data for x in onnx.load(tmp_path / "both" / "model.onnx").graph.initializer]
+    large = [data for data in tensors if len(data) > 1024]
+    assert len(large) == len(set(large)) > 7  # what both forms read is there once
+    ids = tokens(1, 1, 6)
+    assert runs["both"].generate(ids, 4).shape == (1, 10)
+
+
+def test_both_forms_count_tokens(tmp_path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 32))
+    program = lq.compile(model, torch.randn(2, 32), scheme="w4a8", method="symmetric")
+    with pytest.raises(lq.LoopQError, match=r"finds no integer input \[batch, sequence\]"):
+        program.export_onnx(tmp_path, target="onnxruntime", products="both")
+    with pytest.raises(lq.LoopQError, match="products='both' is for form='unrolled'"):
+        tiny_program().export_onnx(tmp_path, target="onnxruntime", products="both", form="rolled")
+    assert not list(tmp_path.iterdir())
 
 
 def test_activations_in_floating_point_are_refused(tmp_path) -> None:
