@@ -20,8 +20,15 @@ class FuseAdapters(Pass):
 
     Before: `transition_adapter(u, row(gate, t), row(gain, t), row(shift, t), row(mix, t), down, up)`. After:
     `transition_adapter_row(u, gate, gain, shift, mix, down, up, t)`. Does nothing to adapters whose arguments are not
-    the same row of four tables; the report says so.
+    the same row of four tables, or whose rank is too high; the report says so.
+
+    Args:
+        highest_rank: that a kernel has registers for.
     """
+
+    def __init__(self, highest_rank: int = 32) -> None:
+        super().__init__()
+        self.highest_rank = highest_rank
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
@@ -32,6 +39,10 @@ class FuseAdapters(Pass):
             indices = {(row.args[2], _rows(graph_module, row.args[0])) for row in rows if row.args[0] in tables}
             if len(tables) != len(rows) or len(indices) != 1:
                 entries.append(entry(node, reason="its parts are not one row of tables"))
+                continue
+            rank = get_tensor(graph_module, str(down.target)).shape[1] if down.op == "get_attr" else 0
+            if rank > self.highest_rank:
+                entries.append(entry(node, reason=f"it has rank {rank}; a kernel holds {self.highest_rank}"))
                 continue
             ((index, _),) = indices
             with inserting(graph, before=node, tag=get_tag(node), site=node.meta.get("loopq_site", "")):

@@ -34,11 +34,13 @@ class Limits:
         group_sizes: features per scale.
         widest: features of a token without a transform.
         widest_factored: size of the tile of a transform, its sides rounded up to powers of two.
+        longest_side: of such a tile.
     """
 
     group_sizes: tuple[int, ...] = (32, 64, 128)
     widest: int = 16384
     widest_factored: int = 8192
+    longest_side: int = 256
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _match_transform(
         tile = [1 << max(4, (size - 1).bit_length()) for size in sizes]
         if sizes[1] == 1:
             found.reason = f"the transform is a full matrix of {sizes[0]} x {sizes[0]}"
-        elif tile[0] * tile[1] > limits.widest_factored:
+        elif tile[0] * tile[1] > limits.widest_factored or max(tile) > limits.longest_side:
             found.reason = f"the transform of {sizes[0]} x {sizes[1]} needs a tile of {tile[0]} x {tile[1]}"
         elif None in tables or chosen[0] != chosen[1]:
             found.reason = "its transform is not one row of tables"

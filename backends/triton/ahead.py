@@ -315,7 +315,10 @@ def default_cases(group_size: int = 32, architecture: int | None = None) -> list
     """Every kernel as it runs on an architecture, at the sizes of Ouro 1.4B (width 2048, MLP 5632)."""
     cases = [
         linear_case(
-            kind, replace(tile_of_kind(kind, architecture), split=4 if kind == "decode" else 1), packed, group_size
+            kind,
+            replace(tile_of_kind(kind, architecture, group_size), split=4 if kind == "decode" else 1),
+            packed,
+            group_size,
         )
         for kind in ("prefill", "middle", "decode")
         for packed in (True, False)

@@ -24,15 +24,21 @@ DECODE_ROWS = 16
 """Up to so many rows the decode variant runs: a tile of 16 rows, split along k."""
 MIDDLE_ROWS = 128
 """Up to so many rows a product is cut into small tiles."""
-WIDEST_PLAIN, WIDEST_TILE = 16384, 8192
+WIDEST_PLAIN, WIDEST_TILE, LONGEST_SIDE = 16384, 8192, 256
 """Numbers of one token that a program holds in registers, without and with a transform (its tile is padded to powers of
-two). Tiles of 128 x 128 spill on every architecture."""
-WIDEST_FACTORED = 2048
-"""Tiles up to so many numbers are transformed in registers as a whole, wider ones in steps."""
+two), and of a side of the latter. Tiles of 128 x 128 spill on every architecture, sides of 512 take more shared memory
+than there is."""
+HIGHEST_RANK = 32
+"""Of adapters in a kernel; higher ones spill on every architecture."""
+WIDEST_FACTORED, WIDEST_SIDE = 2048, 64
+"""Tiles up to so many numbers, and with sides up to so many, are transformed in registers as a whole, wider ones in
+steps: a factor is a square of the side."""
 TARGET_PROGRAMS = 264
 """The decode variant splits k until so many programs run: two for each of the 132 multiprocessors of an H100."""
 SMALLEST_SHARE = 8
 """Groups that a program of the decode variant adds up at least."""
+LARGEST_OF_WIDE_GROUPS = 128 * 64
+"""Outputs of a tile where more than 64 features share a scale: with more, packed products spill on sm_86, 89, 120."""
 ATTENTION_BYTES = 4096
 """Of dequantized keys, and as many of values, that a program of attention holds at the same time."""
 WIDEST_HEAD = 512
@@ -76,14 +82,16 @@ def kind_of(rows: int) -> str:
     return "decode" if rows <= DECODE_ROWS else "middle" if rows <= MIDDLE_ROWS else "prefill"
 
 
-def linear_tile(rows: int, columns: int, groups: int, architecture: int | None = None) -> Tile:
+def linear_tile(rows: int, columns: int, groups: int, architecture: int | None = None, group_size: int = 32) -> Tile:
     """The tile for a product of `rows x columns` outputs over `groups` groups.
 
     Args:
+        rows, columns, groups: of the product.
+        group_size: features of a group.
         architecture: compute capability times ten, whose entry in the tables is used; None for the defaults.
     """
     kind = kind_of(rows)
-    tile = _forced or tile_of_kind(kind, architecture)
+    tile = _forced or tile_of_kind(kind, architecture, group_size)
     if kind != "decode":
         return tile
     split = 1
@@ -116,9 +124,12 @@ def attention_parts(programs: int, total: int) -> int:
     return parts
 
 
-def tile_of_kind(kind: str, architecture: int | None = None) -> Tile:
-    """What the tables have for an architecture, or the default."""
-    return tables().get(str(architecture), {}).get(kind) or KINDS[kind]
+def tile_of_kind(kind: str, architecture: int | None = None, group_size: int = 32) -> Tile:
+    """What the tables have for an architecture, or the default; narrower where groups are too large for it."""
+    tile = tables().get(str(architecture), {}).get(kind) or KINDS[kind]
+    while group_size > 64 and tile.rows * tile.columns > LARGEST_OF_WIDE_GROUPS:
+        tile = replace(tile, columns=tile.columns // 2)
+    return tile
 
 
 @contextmanager
@@ -210,6 +221,13 @@ def tuning_grid(decode: bool) -> list[Tile]:
     tiles = [Tile(m, n, warps, stages, split) for m, n, warps, stages in itertools.product(*axes.values())]
     # 128 x 128 outputs take 128 registers of every thread in 4 warps for the sums alone, and as many for the product.
     return [tile for tile in tiles if tile.rows * tile.columns <= 2048 * tile.warps]
+
+
+def transform_step(rows: int, columns: int) -> int:
+    """In steps of how many features a tile of powers of two is transformed; 0 for all at once, in registers."""
+    if rows * columns <= WIDEST_FACTORED and max(rows, columns) <= WIDEST_SIDE:
+        return 0
+    return 32 if max(rows, columns) <= 128 else 16
 
 
 def row_warps(numbers: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,13 @@ def private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     state = get_state(graph_module)
     attach_state(copied, dataclasses.replace(state, log=list(state.log), results={}, notes=[]))
     return copied
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, `device` is the current one, on which Triton launches; `torch.compile` sees to that itself."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -1,8 +1,8 @@
 """Decoding with fixed shapes, which a CUDA graph can capture: all loops of a step are one launch from the host.
 
 A key-value cache that grows has other shapes in every step. Here it has room for `capacity` tokens from the start. A
-step writes its token at a position that is itself the content of a buffer (pass `fix-cache`): no cache is copied, and
-nothing but the contents of the same buffers changes.
+step writes its token at a position that is itself the content of a buffer (pass `fix-cache`), which the host fills in
+front of every step: no cache is copied, and nothing but the contents of the same buffers changes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from loopq_compile.backends.triton.copies import private_copy
+from loopq_compile.backends.triton.copies import on_device, private_copy
 from loopq_compile.decoding import CachedDecoder, has_cache, logits_of
+from loopq_compile.early_exit import has_early_exit
 from loopq_compile.errors import LoopQError
 from loopq_compile.passes.fix_cache import FixCache
 from loopq_compile.pipeline import Pipeline
@@ -49,6 +50,11 @@ class StaticDecoder:
             raise LoopQError(
                 "Decoding step by step needs a key-value cache: lower program.with_cache(last_token=True)."
             )
+        if has_early_exit(run.signature):
+            raise LoopQError(
+                "A step with fixed shapes runs all loops, and this program stops early, by a value that the host must "
+                "read: lower program.with_cache(last_token=True) instead, or generate with the lowered program itself."
+            )
         if capacity < 2:
             raise LoopQError(f"capacity is the most tokens of prompt and continuation, at least 2; got {capacity}.")
         self.run, self.capacity, self.capture = run, capacity, capture
@@ -71,11 +77,12 @@ class StaticDecoder:
         self._length = attention_mask.shape[1]
         if self._length > self.capacity:
             raise LoopQError(f"The text has {self._length} tokens; this decoder has room for {self.capacity}.")
-        if self._current is None:
-            return self._read(new_ids, attention_mask)
-        if new_ids.shape[1] != 1:
-            raise LoopQError(f"Behind a prompt comes one token at a time; got {new_ids.shape[1]}.")
-        return self._current(new_ids)
+        with on_device(self.run.device):
+            if self._current is None:
+                return self._read(new_ids, attention_mask)
+            if new_ids.shape[1] != 1:
+                raise LoopQError(f"Behind a prompt comes one token at a time; got {new_ids.shape[1]}.")
+            return self._current(new_ids, self._length - 1)
 
     def _read(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Reads a prompt, whose length may be any, and lays its keys and values into the buffers."""
@@ -118,14 +125,14 @@ class _Step:
 
     def state(self) -> list[Tensor]:
         """The buffers that a step changes."""
-        return [self.position, *self.past.values()]
+        return list(self.past.values())
 
     def begin(self, past: dict[str, Tensor], mask: Tensor) -> None:
         """Keys and values of a prompt in front; the next token comes behind it, and no later one is padding."""
         length = mask.shape[1]
         self.mask.fill_(1)
         self.mask[:, :length] = mask.to(self.mask)
-        self.position.fill_(length)
+        self.position.fill_(min(length, self.mask.shape[1] - 1))  # of steps that only warm up
         for name, buffer in self.past.items():
             buffer.zero_()
             buffer.narrow(self.axis[name], 0, length).copy_(past[name])
@@ -137,10 +144,11 @@ class _Step:
         if self.logits is None:
             self.logits = torch.empty_like(logits)
         self.logits.copy_(logits)
-        self.position += 1
 
-    def __call__(self, ids: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, position: int) -> Tensor:
+        """Logits behind one more token for each row, in column `position` of the cache."""
         self.ids.copy_(ids)
+        self.position.fill_(position)
         with torch.no_grad():
             (self.replay or self.advance)()
         assert self.logits is not None

@@ -7,8 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from loopq_compile.backends.triton.configurations import WIDEST_HEAD, WIDEST_PLAIN, WIDEST_TILE
-from loopq_compile.backends.triton.copies import private_copy, put_on
+from loopq_compile.backends.triton.configurations import (
+    HIGHEST_RANK,
+    LONGEST_SIDE,
+    WIDEST_HEAD,
+    WIDEST_PLAIN,
+    WIDEST_TILE,
+)
+from loopq_compile.backends.triton.copies import on_device, private_copy, put_on
 from loopq_compile.backends.triton.decode import StaticDecoder, capture_cuda_graph, check_cuda_graphs
 from loopq_compile.backends.triton.operators import INTERPRETED
 from loopq_compile.errors import LoopQError
@@ -21,7 +27,7 @@ from loopq_compile.passes.roll_loops import RollLoops
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.state import get_state
 
-_LIMITS = Limits((32, 64, 128), WIDEST_PLAIN, WIDEST_TILE)
+_LIMITS = Limits((32, 64, 128), WIDEST_PLAIN, WIDEST_TILE, LONGEST_SIDE)
 _OLDEST = (8, 0)
 _NAMES = ("quantize_packed", "packed_linear", "transition_adapter_row", "quantize_cache", "cached_attention")
 
@@ -53,14 +59,15 @@ class TritonExecutable(nn.Module):
             LoopQError: the arguments do not fit the captured call.
         """
         inputs = [value.to(self.device) for value in self.signature.bind(args, kwargs)]
-        with torch.no_grad():
+        with torch.no_grad(), on_device(self.device):
             return self.signature.restore(self.graph_module(*inputs))
 
     def static_decoder(self, capacity: int = 2048, *, cuda_graph: bool = True) -> StaticDecoder:
         """What decodes with fixed shapes, a step with all loops as one CUDA graph; for `generation.generate`.
 
         Args:
-            capacity: most tokens of prompt and continuation together; every step costs as much as one that has so many.
+            capacity: most tokens of prompt and continuation together. A step reads what is filled of a cache of
+                integers, and all of one in floating point.
             cuda_graph: False runs the step launch by launch, on any device.
 
         Raises:
@@ -106,7 +113,7 @@ def fuse(program: Any, *, rolled: bool = False, may_fail: bool = False) -> fx.Gr
     Raises:
         LoopQError: nothing can be fused, or iterations differ and cannot be rolled; the message says why.
     """
-    passes = [FuseLinears(_LIMITS), FuseAttention(WIDEST_HEAD), RollLoops() if rolled else FuseAdapters()]
+    passes = [FuseLinears(_LIMITS), FuseAttention(WIDEST_HEAD), RollLoops() if rolled else FuseAdapters(HIGHEST_RANK)]
     graph_module = Pipeline(passes, "triton").run(private_copy(getattr(program, "graph_module", program)))
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":

@@ -18,11 +18,11 @@ from torch.library import triton_op, wrap_triton
 
 from loopq_compile.backends.triton.configurations import (
     DECODE_ROWS,
-    WIDEST_FACTORED,
     attention_parts,
     attention_tile,
     linear_tile,
     row_warps,
+    transform_step,
 )
 from loopq_compile.backends.triton.kernels.adapter import adapter_kernel
 from loopq_compile.backends.triton.kernels.cache import attention_kernel, join_parts_kernel, write_cache_kernel
@@ -66,6 +66,17 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def side_by_side(*tensors: Tensor | None) -> list[Any]:
+    """Tensors as kernels read them, contiguous; what is None stays."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def of_one_length(*tables: Tensor) -> list[Tensor]:
+    """Tables of which a kernel reads the same row; one that has a single row has it for all loops."""
+    count = max(len(table) for table in tables)
+    return [table.expand(count, *table.shape[1:]).contiguous() for table in tables]
+
+
 def row_constants(
     width: int, group_size: int, columns: int, factors: tuple[int, int] | None, bits: int, limit: int, work: Any
 ) -> dict[str, Any]:
@@ -84,7 +95,7 @@ def row_constants(
         "BITS": bits,
         "LIMIT": limit,
         "WORK": work,
-        "STEP": 32 if factors and p1 * p2 > WIDEST_FACTORED else 0,
+        "STEP": transform_step(p1, p2) if factors else 0,
         "PRECISION": "ieee" if INTERPRETED else TRANSFORM_PRECISION,
     }
 
@@ -115,6 +126,9 @@ def quantize_packed(
     through_memory = constants["D2"] != constants["P2"] or constants["STEP"]
     scratch = torch.empty((count, width), dtype=torch.float32, device=x.device) if through_memory else None
     strides = rows.stride(0), 0 if others is None else others.stride(0)
+    gain, shift, diagonal, table = side_by_side(gain, shift, diagonal, table)
+    if left is not None:
+        left, right = of_one_length(left, right)
     lengths = [1 if table is None else table.shape[0] for table in (diagonal, left, table)]
     launcher(quantize_kernel)[(count,)](
         *(rows, others, gain, shift, diagonal, left, right, table, codes, scales, scratch),
@@ -136,14 +150,15 @@ def packed_linear(codes, scale, weight, weight_scale, bias, row, group_size, dty
     """See `loopq_compile.operators.packed.packed_linear`."""
     groups, columns = weight_scale.shape[-2:]
     rows = codes.numel() // codes.shape[-1]
-    tile = linear_tile(rows, columns, groups, architecture_of(codes.device))
+    tile = linear_tile(rows, columns, groups, architecture_of(codes.device), group_size)
     out = torch.empty((*codes.shape[:-1], columns), dtype=dtype, device=codes.device)
     target = out
     if tile.split > 1:
         target = torch.empty((tile.split, rows, columns), dtype=torch.float32, device=codes.device)
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
     launcher(linear_kernel)[(programs, tile.split)](
-        *(codes, scale, weight, weight_scale, None if tile.split > 1 else bias, target),
+        *side_by_side(codes, scale, weight, weight_scale, None if tile.split > 1 else bias),
+        target,
         *(rows, columns, row, weight.shape[0]),
         GROUPS=groups,
         GROUP=group_size,
@@ -156,7 +171,7 @@ def packed_linear(codes, scale, weight, weight_scale, bias, row, group_size, dty
     )
     if tile.split > 1:
         launcher(sum_parts_kernel)[(rows, triton.cdiv(columns, SUM_COLUMNS))](
-            target, bias, out, rows, columns, SPLIT=tile.split, COLUMNS=SUM_COLUMNS, num_warps=1
+            *(target, *side_by_side(bias), out), rows, columns, SPLIT=tile.split, COLUMNS=SUM_COLUMNS, num_warps=1
         )
     return out
 
@@ -167,6 +182,8 @@ def transition_adapter_row(u, gate, gain, shift, mix, down, up, loop):
     rows = as_rows(u)
     count, width = rows.shape
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    gate, gain, shift, mix = of_one_length(gate, gain, shift, mix)
+    down, up = side_by_side(down, up)
     launcher(adapter_kernel)[(count,)](
         *(rows, gate, gain, shift, mix, down, up, out),
         *(rows.stride(0), loop, gate.shape[0], EPSILON),

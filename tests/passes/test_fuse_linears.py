@@ -120,6 +120,19 @@ def test_a_transform_that_does_not_fit_stays_outside():
     assert any("needs a tile of 16 x 16" in line["reason"] for line in report(graph_module))
 
 
+def test_a_side_that_is_too_long_stays_outside_too():
+    graph_module = fused(program("loopq"), Limits(longest_side=8))
+    assert len(nodes(graph_module, ops.kronecker.default)) == 12
+    assert any("needs a tile of 16 x 16" in line["reason"] for line in report(graph_module))
+
+
+def test_adapters_of_a_high_rank_stay_outside():
+    source = program("loopq")
+    Pipeline([FuseAdapters(highest_rank=1)]).run(source.graph_module)
+    assert not nodes(source.graph_module, ops.transition_adapter_row.default)
+    assert any("a kernel holds 1" in line["reason"] for line in report(source.graph_module))
+
+
 @pytest.mark.parametrize(
     ("options", "reason"), [({"group_size": 16}, "groups of 16"), ({"scheme": "w4a16"}, "floating")]
 )

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from loopq_compile.backends.triton.kernels.quantize import pick_row
+from loopq_compile.backends.triton.kernels.quantize import in_float32, pick_row
 
 
 @triton.jit(do_not_specialize=["loop", "table_rows"])
@@ -29,6 +29,7 @@ def adapter_kernel(
 
     The norm's factor is one number for the row: the product with `down` runs on `u` itself and is scaled afterwards.
     """
+    eps = in_float32(eps)
     row = tl.program_id(0).to(tl.int64)
     table = pick_row(loop, table_rows)
     u += row * u_stride

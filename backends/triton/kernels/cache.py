@@ -7,7 +7,7 @@ its low half and channel `i + SIZE / 2` in its high one, around 8. A token's hea
 import triton
 import triton.language as tl
 
-from loopq_compile.backends.triton.kernels.quantize import MAGIC
+from loopq_compile.backends.triton.kernels.quantize import MAGIC, in_float32
 
 
 @triton.jit
@@ -54,6 +54,7 @@ def write_cache_kernel(
     HIGHEST: tl.constexpr = 7 if BITS == 4 else 127
     LOWEST: tl.constexpr = -8 if BITS == 4 else -127
     KIND: tl.constexpr = x.dtype.element_ty
+    smallest = in_float32(smallest)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head, token = row // new, row % new
     x += (head // heads) * x_batch + (head % heads) * x_head + token * x_token
@@ -164,6 +165,7 @@ def attention_kernel(
     tiles; their number is that of programs, so one compiled kernel serves all lengths. Columns behind `last [1]` are
     not read, if that is given: the parts then share the columns up to it.
     """
+    scale = in_float32(scale)
     cache, part = tl.program_id(0), tl.program_id(2)
     batch, head = cache // heads, cache % heads
     i = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)

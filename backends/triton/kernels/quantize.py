@@ -17,6 +17,12 @@ MAGIC = tl.constexpr(12582912.0)
 
 
 @triton.jit
+def in_float32(number):
+    """A scalar argument; `torch.compile` gives Python's numbers as float64."""
+    return tl.full((), number, tl.float32)
+
+
+@triton.jit
 def pick_row(loop, rows):
     """The row of a per-loop table: the last one for loops beyond its end."""
     return tl.minimum(loop, rows - 1).to(tl.int64)
@@ -255,6 +261,7 @@ def quantize_kernel(
     `COLUMNS` is the number of entries in a row of `table`: groups, or 1.
     """
     GROUPS: tl.constexpr = WIDTH // GROUP
+    eps, smallest = in_float32(eps), in_float32(smallest)
     row = tl.program_id(0).to(tl.int64)
     i, j = tl.arange(0, P1)[:, None], tl.arange(0, P2)[None, :]
     place, inside = i * D2 + j, (i < D1) & (j < D2)

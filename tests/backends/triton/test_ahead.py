@@ -1,7 +1,9 @@
 """Every kernel compiled for every architecture, without a GPU."""
 
+import re
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,32 @@ def test_compiles_without_spills_for_every_architecture(name):
         found = ahead.compile_case(case, architecture)
         assert found.problems == [], f"{name} sm_{architecture}"
         assert 16 <= found.registers <= 255
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "fp32" in case.types.values()])
+def test_scalars_may_be_float64(name):
+    """`torch.compile` gives Python's numbers so. Arithmetic stays in float32."""
+    case = CASES[name]
+    wide = replace(case, types={key: "fp64" if kind == "fp32" else kind for key, kind in case.types.items()})
+    found, expected = (ahead.compile_case(each, 90) for each in (wide, case))
+    assert found.problems == [] and abs(found.registers - expected.registers) <= 8
+    ptx = ahead.compile_binary(wide, 90).asm["ptx"]
+    assert not re.search(r"\b(add|mul|fma|div|max|setp\.\w+)(\.\w+)*\.f64\b", ptx)
+
+
+@pytest.mark.parametrize("factors", [(200, 8), (84, 16), (16, 256), (256, 32)], ids=str)
+def test_transforms_with_long_sides(factors):
+    """Sides that tiles are padded for to 128 and 256, as Hadamard transforms of GPT-2 XL have them."""
+    for architecture in (86, 100, 120):
+        case = ahead.quantize_case("long", factors[0] * factors[1], factors, norm="rms")
+        assert ahead.compile_case(case, architecture).problems == []
+
+
+@pytest.mark.parametrize("name", ["prefill w4a4", "prefill w4a8"])
+def test_products_of_wide_groups(name):
+    for architecture in (86, 120):
+        case = next(case for case in ahead.default_cases(128, architecture) if case.name == name)
+        assert ahead.compile_case(case, architecture).problems == []
 
 
 def test_a_tile_that_does_not_fit_is_reported():

@@ -130,6 +130,34 @@ def test_warming_up_and_replaying_leave_the_text_as_it_is():
     assert len(replayed) == 7, "one for each token behind the first"
 
 
+@pytest.mark.parametrize("capacity", [4, 5])
+def test_warming_up_in_a_cache_that_is_full_or_nearly(capacity):
+    """A prompt that leaves no room, or room for one token; then the same logits as without a graph."""
+
+    def capture(step, state):
+        decode.warm_up(step, state)
+        return step
+
+    ids = tokens(5, 2, capacity)
+    for end in range(4, capacity + 1):
+        found, expected = [], []
+        for results, way in ((found, capture), (expected, None)):
+            decoder = StaticDecoder(lowered(), capacity, way).decoder()
+            results.append(decoder(ids[:, :4], torch.ones(2, 4, dtype=torch.int64)))
+            if end > 4:
+                results.append(decoder(ids[:, 4:end], torch.ones(2, end, dtype=torch.int64)))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_step_may_run_again():
+    """As often as a benchmark likes: the mask says where it writes."""
+    decoder = StaticDecoder(lowered(), 8, None).decoder()
+    ids = tokens(5, 2, 5)
+    decoder(ids[:, :4], torch.ones(2, 4, dtype=torch.int64))
+    found = [decoder(ids[:, 4:], torch.ones(2, 5, dtype=torch.int64)) for _ in range(9)]
+    assert all(torch.equal(result, found[0]) for result in found)
+
+
 def test_a_step_writes_into_the_same_memory():
     decoder = StaticDecoder(lowered(), 20, None)
     generate(decoder, tokens(5, 2, 4), 2)
@@ -205,6 +233,12 @@ def test_torch_compile_sees_the_kernels(monkeypatch):
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="Seen"):
         torch.compile(run, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=compiler))(tokens(4, 3, 7))
     assert targets.count("triton_kernel_wrapper_functional") == 3 * 4 * 2, "three loops, four groups, two kernels"
+
+
+def test_a_step_cannot_stop_early():
+    program = captured("ouro-mask")[1].with_early_exit(cache=True, last_token=True)
+    with pytest.raises(lq.LoopQError, match=r"runs all loops, and this program stops early"):
+        program.lower("triton", fallback=True).static_decoder(8, cuda_graph=False)
 
 
 def test_refusals():

@@ -24,6 +24,15 @@ def test_equals_the_definition(width, rank, loop):
     torch.testing.assert_close(kernels.transition_adapter_row(*arguments), expected, rtol=1e-5, atol=2e-5 * width**0.5)
 
 
+def test_tables_may_lie_in_any_order_and_be_shared_by_all_loops():
+    gate, gain, shift, mix, down, up = tables(64, 8)
+    u = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
+    turned = [part.t().contiguous().t() for part in (shift, mix, down, up)]
+    arguments = (u, gate, gain[:1], *turned, 2)
+    expected = ops.transition_adapter_row(*arguments)
+    torch.testing.assert_close(kernels.transition_adapter_row(*arguments), expected, rtol=1e-5, atol=2e-4)
+
+
 def test_an_adapter_of_zeros_changes_nothing():
     gate, gain, shift, mix, down, up = tables(64, 8)
     u = torch.randn(4, 64).to(torch.bfloat16)

@@ -104,3 +104,13 @@ def test_the_shapes_reach_the_decode_variant_with_and_without_splitting():
     splits = {linear_tile(m, n, k // 32).split for m, n, k in SHAPES if m <= DECODE_ROWS}
     assert len(splits) > 1 and 1 in splits
     assert {linear_tile(m, n, k // 32).rows for m, n, k in SHAPES} == {16, 64, 128}
+
+
+def test_operands_may_lie_in_any_order():
+    _, packed, _, weight, scale = problem((3, 33, 64))
+    ones, bias = torch.rand(2, 3).t(), torch.rand(33, 2)[:, 1]
+    turned = [part.transpose(0, -1).contiguous().transpose(0, -1) for part in (packed, weight, scale)]
+    codes, weights, scales = turned
+    found = kernels.packed_linear(codes, ones, weights, scales, bias, 0, 32, torch.float32)
+    expected = ops.packed_linear(packed, ones, weight, scale, bias, 0, 32, torch.float32)
+    torch.testing.assert_close(found, expected)

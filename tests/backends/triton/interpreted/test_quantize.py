@@ -103,7 +103,10 @@ def test_the_loop_selects_a_row_and_the_last_one_is_kept(columns, limit):
 
 @pytest.mark.parametrize(
     ("width", "sizes"),
-    [(256, (16, 16)), (64, (8, 8)), (576, (36, 16)), (2048, (32, 64)), (1408, (32, 44)), (4096, (64, 64))],
+    [
+        *((256, (16, 16)), (64, (8, 8)), (576, (36, 16)), (2048, (32, 64)), (1408, (32, 44)), (4096, (64, 64))),
+        *((1344, (84, 16)), (1600, (200, 8)), (4096, (16, 256))),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(("limit", "bits"), [(-8, 4), (0, 8)])
@@ -114,6 +117,15 @@ def test_transforms_of_whole_numbers_are_exact(width, sizes, limit, bits):
     x = torch.randint(-8, 9, (2, width), generator=generator).float()
     diagonal = torch.randint(1, 3, (1, width), generator=generator).float()
     same(x, torch.full((1, width // 32), 1.0), diagonal=diagonal, factors=factors, loop=1, limit=limit, bits=bits)
+
+
+def test_constants_may_lie_in_any_order():
+    """Columns of a gain for every loop, transposed tables, one side of a transform that all loops share."""
+    gain, shift, diagonal = random(256, 3).abs(), random(256, 3, seed=1), random(256, 3, seed=2).abs() + 0.5
+    table = random(8, 3, seed=3).abs() + 0.3
+    near(random(3, 256), table.t(), norm="layer", gain=gain[:, 1], shift=shift[:, 2], diagonal=diagonal.t(), loop=1)
+    factors = [random(rows, 16, 16, seed=rows).transpose(1, 2) / 4 for rows in (1, 3)]
+    near(random(3, 256), table.t(), factors=factors, loop=2)
 
 
 def test_a_transform_in_half_precision_rounds_where_the_definition_does():
