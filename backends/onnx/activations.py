@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array, sizes
+from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array, replace_value, sizes
 from loopq_compile.errors import InternalError
 from loopq_compile.operators.quantize import SMALLEST_SCALE
 
@@ -58,8 +58,7 @@ def _step(emitter: Emitter, clip: ir.Value, limit: int) -> ir.Value:
     values = constant_array(clip)
     if values is not None:
         return constant(emitter.graph, f"{clip.name}.over_{_word(limit)}", values / values.dtype.type(limit))
-    divisor = constant(emitter.graph, f"limit_{_word(limit)}_{clip.dtype}", _like(limit, clip))
-    return emitter.node("Div", [clip, divisor], clip.dtype, clip.shape)
+    return emitter.node("Div", [clip, _limit(emitter, limit, clip)], clip.dtype, clip.shape)
 
 
 def _word(limit: int) -> str:
@@ -106,6 +105,31 @@ def lower_pair(graph: ir.Graph, quantize: ir.Node) -> None:
         y = emitter.node("DequantizeLinear", [codes, scale], x.dtype, clipped.shape, attributes)
         emitter.finish(y if len(sizes(y)) == last + 1 else emitter.reshape(y, [width], last))
     graph.remove(quantize, safe=True)
+
+
+def spell_out_pair(graph: ir.Graph, quantize: ir.Node) -> None:
+    """Replaces a pair with scales of every token by `clip(round(x / scale)) * scale`, the same to the last bit.
+
+    ONNX Runtime 1.32 dequantizes 4-bit integers one by one: on prompts these nodes take a quarter of that time. For a
+    single token they are too many.
+    """
+    x, scale = quantize.inputs
+    assert x is not None and scale is not None
+    emitter, leading, width = Emitter(graph, quantize), len(sizes(x)) - 1, sizes(x)[-1]
+    view, column = _group(emitter, x, sizes(scale)[-1]), emitter.reshape(scale, [sizes(scale)[-1], 1], leading)
+    steps = emitter.node("Div", [view, column], x.dtype, view.shape)
+    whole = emitter.node("Round", [steps], x.dtype, view.shape)
+    ends = [_limit(emitter, quantize.attributes[name].as_int(), x) for name in ("q_min", "q_max")]
+    codes = emitter.node("Clip", [whole, *ends], x.dtype, view.shape)
+    rounded = emitter.reshape(emitter.node("Mul", [codes, column], x.dtype, view.shape), [width], leading)
+    for reader in list(dict.fromkeys(reader for reader, _ in quantize.outputs[0].uses())):
+        replace_value(reader.outputs[0], rounded)
+        graph.remove(reader, safe=True)
+    graph.remove(quantize, safe=True)
+
+
+def _limit(emitter: Emitter, limit: int, x: ir.Value) -> ir.Value:
+    return constant(emitter.graph, f"limit_{_word(limit)}_{x.dtype}", _like(limit, x))
 
 
 def _group(emitter: Emitter, x: ir.Value, groups: int) -> ir.Value:

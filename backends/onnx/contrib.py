@@ -75,7 +75,7 @@ def lower_to_contrib(
             if not node.outputs[0].uses():
                 graph.remove(node, safe=True)
     _restate_norms(graph)
-    lower_to_qdq(model, origins)
+    lower_to_qdq(model, origins, spell_out=rows is not None)
 
 
 def _restate_norms(graph: ir.Graph) -> None:

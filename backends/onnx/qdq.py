@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from loopq_compile.backends.onnx.activations import lower_dynamic_scale, lower_pair
-from loopq_compile.backends.onnx.emit import constant_array
+from loopq_compile.backends.onnx.activations import lower_dynamic_scale, lower_pair, spell_out_pair
+from loopq_compile.backends.onnx.emit import constant_array, sizes
 from loopq_compile.backends.onnx.loop import lower_rows
 from loopq_compile.backends.onnx.prepare import Origin
 from loopq_compile.backends.onnx.translate import DOMAIN, origin_of
@@ -21,8 +21,11 @@ _MARKS = ("LoopBegin", "LoopEnd")
 """What `backends.onnx.loop` takes away."""
 
 
-def lower_to_qdq(model: ir.Model, origins: Mapping[str, Origin]) -> None:
+def lower_to_qdq(model: ir.Model, origins: Mapping[str, Origin], *, spell_out: bool = False) -> None:
     """Replaces the nodes of domain `loopq` in place; afterwards all nodes are standard.
+
+    Args:
+        spell_out: activations with scales of every token are rounded in floating point.
 
     Raises:
         LoopQError: the model computes in a type that ONNX cannot quantize (float64).
@@ -45,7 +48,9 @@ def lower_to_qdq(model: ir.Model, origins: Mapping[str, Origin]) -> None:
         elif node.op_type == "Dequantize" and constant_array(node.inputs[0]) is not None:
             lower_weight(graph, node, bits=origins.get(origin_of(node) or "", Origin("")).bits)
     for node in [node for node in nodes if node.op_type == "Quantize"]:
-        lower_pair(graph, node)
+        x, scale = node.inputs
+        varies = x is not None and scale is not None and len(sizes(scale)) == len(sizes(x))
+        (spell_out_pair if spell_out and varies else lower_pair)(graph, node)
     lower_linears(graph, [node for node in nodes if node.op_type == "Linear"])
     left = [node.name for node in graph if node.domain == DOMAIN and node.op_type not in _MARKS]
     if left:

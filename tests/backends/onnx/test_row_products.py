@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 import loopq_compile as lq
-from loopq_compile.backends.onnx import OnnxExecutable, export
+from loopq_compile.backends.onnx import OnnxExecutable, export, qdq
 from loopq_compile.backends.onnx.row_products import PRODUCT, to_rows
 from loopq_compile.state import copy_graph
 from tests.backends.onnx import graphs
@@ -36,7 +36,7 @@ def emulated(graph_module: fx.GraphModule, x: Tensor, *, twice: bool) -> Tensor:
     return copied(x)[0]
 
 
-@pytest.mark.parametrize(("bits", "clip", "twice"), [(4, 1, True), (8, 1, False), (8, 0.75, True)])
+@pytest.mark.parametrize(("bits", "clip", "twice"), [(4, 1, True), (3, 0.9, True), (8, 1, False), (8, 0.75, True)])
 def test_the_integers(bits: int, clip: float, twice: bool, tmp_path) -> None:
     """Eight-bit activations are rounded once, in rows; narrower or clipped ones in their groups first."""
     program = quantized(captured(Recurrent(loops=1)), 8, bits, activation="dynamic", signed=False)
@@ -68,6 +68,17 @@ def test_a_model_near_to_its_program(scheme: str, mean: float, form: str, tmp_pa
     assert "MatMulNBits" not in report.nodes
     got, want = (run(tokens())["logits"] for run in (OnnxExecutable(tmp_path, threads=1), program))
     assert (got - want).abs().mean() < mean * want.abs().mean()
+
+
+def test_rounding_in_floating_point_is_the_same(tmp_path, monkeypatch) -> None:
+    """Four-bit activations: no integers on the way, and the same results to the last bit."""
+    graph_module = tiny_program("w4a4").graph_module
+    spelled = export(graph_module, tmp_path / "spelled", target="onnxruntime", products="int8")
+    monkeypatch.setattr(qdq, "spell_out_pair", qdq.lower_pair)
+    plain = export(graph_module, tmp_path / "plain", target="onnxruntime", products="int8")
+    assert "DequantizeLinear" not in spelled.nodes and plain.nodes["DequantizeLinear"] == 4 * 3
+    found, expected = (OnnxExecutable(file.path, threads=1)(tokens())["logits"] for file in (spelled, plain))
+    assert torch.equal(found, expected)
 
 
 def test_products_of_one_tensor_share_its_integers(tmp_path) -> None:
