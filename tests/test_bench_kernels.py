@@ -13,7 +13,7 @@ from loopq_compile.backends.triton.configurations import Tile
 from loopq_compile.bench import kernel_times
 from loopq_compile.bench.cells import Cells
 from loopq_compile.bench.kernel_choice import choose, resident
-from loopq_compile.bench.kernels import DEVICES, estimate, estimates
+from loopq_compile.bench.kernels import DEVICES, estimate, estimate_stream, estimates
 from loopq_compile.cli import app
 from loopq_compile.errors import LoopQError
 from loopq_compile.operators import ops
@@ -39,6 +39,16 @@ def test_estimates_grow_with_rows():
     for product, device, rows in found:
         if rows > 1:
             assert found[product, device, rows] >= found[product, device, 1]
+
+
+def test_estimates_of_other_kernels_follow_from_bytes():
+    """One token of 2,048 numbers: read in bfloat16, written in 4 bits with float32 scales, and two small factors."""
+    found = estimate_stream("norm, transform, quantize", 1, A100)
+    moved = 2 * 2048 + 2048 / 2 + 4 * 64 + 4 * (32**2 + 64**2)
+    assert found.bound_by == "memory" and found.microseconds == pytest.approx(moved / 2039e3)
+    attention = estimate_stream("attention, 2,048 tokens in 8 bits", 16, A100)
+    assert 1.8 < attention.bf16_microseconds / attention.microseconds < 2  # half the bytes, and scales
+    assert {x.rows for x in estimates() if x.product.startswith("attention, ")} == {1, 16}
 
 
 def test_json_has_resources_and_marked_estimates():
@@ -75,7 +85,8 @@ def test_larger_groups_are_compiled_and_estimated():
     done = run("--static", "--only", "prefill w4a4", "--sm", "80,90", "--group-size", "128", "--json")
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)["data"]["estimates"]["rows"]
-    long = {x["device"]: x["bf16_microseconds"] / x["microseconds"] for x in rows if x["rows"] == 4096}
+    rows = [x for x in rows if x["rows"] == 4096 and x["product"] == "MLP out"]
+    long = {x["device"]: x["bf16_microseconds"] / x["microseconds"] for x in rows}
     assert (
         long["H100 SXM"]
         > 1.4

@@ -3,7 +3,8 @@
 The estimate is a roofline: the time of a launch is at least what memory, tensor cores, and ordinary float32 arithmetic
 each take alone, at the rates of the data sheet; the largest of the three is the bound. Real kernels are slower. For the
 matrix product, the float32 part is what scaling costs: for every output and group a subtraction (integer to float), a
-product of scales, and a multiply-add.
+product of scales, and a multiply-add. Other kernels are bound by the bytes of each token, their transforms by tensor
+cores.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from loopq_compile.backends.triton.ahead import Compiled
 
 COLUMNS = ("kernel", "sm", "registers", "spilled", "shared KiB", "tensor-core instruction", "verdict")
-ESTIMATE_COLUMNS = ("product", "rows", "device", "µs at least", "bound by", "times bf16")
+ESTIMATE_COLUMNS = ("kernel", "rows", "device", "µs at least", "bound by", "times bf16")
 GROUP_SIZES = (32, 64, 128)
 """That kernels have: a group is one step along k."""
 SCALING = 3
@@ -55,6 +56,44 @@ accumulation."""
 PRODUCTS = {"qkv": (6144, 2048), "attention out": (2048, 2048), "gate+up": (11264, 2048), "MLP out": (2048, 5632)}
 """Outputs and inputs of the launches of one layer of Ouro 1.4B."""
 ROWS = (1, 16, 512, 4096)
+TENSOR_FLOAT32 = 3
+"""Products on tensor cores, at half the rate of bfloat16, for one of the transform in float32."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a kernel that is no product does for one token.
+
+    Args:
+        read: bfloat16 numbers.
+        quantized: numbers that are written as integers, with scales.
+        bits, group: of these, the latter None for that of the scheme.
+        sides: of the factors of a transform; `quantized` numbers go through both.
+        plain: bfloat16 numbers that are written.
+        cached: tokens of a cache that are read, `plain` numbers each for keys and for values.
+        operations: in float32.
+        most: rows that the kernel is for.
+    """
+
+    read: int
+    quantized: int = 0
+    bits: int | None = None
+    group: int | None = None
+    sides: tuple[int, int] | None = None
+    plain: int = 0
+    cached: int = 0
+    operations: int = 0
+    most: int = 1 << 30
+
+
+STREAMS = {
+    "norm, transform, quantize": Stream(2048, 2048, sides=(32, 64)),
+    "SwiGLU, transform, quantize": Stream(2 * 5632, 5632, sides=(64, 88)),
+    "adapter of rank 8": Stream(2048, plain=2048, operations=2048 * (6 + 4 * 8)),
+    "cache write, 8 bits": Stream(2 * 2048, 2 * 2048, bits=8, group=128),
+    "attention, 2,048 tokens in 8 bits": Stream(2048, bits=8, group=128, plain=2048, cached=2048, most=16),
+}
+"""The other launches of a layer of Ouro 1.4B; every row of attention has a cache of its own."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +126,36 @@ def estimate(product: str, rows: int, device: Device, activation_bits: int = 4, 
     return Estimate(product, rows, device.name, times[bound], bound, bf16)
 
 
+def estimate_stream(name: str, rows: int, device: Device, activation_bits: int = 4, group_size: int = 32) -> Estimate:
+    """The roofline of a kernel that is no product; in bfloat16 without quantization, transform and adapter."""
+    stream = STREAMS[name]
+    bits, group = stream.bits or activation_bits, stream.group or group_size
+    code = bits / 8 + (2 if stream.bits else 4) / group  # scales of a cache have its type, others float32
+    stored = stream.quantized + 2 * stream.cached * stream.plain
+    sides = stream.sides or (0, 0)
+    moved = rows * (2 * stream.read + stored * code + 2 * stream.plain) + 4 * (sides[0] ** 2 + sides[1] ** 2)
+    attention = 4 * rows * stream.cached * stream.plain
+    transform = 2 * TENSOR_FLOAT32 * rows * stream.quantized * sum(sides)
+    times = {
+        "memory": moved / (device.bandwidth * 1e3),
+        "tensor cores": (attention / device.bf16 + transform / (device.bf16 / 2)) / 1e6,
+        "float32": rows * stream.operations / (device.fp32 * 1e6),
+    }
+    bound = max(times, key=times.__getitem__)
+    bf16 = max(
+        rows * 2 * (stream.read + stored + stream.plain) / (device.bandwidth * 1e3), attention / device.bf16 / 1e6
+    )
+    return Estimate(name, rows, device.name, times[bound], bound, bf16)
+
+
 def estimates(group_size: int = 32) -> list[Estimate]:
-    """Every product and number of rows on every device."""
+    """Every kernel and number of rows on every device."""
+    products = [(estimate, name, ROWS) for name in PRODUCTS]
+    streams = [(estimate_stream, name, [n for n in ROWS if n <= stream.most]) for name, stream in STREAMS.items()]
     return [
-        estimate(product, rows, device, group_size=group_size)
-        for product in PRODUCTS
-        for rows in ROWS
+        bound(name, rows, device, group_size=group_size)
+        for bound, name, numbers in [*products, *streams]
+        for rows in numbers
         for device in DEVICES
     ]
 
@@ -150,12 +213,15 @@ def estimate_report(group_size: int = 32) -> Report:
     ]
     return Report(
         "kernels-estimate",
-        f"ESTIMATE from data sheets, w4a4 products of Ouro 1.4B in groups of {group_size}: not measured",
+        f"ESTIMATE from data sheets, w4a4 kernels of Ouro 1.4B in groups of {group_size}: not measured",
         ESTIMATE_COLUMNS,
         rows,
         {"estimate": True, "group_size": group_size, "rows": [asdict(x) for x in found]},
         text_columns=1,
-        notes=["Lower bounds from peak rates of data sheets; 'times bf16' compares with the same bound for bfloat16."],
+        notes=[
+            "Lower bounds from peak rates of data sheets; 'times bf16' compares with the same bound for bfloat16: the "
+            "same product, or the same norm, activation, cache or attention without quantization and transform."
+        ],
     )
 
 
