@@ -260,9 +260,17 @@ def test_what_the_compiler_cannot_do_is_reported(monkeypatch):
     assert found.problems == ["does not compile: no"]
 
 
-def test_tokens_per_second_of_a_program():
-    found = kernel_times.time_decoding(
-        tiny_program(), batch=2, context=5, timer=Clock(), fallback=True, cuda_graph=False
-    )
-    assert found == {"batch": 2, "context": 5, "ms": 1.0, "tokens_per_second": 2000.0}
-    assert "2000" in kernel_times.decoding_report("Some GPU", "tiny", [found]).to_markdown()
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_tokens_per_second_of_a_program(kv_bits):
+    """The step runs far more often than the cache has room for tokens, as timers do."""
+
+    def often(step):
+        for _ in range(12):
+            step()
+        return 1.0
+
+    options = {"kv_bits": kv_bits, "timer": often, "fallback": True, "cuda_graph": False}
+    found = kernel_times.time_decoding(tiny_program(), batch=2, context=5, **options)
+    assert found == {"batch": 2, "context": 5, "kv_bits": kv_bits, "ms": 1.0, "tokens_per_second": 2000.0}
+    table = kernel_times.decoding_report("Some GPU", "tiny", [found]).to_markdown()
+    assert "2000" in table and ("8 bits" if kv_bits else "floating point") in table

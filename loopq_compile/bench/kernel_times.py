@@ -297,6 +297,7 @@ def time_decoding(
     *,
     batch: int = 1,
     context: int = 128,
+    kv_bits: int | None = None,
     timer: Timer = do_bench,
     fallback: bool = False,
     cuda_graph: bool = True,
@@ -307,19 +308,21 @@ def time_decoding(
         program: compiled, with a vocabulary of at least 2.
         batch: sequences at once.
         context: tokens read before; the cache has room for as many again.
+        kv_bits: of the cache, 8 or 4; None for floating point, which PyTorch's attention reads.
         timer: milliseconds of a function.
         fallback, cuda_graph: as for `lower` and `TritonExecutable.static_decoder`.
 
     Returns:
-        `ms` of a step, `tokens_per_second`, `batch`, `context`.
+        `ms` of a step, `tokens_per_second`, `batch`, `context`, `kv_bits`.
     """
-    run = program.with_cache(last_token=True).lower("triton", fallback=fallback)
+    run = program.with_cache(last_token=True, kv_bits=kv_bits).lower("triton", fallback=fallback)
     decoder = run.static_decoder(2 * context, cuda_graph=cuda_graph).decoder()
     ids = torch.ones(batch, context, dtype=torch.int64, device=run.device)
     decoder(ids, torch.ones_like(ids))
     new, mask = ids[:, :1], torch.ones(batch, context + 1, dtype=torch.int64, device=run.device)
     ms = timer(lambda: decoder(new, mask))
-    return {"batch": batch, "context": context, "ms": ms, "tokens_per_second": 1e3 * batch / ms}
+    about = {"batch": batch, "context": context, "kv_bits": kv_bits}
+    return {**about, "ms": ms, "tokens_per_second": 1e3 * batch / ms}
 
 
 def decoding_report(device_name: str, name: str, lines: Sequence[Values]) -> Report:
@@ -327,9 +330,15 @@ def decoding_report(device_name: str, name: str, lines: Sequence[Values]) -> Rep
     return Report(
         "kernels-decoding",
         f"{name}: decoding with all loops on {device_name}",
-        ("batch", "context", "ms a step", "tokens/s"),
-        [(str(x["batch"]), str(x["context"]), f"{x['ms']:.3f}", f"{x['tokens_per_second']:.0f}") for x in lines],
+        ("cache", "batch", "context", "ms a step", "tokens/s"),
+        [
+            (
+                f"{x['kv_bits']} bits" if x["kv_bits"] else "floating point",
+                *(str(x["batch"]), str(x["context"]), f"{x['ms']:.3f}", f"{x['tokens_per_second']:.0f}"),
+            )
+            for x in lines
+        ],
         {"gpu": device_name, "program": name, "rows": list(lines)},
-        text_columns=0,
+        text_columns=1,
         notes=["One CUDA graph a step, a key-value cache of fixed size."],
     )

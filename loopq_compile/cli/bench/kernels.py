@@ -39,6 +39,9 @@ def kernels_command(
     ] = "",
     rows: Annotated[str, typer.Option("--rows", metavar="LIST", help="Numbers of tokens to time.")] = "1,16,512,4096",
     batches: Annotated[str, typer.Option("--decode", metavar="LIST", help="Batch sizes of decoding.")] = "1,8",
+    caches: Annotated[
+        str, typer.Option("--kv-bits", metavar="LIST", help="Caches of decoding: 8, 4, or 0 for floating point.")
+    ] = "0,8",
     out: Out = None,
     fresh: Fresh = False,
     json: Json = False,
@@ -57,9 +60,8 @@ def kernels_command(
         return
     if grid or architectures or only:
         raise LoopQError("--grid, --sm and --only go with --static.")
-    _timed(
-        program, whole_numbers("--rows", rows), whole_numbers("--decode", batches), group_size, tune, out, fresh, json
-    )
+    numbers = [whole_numbers(*given) for given in (("--rows", rows), ("--decode", batches), ("--kv-bits", caches))]
+    _timed(program, numbers[0], numbers[1], numbers[2], group_size, tune, out, fresh, json)
 
 
 def _static(architectures: list[int], grid: bool, only: str, group_size: int, out: Path | None, json: bool) -> None:
@@ -93,6 +95,7 @@ def _timed(
     program: str | None,
     rows: list[int],
     batches: list[int],
+    caches: list[int],
     group_size: int,
     tune: bool,
     out: Path | None,
@@ -114,7 +117,11 @@ def _timed(
         loaded = load(program)
         if loaded.kind != "program":
             raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile` first.")
-        lines = [kernel_times.time_decoding(loaded.model, batch=batch) for batch in batches]
+        lines = [
+            kernel_times.time_decoding(loaded.model, batch=batch, kv_bits=bits or None)
+            for bits in caches
+            for batch in batches
+        ]
         decoding = kernel_times.decoding_report(gpu, program, lines)
         report.data["decoding"] = decoding.data
         if not json:
