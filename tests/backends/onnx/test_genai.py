@@ -67,6 +67,14 @@ def test_two_prompts_in_standard_operators(tmp_path: Path) -> None:
     assert generated(tmp_path, ids(2, 6), 12) == expected.tolist()
 
 
+def test_a_file_of_two_forms(tmp_path: Path) -> None:
+    """Prompts in integer products, single tokens in packed ones."""
+    export(quantized().graph_module, tmp_path, target="onnxruntime", cache=True, products="both")
+    write_genai_config(tmp_path, eos_token_id=63)
+    expected = OnnxExecutable(tmp_path).generate(ids(2, 6), 12)
+    assert generated(tmp_path, ids(2, 6), 12) == expected.tolist()
+
+
 def test_a_llama_ends_at_each_of_the_end_tokens(tmp_path: Path) -> None:
     export(captured("llama")[1].graph_module, tmp_path, target="onnxruntime", cache=True)
     run, prompt = OnnxExecutable(tmp_path), ids(1, 5)
