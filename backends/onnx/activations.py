@@ -33,13 +33,10 @@ def lower_dynamic_scale(graph: ir.Graph, node: ir.Node) -> None:
     grouped = emitter.reshape(x, [groups, group_size], len(leading))
     shape = [*leading, groups]
     scale = emitter.node("Mul", [_peak(emitter, grouped, shape, limit), _step(emitter, clip, limit)], x.dtype, shape)
-    floor = constant(graph, f"smallest_scale_{x.dtype}", _like(SMALLEST_SCALE, x))
     if limit > 0:
-        emitter.finish(emitter.node("Max", [scale, floor], x.dtype, shape))
-        return
-    magnitude = emitter.node("Abs", [scale], x.dtype, shape)
-    small = emitter.node("Less", [magnitude, floor], ir.DataType.BOOL, shape)
-    emitter.finish(emitter.node("Where", [small, floor, scale], x.dtype, shape))
+        floor = constant(graph, f"smallest_scale_{x.dtype}", _like(SMALLEST_SCALE, x))
+        scale = emitter.node("Max", [scale, floor], x.dtype, shape)
+    emitter.finish(scale)
 
 
 def _peak(emitter: Emitter, grouped: ir.Value, shape: list[Any], limit: int) -> ir.Value:
@@ -50,7 +47,10 @@ def _peak(emitter: Emitter, grouped: ir.Value, shape: list[Any], limit: int) -> 
     high = emitter.node("ReduceMax", [grouped, axis], dtype, shape, {"keepdims": 0})
     low = emitter.node("ReduceMin", [grouped, axis], dtype, shape, {"keepdims": 0})
     above = emitter.node("Greater", [high, emitter.node("Neg", [low], dtype, shape)], ir.DataType.BOOL, shape)
-    return emitter.node("Where", [above, high, low], dtype, shape)
+    # Nothing is zero behind this: of a group of zeros the lowest entry is taken. One node, where the scale's magnitude
+    # would take three; groups below the smallest scale keep scales of their own.
+    below = constant(emitter.graph, f"below_zero_{dtype}", _like(-SMALLEST_SCALE, grouped))
+    return emitter.node("Where", [above, high, emitter.node("Min", [low, below], dtype, shape)], dtype, shape)
 
 
 def _step(emitter: Emitter, clip: ir.Value, limit: int) -> ir.Value:
