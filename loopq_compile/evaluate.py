@@ -232,7 +232,13 @@ def _check_vocabulary(call: Any, tokens: Tensor) -> int:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0:
         raise LoopQError(f"Token id {low} is negative.")
-    vocabulary = call(torch.zeros(1, 2, dtype=torch.int64)).shape[-1]
+    logits = call(torch.zeros(1, 2, dtype=torch.int64))
+    if logits.ndim != 3 or logits.shape[1] != 2:
+        raise LoopQError(
+            f"Perplexity needs logits for every token; two tokens gave {list(logits.shape)}. Programs and files made "
+            "with last_token (`--last-token`) give those of the last: export without it."
+        )
+    vocabulary = logits.shape[-1]
     if high >= vocabulary:
         raise LoopQError(
             f"Token id {high} is outside the model's vocabulary of {vocabulary}: text and model need one tokenizer."

@@ -149,6 +149,12 @@ def test_models_without_logits_and_unlike_vocabularies() -> None:
         evaluate(uniform, TEXT, teacher=lambda ids: torch.zeros(*ids.shape, VOCABULARY + 1))
 
 
+def test_logits_of_the_last_token_are_not_enough() -> None:
+    program = tiny_program().with_cache(last_token=True)
+    with pytest.raises(LoopQError, match=r"logits for every token; two tokens gave \[1, 1, .*export without it"):
+        evaluate(program, torch.arange(16))
+
+
 def test_reading_text(tmp_path) -> None:
     (tmp_path / "good.txt").write_text("a word", encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")

@@ -130,7 +130,7 @@ def export(
         store_half(model.graph)
     _clean_up(model)
     name_everything(model, prepared.origins)
-    _describe_program(model, state, prepared.outputs, target=target, form=form, cache=cache)
+    _describe_program(model, state, prepared.outputs, target=target, form=form, cache=cache, products=products)
     files = write_model(model, Path(directory), threshold=external_data_threshold)
     return describe(model, files, target=target, form=form)
 
@@ -202,7 +202,7 @@ def _clean_up(model: ir.Model) -> None:
 
 
 def _describe_program(
-    model: ir.Model, state: CompilerState, outputs: list[Any], *, target: str, form: str, cache: bool
+    model: ir.Model, state: CompilerState, outputs: list[Any], *, target: str, form: str, cache: bool, products: str
 ) -> None:
     for node in model.graph.all_nodes():
         if node.op_type == "Loop":
@@ -220,6 +220,7 @@ def _describe_program(
             "target": target,
             "form": form,
             "cache": cache,
+            **({"products": products} if target == "onnxruntime" else {}),
             # The count that the tables were calibrated for, and what to feed where the model asks for one.
             **({"loops_input": LOOPS, "loops_default": state.loops.count} if form == "rolled" else {}),
         }
