@@ -189,8 +189,13 @@ def test_tuning_keeps_the_fastest_tile_and_lowering_reads_it(tmp_path, small, mo
         configurations.linear_tile(1, 2048, 64, 90).columns == 32
         and configurations.linear_tile(1, 2048, 64, 90).split > 1
     )
+    wide = kernel_times.tune(90, group_size=64, timer=Clock(), device="cpu", product=product)
+    configurations.write_table(configurations.user_table(), wide, "for other groups")
+    assert configurations.linear_tile(512, 2048, 32, 90, 64) == wide["90/64"]["prefill"] != good[False]
+    assert configurations.linear_tile(512, 2048, 64, 90) == good[False], "those for groups of 32 stay"
+    assert configurations.linear_tile(512, 2048, 16, 90, 128) == good[False], "where nothing was tuned, those for 32"
     configurations.write_table(configurations.user_table(), {"80": found["90"]}, "and another")
-    assert set(configurations.read_table(configurations.user_table())) == {"80", "90"}
+    assert set(configurations.read_table(configurations.user_table())) == {"80", "90", "90/64"}
     configurations.tables.cache_clear()
 
 

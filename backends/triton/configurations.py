@@ -73,7 +73,7 @@ PREFILL, MIDDLE, DECODE = Tile(128, 128, 8, 3), Tile(64, 64, 4, 3), Tile(16, 64,
 """What runs where no table has an entry."""
 KINDS = {"decode": DECODE, "middle": MIDDLE, "prefill": PREFILL}
 Table = dict[str, dict[str, Tile]]
-"""Tiles by architecture ("90") and kind of product, a key of `KINDS`."""
+"""Tiles by architecture and group size (`table_name`) and kind of product, a key of `KINDS`."""
 _forced: Tile | None = None
 
 
@@ -124,9 +124,18 @@ def attention_parts(programs: int, total: int) -> int:
     return parts
 
 
+def table_name(architecture: int | None, group_size: int = 32) -> str:
+    """The key of a table: "90" for groups of 32, as tables that come with the package have, else such as "90/128"."""
+    return str(architecture) if group_size == 32 else f"{architecture}/{group_size}"
+
+
 def tile_of_kind(kind: str, architecture: int | None = None, group_size: int = 32) -> Tile:
-    """What the tables have for an architecture, or the default; narrower where groups are too large for it."""
-    tile = tables().get(str(architecture), {}).get(kind) or KINDS[kind]
+    """What was tuned for an architecture and group size; or the architecture's tile for groups of 32, or the default,
+    narrower where groups are too large for it."""
+    tuned = tables().get(table_name(architecture, group_size), {}).get(kind)
+    if tuned is not None and group_size != 32:
+        return tuned
+    tile = tuned or tables().get(table_name(architecture), {}).get(kind) or KINDS[kind]
     while group_size > 64 and tile.rows * tile.columns > LARGEST_OF_WIDE_GROUPS:
         tile = replace(tile, columns=tile.columns // 2)
     return tile
@@ -188,7 +197,7 @@ def write_table(file: Path, table: Table, how: str) -> None:
     plain = {name: {kind: tile.to_dict() for kind, tile in tiles.items()} for name, tiles in merged.items()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(".tmp")
+        beside = file.with_suffix(f".{os.getpid()}.tmp")
         beside.write_text(json.dumps({"how": how, "tiles": plain}, indent=1) + "\n", encoding="utf-8")
         beside.replace(file)
     except OSError as error:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loopq_compile.backends.triton.configurations import KINDS, Table, Tile, forcing, kind_of, tuning_grid
+from loopq_compile.backends.triton.configurations import KINDS, Table, Tile, forcing, kind_of, table_name, tuning_grid
 from loopq_compile.bench.cells import Cells, Values
 from loopq_compile.bench.kernels import PRODUCTS, ROWS
 from loopq_compile.bench.report import Report
@@ -279,7 +279,7 @@ def tune(
             raise LoopQError(f"No tile of the tuning grid runs on sm_{architecture} for {kind}.")
         found[kind] = replace(min(times, key=times.__getitem__), split=1)  # how far to split follows from the shape
     assert found.keys() == KINDS.keys()
-    return {str(architecture): found}
+    return {table_name(architecture, group_size): found}
 
 
 def _times(problems: Sequence[Problem], timer: Timer, product: Callable[..., Tensor] | None) -> Iterator[float]:
