@@ -101,7 +101,7 @@ def export(
     if products != "packed" and target != "onnxruntime":
         raise LoopQError(f"products={products!r} goes with target='onnxruntime'; got target={target!r}.")
     if products == "both" and form == "rolled":
-        # Behind two borders, of branch and loop, ONNX Runtime does not find weights when it packs them for its kernels.
+        # Behind two borders, of branch and loop, results are not those of a packed file (ONNX Runtime 1.32).
         raise LoopQError("products='both' is for form='unrolled'; rolled files have 'packed' or 'int8' ones.")
     if float_bits not in FLOAT_BITS:
         raise LoopQError(f"float_bits must be 16 or 32; got {float_bits!r}.")
