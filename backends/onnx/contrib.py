@@ -45,7 +45,7 @@ def lower_to_contrib(
 
     Args:
         head_bits: width of the language-model head's weights, 4 or 8; None leaves it in floating point.
-        products: "packed" or "int8".
+        products: "packed" or "int8"; `branches` makes "both" of the two.
 
     Raises:
         LoopQError: as in `lower_to_qdq`; or "int8" for a program whose activations are not quantized.
@@ -56,8 +56,8 @@ def lower_to_contrib(
     made = [_lower_linear(graph, node, rows) for node in linears]
     if rows is not None and not rows.count:
         raise LoopQError(
-            "products='int8' multiplies activations in 8 bits; this program has no product of quantized weights and "
-            "quantized activations: compile it with a scheme such as 'w4a8'."
+            "products='int8' and 'both' multiply activations in 8 bits; this program has no product of quantized weights "
+            "and quantized activations: compile it with a scheme such as 'w4a8'."
         )
     if head_bits is not None:
         heads = [node for node in graph if node in linears and node.outputs[0].name == "logits"]

@@ -96,13 +96,7 @@ def export(
     """
     _check_options(graph_module, directory, target=target, form=form, products=products)
     _check_dependent(form, cache, last_token=last_token, kv_bits=kv_bits, early_exit=early_exit)
-    if head_bits is not None and (head_bits not in (4, 8) or target != "onnxruntime"):
-        raise LoopQError(f"head_bits must be 4 or 8, with target='onnxruntime'; got {head_bits!r}, target={target!r}.")
-    if products != "packed" and target != "onnxruntime":
-        raise LoopQError(f"products={products!r} goes with target='onnxruntime'; got target={target!r}.")
-    if products == "both" and form == "rolled":
-        # Behind two borders, of branch and loop, results are not those of a packed file (ONNX Runtime 1.32).
-        raise LoopQError("products='both' is for form='unrolled'; rolled files have 'packed' or 'int8' ones.")
+    _check_products(target, form, products, head_bits)
     if float_bits not in FLOAT_BITS:
         raise LoopQError(f"float_bits must be 16 or 32; got {float_bits!r}.")
     check_destination(Path(directory), overwrite=overwrite)
@@ -172,6 +166,16 @@ def _check_dependent(form: str, cache: bool, *, last_token: bool, kv_bits: int |
             raise LoopQError(f"{option}={value!r} is for files with a key-value cache: give cache=True.")
     if early_exit and form != "rolled":
         raise LoopQError("early_exit=True needs a loop that can stop: give form='rolled'.")
+
+
+def _check_products(target: str, form: str, products: str, head_bits: int | None) -> None:
+    if head_bits is not None and (head_bits not in (4, 8) or target != "onnxruntime"):
+        raise LoopQError(f"head_bits must be 4 or 8, with target='onnxruntime'; got {head_bits!r}, target={target!r}.")
+    if products != "packed" and target != "onnxruntime":
+        raise LoopQError(f"products={products!r} goes with target='onnxruntime'; got target={target!r}.")
+    if products == "both" and form == "rolled":
+        # Behind two borders, of branch and loop, results are not those of a packed file (ONNX Runtime 1.32).
+        raise LoopQError("products='both' is for form='unrolled'; rolled files have 'packed' or 'int8' ones.")
 
 
 def _check_options(graph_module: Any, directory: Any, **chosen: str) -> None:

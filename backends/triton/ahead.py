@@ -314,13 +314,8 @@ def sum_case(split: int = 4) -> Case:
 def default_cases(group_size: int = 32, architecture: int | None = None) -> list[Case]:
     """Every kernel as it runs on an architecture, at the sizes of Ouro 1.4B (width 2048, MLP 5632)."""
     cases = [
-        linear_case(
-            kind,
-            replace(tile_of_kind(kind, architecture, group_size), split=4 if kind == "decode" else 1),
-            packed,
-            group_size,
-        )
-        for kind in ("prefill", "middle", "decode")
+        linear_case(kind, replace(tile_of_kind(kind, architecture, group_size), split=split), packed, group_size)
+        for kind, split in (("prefill", 1), ("middle", 1), ("decode", 4))
         for packed in (True, False)
     ]
     quantize = functools.partial(quantize_case, group_size=group_size)

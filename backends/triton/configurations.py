@@ -133,9 +133,9 @@ def tile_of_kind(kind: str, architecture: int | None = None, group_size: int = 3
     """What was tuned for an architecture and group size; or the architecture's tile for groups of 32, or the default,
     narrower where groups are too large for it."""
     tuned = tables().get(table_name(architecture, group_size), {}).get(kind)
-    if tuned is not None and group_size != 32:
+    if tuned is not None:
         return tuned
-    tile = tuned or tables().get(table_name(architecture), {}).get(kind) or KINDS[kind]
+    tile = tables().get(table_name(architecture), {}).get(kind) or KINDS[kind]
     while group_size > 64 and tile.rows * tile.columns > LARGEST_OF_WIDE_GROUPS:
         tile = replace(tile, columns=tile.columns // 2)
     return tile
