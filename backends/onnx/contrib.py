@@ -56,8 +56,8 @@ def lower_to_contrib(
     made = [_lower_linear(graph, node, rows) for node in linears]
     if rows is not None and not rows.count:
         raise LoopQError(
-            "products='int8' and 'both' multiply activations in 8 bits; this program has no product of quantized weights "
-            "and quantized activations: compile it with a scheme such as 'w4a8'."
+            "products='int8' and 'both' multiply activations in 8 bits; this program has no product of quantized "
+            "weights and quantized activations: compile it with a scheme such as 'w4a8'."
         )
     if head_bits is not None:
         heads = [node for node in graph if node in linears and node.outputs[0].name == "logits"]
