@@ -113,4 +113,4 @@ def test_operands_may_lie_in_any_order():
     codes, weights, scales = turned
     found = kernels.packed_linear(codes, ones, weights, scales, bias, 0, 32, torch.float32)
     expected = ops.packed_linear(packed, ones, weight, scale, bias, 0, 32, torch.float32)
-    torch.testing.assert_close(found, expected)
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
