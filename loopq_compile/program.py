@@ -109,6 +109,7 @@ class Program:
         kv_bits: int | None = None,
         early_exit: bool = False,
         float_bits: int = 32,
+        external_data_threshold: int = 2**26,
     ) -> OnnxExport:
         """Writes `model.onnx` into `directory`.
 
@@ -130,6 +131,8 @@ class Program:
             early_exit: form "rolled" may stop its loop: one more input, `exit_threshold`, and output, `loops_spent`;
                 see `with_early_exit`.
             float_bits: 16 stores scales, embeddings and whatever else stays in floating point as float16.
+            external_data_threshold: bytes of weights above which they get a file of their own, `model.onnx.data`, from
+                which ONNX Runtime opens a model faster and in less memory; above 2 GiB they always do.
 
         Returns:
             Path, size and node counts of what was written.
@@ -142,6 +145,7 @@ class Program:
 
         options: dict[str, Any] = {"cache": cache, "last_token": last_token, "products": products}
         options |= {"head_bits": head_bits, "kv_bits": kv_bits, "early_exit": early_exit, "float_bits": float_bits}
+        options["external_data_threshold"] = external_data_threshold
         return export(self.graph_module, directory, target=target, form=form, **options)
 
     def with_cache(self, *, stacked: bool = False, last_token: bool = False, kv_bits: int | None = None) -> Program:

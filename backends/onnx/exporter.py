@@ -88,7 +88,7 @@ def export(
         float_bits: 16 stores what stays in floating point (scales, embeddings, head, transforms) as float16; arithmetic
             stays in single precision.
         overwrite: replace a `model.onnx` that is there already.
-        external_data_threshold: bytes of weights above which they go to `model.onnx.data`.
+        external_data_threshold: bytes of weights above which they go to `model.onnx.data`, which ONNX Runtime maps.
 
     Raises:
         LoopQError: an unknown or not yet available option, an operator without translation, or a directory that

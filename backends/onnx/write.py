@@ -15,8 +15,15 @@ from loopq_compile.errors import InternalError, LoopQError
 
 DATA_FILE = "model.onnx.data"
 
-EXTERNAL_DATA_THRESHOLD = 2**31 - 2**26
-"""Bytes of weights above which they get a file of their own: protobuf ends at 2 GiB, and the graph needs some."""
+EXTERNAL_DATA_THRESHOLD = 2**26
+"""Bytes of weights above which they get a file of their own.
+
+ONNX Runtime maps such a file: what its kernels pack anew is let go, and of embeddings only the pages that are looked up
+take memory. Weights inside of the model are copied out of it, and the copies leave holes.
+"""
+
+_LARGEST_MODEL = 2**31 - 2**26
+"""Bytes of weights that fit into one file, whatever is asked for: protobuf ends at 2 GiB, and the graph needs some."""
 
 
 def check_destination(directory: Path, *, overwrite: bool) -> None:
@@ -57,10 +64,9 @@ def write_model(model: ir.Model, directory: Path, *, threshold: int) -> list[Pat
     try:
         directory.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".loopq-", dir=directory))
-        external = (
-            sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-            > threshold
-        )
+        external = sum(
+            value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
+        ) > min(threshold, _LARGEST_MODEL)
         ir.save(model, temporary / MODEL_FILE, external_data=DATA_FILE if external else None)
         _check(temporary / MODEL_FILE)
         written = [name for name in (DATA_FILE, MODEL_FILE) if (temporary / name).exists()]

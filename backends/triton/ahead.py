@@ -333,16 +333,22 @@ def default_cases(group_size: int = 32, architecture: int | None = None) -> list
     return [*cases, adapter_case()]
 
 
-def tuning_cases(group_size: int = 32) -> list[Case]:
-    """The matrix product in every tile of the tuning grid."""
-    tiles = [("prefill", tile) for tile in tuning_grid(False)] + [("decode", tile) for tile in tuning_grid(True)]
-    return [linear_case(f"{name} {tile}", tile, packed, group_size) for name, tile in tiles for packed in (True, False)]
+def tuning_cases(group_size: int = 32, architecture: int | None = None) -> list[Case]:
+    """The matrix product in every tile of an architecture's tuning grid."""
+    return [
+        linear_case(f"{'decode' if decode else 'prefill'} {tile}", tile, packed, group_size)
+        for decode in (False, True)
+        for tile in tuning_grid(decode, architecture, group_size)
+        for packed in (True, False)
+    ]
 
 
 def compile_all(
     cases: Callable[[int], Sequence[Case]], architectures: Sequence[int] = ARCHITECTURES
 ) -> Iterator[Compiled]:
-    """Compiles the cases of every architecture, one result at a time; the same case of all of them in a row."""
-    for column in zip(*(cases(architecture) for architecture in architectures), strict=True):
-        for case, architecture in zip(column, architectures, strict=True):
-            yield compile_case(case, architecture)
+    """Compiles the cases of every architecture, one result at a time; those of one name in a row."""
+    named = {architecture: {case.name: case for case in cases(architecture)} for architecture in architectures}
+    for name in dict.fromkeys(name for found in named.values() for name in found):
+        for architecture, found in named.items():
+            if name in found:
+                yield compile_case(found[name], architecture)

@@ -37,8 +37,20 @@ TARGET_PROGRAMS = 264
 """The decode variant splits k until so many programs run: two for each of the 132 multiprocessors of an H100."""
 SMALLEST_SHARE = 8
 """Groups that a program of the decode variant adds up at least."""
-LARGEST_OF_WIDE_GROUPS = 128 * 64
-"""Outputs of a tile where more than 64 features share a scale: with more, packed products spill on sm_86, 89, 120."""
+_WIDE = ((64, 128, 4), (128, 64, 4), (128, 128, 8))
+_UNFIT = {
+    (32, 100): ((64, 128, 4), (128, 64, 4)),
+    (64, 86): ((64, 128, 8),),
+    (64, 89): ((64, 128, 8),),
+    (64, 100): ((16, 128, 4),),
+    (64, 120): ((16, 64, 2),),
+    (128, 80): ((16, 128, 2),),
+    (128, 86): _WIDE,
+    (128, 89): _WIDE,
+    (128, 120): _WIDE,
+}
+"""Rows, columns and warps of tiles that Triton 3.8.0 cannot compile without spilling, or on sm_100 not at all, by group
+size and architecture: `loopq-compile bench kernels --static --grid` compiles all others."""
 ATTENTION_BYTES = 4096
 """Of dequantized keys, and as many of values, that a program of attention holds at the same time."""
 WIDEST_HEAD = 512
@@ -131,14 +143,20 @@ def table_name(architecture: int | None, group_size: int = 32) -> str:
 
 def tile_of_kind(kind: str, architecture: int | None = None, group_size: int = 32) -> Tile:
     """What was tuned for an architecture and group size; or the architecture's tile for groups of 32, or the default,
-    narrower where groups are too large for it."""
+    narrower where that does not fit registers."""
     tuned = tables().get(table_name(architecture, group_size), {}).get(kind)
     if tuned is not None:
         return tuned
     tile = tables().get(table_name(architecture), {}).get(kind) or KINDS[kind]
-    while group_size > 64 and tile.rows * tile.columns > LARGEST_OF_WIDE_GROUPS:
+    while not fits(tile, architecture, group_size):
         tile = replace(tile, columns=tile.columns // 2)
     return tile
+
+
+def fits(tile: Tile, architecture: int | None = None, group_size: int = 32) -> bool:
+    """Whether a tile of the tuning grid compiles without spilling; without an architecture, on all of them."""
+    where = [key for key in _UNFIT if key[0] == group_size and architecture in (None, key[1])]
+    return all((tile.rows, tile.columns, tile.warps) not in _UNFIT[key] for key in where)
 
 
 @contextmanager
@@ -223,13 +241,14 @@ def _tile(kind: str, data: dict[str, Any]) -> Tile:
     return tile
 
 
-def tuning_grid(decode: bool) -> list[Tile]:
-    """The tiles that tuning tries; those that spill registers are left out by whoever compiles them."""
+def tuning_grid(decode: bool, architecture: int | None = None, group_size: int = 32) -> list[Tile]:
+    """The tiles that tuning tries, all of which compile without spilling registers."""
     axes = _DECODE_AXES if decode else _AXES
     split = 4 if decode else 1
     tiles = [Tile(m, n, warps, stages, split) for m, n, warps, stages in itertools.product(*axes.values())]
     # 128 x 128 outputs take 128 registers of every thread in 4 warps for the sums alone, and as many for the product.
-    return [tile for tile in tiles if tile.rows * tile.columns <= 2048 * tile.warps]
+    tiles = [tile for tile in tiles if tile.rows * tile.columns <= 2048 * tile.warps]
+    return [tile for tile in tiles if fits(tile, architecture, group_size)]
 
 
 def transform_step(rows: int, columns: int) -> int:

@@ -62,5 +62,5 @@ def _score(kind: str, tile: Tile, compiled: Compiled) -> tuple[float, ...]:
 def compile_grid(architectures: Iterable[int] = ARCHITECTURES) -> Iterable[tuple[Tile, Compiled]]:
     """Every tile of the tuning grid, compiled for w4a4 products in groups of 32."""
     for architecture in architectures:
-        for tile in (*tuning_grid(True), *tuning_grid(False)):
+        for tile in (*tuning_grid(True, architecture), *tuning_grid(False, architecture)):
             yield tile, compile_case(linear_case(str(tile), tile), architecture)

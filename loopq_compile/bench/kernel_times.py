@@ -254,7 +254,7 @@ def tune(
     timer: Timer = do_bench,
     device: str = "cuda",
     product: Callable[..., Tensor] | None = None,
-    tiles: Callable[[bool], Sequence[Tile]] = tuning_grid,
+    tiles: Callable[[bool, int, int], Sequence[Tile]] = tuning_grid,
     say: Callable[[str], None] = lambda text: None,
 ) -> Table:
     """The fastest tile for every kind of product, by the time that all products of a layer take together.
@@ -269,7 +269,7 @@ def tune(
         kind = kind_of(rows)
         problems = [make_problem(name, rows, group_size, device) for name in PRODUCTS]
         times: dict[Tile, float] = {}
-        for tile in tiles(kind == "decode"):
+        for tile in tiles(kind == "decode", architecture, group_size):
             with forcing(tile):
                 time = sum(_times(problems, timer, product))
             if time < float("inf"):

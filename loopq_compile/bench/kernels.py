@@ -181,7 +181,7 @@ def static_report(
         raise LoopQError(f"Kernels have groups of {sizes}, which are single steps along k; got {group_size}.")
 
     def cases(architecture: int) -> list[ahead.Case]:
-        known = ahead.tuning_cases(group_size) if grid else ahead.default_cases(group_size, architecture)
+        known = (ahead.tuning_cases if grid else ahead.default_cases)(group_size, architecture)
         return [case for case in known if kernels in case.name]
 
     found = list(ahead.compile_all(cases, architectures or ahead.ARCHITECTURES))

@@ -25,10 +25,11 @@ _NO_ONNX_OPTIONS = {
     "kv_bits": None,
     "early_exit": False,
     "float_bits": 32,
+    "external_data_threshold": 2**26,
 }
 """Options of ONNX files when nobody gives any."""
 
-_ONLY_ONNX = ("products", "head_bits", "early_exit", "float_bits")
+_ONLY_ONNX = ("products", "head_bits", "early_exit", "float_bits", "external_data_threshold")
 
 
 def export_command(
@@ -73,6 +74,14 @@ def export_command(
     float_bits: Annotated[
         int, typer.Option("--float-bits", help="16 stores scales, embeddings and head in half the bytes.")
     ] = 32,
+    external_data_threshold: Annotated[
+        int,
+        typer.Option(
+            "--external-data-threshold",
+            metavar="BYTES",
+            help="Weights above this size get a file of their own, model.onnx.data, which takes less memory to open.",
+        ),
+    ] = 2**26,
     genai: Annotated[
         bool,
         typer.Option("--genai", help="Also write genai_config.json, for onnxruntime-genai; implies --cache."),
@@ -99,6 +108,7 @@ def export_command(
         "kv_bits": kv_bits,
         "early_exit": early_exit,
         "float_bits": float_bits,
+        "external_data_threshold": external_data_threshold,
     }
     if target != "triton":
         if architectures:

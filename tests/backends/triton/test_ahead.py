@@ -44,11 +44,21 @@ def test_transforms_with_long_sides(factors):
         assert ahead.compile_case(case, architecture).problems == []
 
 
-@pytest.mark.parametrize("name", ["prefill w4a4", "prefill w4a8"])
-def test_products_of_wide_groups(name):
-    for architecture in (86, 120):
-        case = next(case for case in ahead.default_cases(128, architecture) if case.name == name)
-        assert ahead.compile_case(case, architecture).problems == []
+@pytest.mark.parametrize("architecture", ahead.ARCHITECTURES)
+def test_every_tile_that_tuning_tries_compiles_without_spills(architecture):
+    cases = ahead.tuning_cases(32, architecture)
+    assert len(cases) >= 56
+    found = [ahead.compile_case(case, architecture) for case in cases]
+    assert {compiled.name: compiled.problems for compiled in found if compiled.problems} == {}
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_products_of_wide_groups(group_size):
+    """In the tiles that run where nothing was tuned."""
+    for architecture in ahead.ARCHITECTURES:
+        for case in ahead.default_cases(group_size, architecture):
+            if case.kernel is ahead.linear_kernel:
+                assert ahead.compile_case(case, architecture).problems == [], f"{case.name} sm_{architecture}"
 
 
 def test_a_tile_that_does_not_fit_is_reported():
