@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ from loopq_compile.errors import LoopQError
 from loopq_compile.signature import Signature
 
 _LOGITS = "logits"
+PREFILL_CHUNK = 128
+"""Tokens of a prompt that one call reads. `Attention` of ONNX Runtime computes scores of all pairs of tokens and then
+hides the later ones: in parts, a prompt needs half of them, and never has all in memory. Products of 128 rows are as
+fast as longer ones."""
 
 
 class OnnxDecoder:
@@ -26,17 +31,26 @@ class OnnxDecoder:
         signature: its calling convention.
         loops: iterations of a rolled file, None for an unrolled one.
         exit_threshold: for files that may stop early; `loops_spent` has the loops of every call.
+        prefill_chunk: most tokens that one call of the session reads; a longer prompt is read in equal parts, with the
+            same result. Files that may stop early read it at once, since all of its tokens decide when.
 
     Raises:
-        LoopQError: the file returns no `logits`.
+        LoopQError: the file returns no `logits`, or `prefill_chunk` is no positive number.
     """
 
     def __init__(
-        self, session: Any, signature: Signature, loops: int | None, exit_threshold: float | None = None
+        self,
+        session: Any,
+        signature: Signature,
+        loops: int | None,
+        exit_threshold: float | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
+        if not isinstance(prefill_chunk, int) or prefill_chunk < 1:
+            raise LoopQError(f"prefill_chunk must be a positive number of tokens; got {prefill_chunk!r}.")
         if _LOGITS not in [value.name for value in session.get_outputs()]:
             raise LoopQError("The file has no output called logits; text cannot be generated with it.")
-        self.session, self.signature, self.loops = session, signature, loops
+        self.session, self.signature, self.loops, self.prefill_chunk = session, signature, loops, prefill_chunk
         self.threshold = threshold_tensor(exit_threshold).numpy() if has_early_exit(signature) else None
         self.past: dict[str, Any] | None = None
         self.loops_spent: list[int] = []
@@ -47,6 +61,14 @@ class OnnxDecoder:
         Raises:
             LoopQError: ONNX Runtime fails, for instance on a token id that is out of range.
         """
+        new, total = new_ids.shape[1], attention_mask.shape[1]
+        parts = 1 if self.threshold is not None else max(1, -(-new // self.prefill_chunk))
+        ends = [new * part // parts for part in range(parts + 1)]
+        for begin, end in itertools.pairwise(ends):
+            logits = self._read(new_ids[:, begin:end], attention_mask[:, : total - new + end])
+        return logits
+
+    def _read(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
         from onnxruntime import OrtValue
 
         ids, mask, caches = cache_inputs(self.signature)

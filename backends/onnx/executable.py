@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
-from loopq_compile.backends.onnx.decoder import OnnxDecoder
+from loopq_compile.backends.onnx.decoder import PREFILL_CHUNK, OnnxDecoder
 from loopq_compile.backends.onnx.folder import check_references
 from loopq_compile.backends.onnx.loop import LOOPS
 from loopq_compile.decoding import Chosen, Decoder, RecomputingDecoder, complete, has_cache
@@ -100,6 +100,7 @@ class OnnxExecutable:
         *,
         loops: int | None = None,
         exit_threshold: float | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
         **options: Any,
     ) -> Tensor:
         """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.generate`.
@@ -110,13 +111,17 @@ class OnnxExecutable:
             loops: number of loops of a rolled file, by default that of the program. More than that hold the last rows
                 of its tables.
             exit_threshold: of a file that may stop early.
+            prefill_chunk: most tokens of a prompt that a file with a cache reads in one call, see `OnnxDecoder`.
             options: as there.
         """
         from loopq_compile.generation import generate
 
-        return generate(Chosen(self, loops=loops, exit_threshold=exit_threshold), input_ids, max_new_tokens, **options)
+        chosen = Chosen(self, loops=loops, exit_threshold=exit_threshold, prefill_chunk=prefill_chunk)
+        return generate(chosen, input_ids, max_new_tokens, **options)
 
-    def decoder(self, loops: int | None = None, exit_threshold: float | None = None) -> Decoder:
+    def decoder(
+        self, loops: int | None = None, exit_threshold: float | None = None, prefill_chunk: int = PREFILL_CHUNK
+    ) -> Decoder:
         """What `generate` asks for the next token.
 
         Raises:
@@ -131,7 +136,7 @@ class OnnxExecutable:
             )
         if has_cache(self.signature):
             count = self._loop_count(loops) if self._is_rolled else None
-            return OnnxDecoder(self.session, self.signature, count, exit_threshold)
+            return OnnxDecoder(self.session, self.signature, count, exit_threshold, prefill_chunk)
         extra: dict[str, Any] = {} if loops is None else {LOOPS: loops}
         if has_early_exit(self.signature):
             extra[EXIT_THRESHOLD] = exit_threshold

@@ -129,3 +129,25 @@ def test_an_integer_head(tmp_path) -> None:
     assert 1e-5 < difference < 0.02
     with pytest.raises(lq.LoopQError, match="head_bits must be 4 or 8"):
         export(program.graph_module, tmp_path, target="qdq", head_bits=8)
+
+
+@pytest.mark.parametrize(("form", "kv_bits"), [("unrolled", None), ("rolled", None), ("unrolled", 8)])
+def test_a_prompt_is_read_in_parts(form: str, kv_bits: int | None, tmp_path) -> None:
+    """With padding that fills the first part of a row, and a last part of its own length."""
+    file = export(quantized().graph_module, tmp_path, form=form, cache=True, last_token=True, kv_bits=kv_bits).path
+    run = OnnxExecutable(file, threads=1)
+    tokens = ids(3, 11)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    calls: list[int] = []
+    decoder = run.decoder(prefill_chunk=4)
+    read = decoder._read
+    decoder._read = lambda new, seen: calls.append(new.shape[1]) or read(new, seen)
+    whole = run.decoder(prefill_chunk=11)
+    torch.testing.assert_close(decoder(tokens, mask), whole(tokens, mask), rtol=1e-4, atol=1e-4)
+    assert calls == [3, 4, 4]
+    longer = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    torch.testing.assert_close(decoder(tokens[:, :1], longer), whole(tokens[:, :1], longer), rtol=1e-4, atol=1e-4)
+    assert calls == [3, 4, 4, 1]
+    with pytest.raises(lq.LoopQError, match="prefill_chunk must be a positive number"):
+        run.generate(tokens, 1, prefill_chunk=0)
