@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -148,3 +149,13 @@ def test_the_session_loads_models_with_random_weights() -> None:
     model = speed_session.load(Job("tiny", config=config.to_dict()), "bfloat16")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+def test_random_weights_are_not_equal():
+    """ONNX Runtime keeps one copy of equal weights, which would make a model small and fast."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = random_models.random_model(OuroConfig(vocab_size=64, **sizes))
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    assert len(weights) > 20
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(weights, 2) if a.shape == b.shape)
+    assert all(0.9 < float(x.std() * x.shape[1] ** 0.5) < 1.1 for x in weights)

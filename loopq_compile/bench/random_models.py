@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ from loopq_compile.models import Ouro, OuroConfig
 
 SIZES: Mapping[str, Callable[[], OuroConfig]] = {"ouro-1.4b": OuroConfig.ouro_1_4b, "ouro-2.6b": OuroConfig.ouro_2_6b}
 """Configurations by name."""
+_STEP = 4099
+"""Odd: the first 2^20 blocks all differ."""
 
 
 def sized(name: str, layers: int | None = None) -> OuroConfig:
@@ -27,18 +30,20 @@ def sized(name: str, layers: int | None = None) -> OuroConfig:
 
 
 def random_model(config: OuroConfig, dtype: torch.dtype = torch.float32) -> Ouro:
-    """A model whose weights repeat one block of random numbers: a billion take longer to draw than to compile."""
+    """A model whose weights repeat one block of random numbers, from another one on each time: a billion take longer to
+    draw than to compile, and of equal weights ONNX Runtime would keep one copy."""
     with torch.device("meta"):
         model = Ouro(config).to(dtype)
     model = model.to_empty(device="cpu").eval()
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    starts = itertools.count(step=_STEP)
     with torch.no_grad():
         for weight in model.parameters():
             flat = weight.view(-1)
             for part in flat.split(len(block)):
-                part.copy_(block[: len(part)]) if weight.ndim > 1 else part.fill_(1.0)
+                part.copy_(block.roll(next(starts))[: len(part)]) if weight.ndim > 1 else part.fill_(1.0)
             if weight.ndim > 1:
                 flat.div_(weight.shape[-1] ** 0.5)
     return model
