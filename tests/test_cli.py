@@ -156,6 +156,9 @@ def test_export_reports_what_it_wrote(program: Path, exported: Path, tmp_path: P
     report = run_json("export", program, "--out", tmp_path / "again", "--target", "qdq", "--form", "unrolled")
     assert report["bytes"] == (tmp_path / "again" / "model.onnx").stat().st_size
     assert report["nodes"]["DequantizeLinear"] > 0 and report["integer_weights"]
+    run("export", program, "--out", tmp_path / "two", "--external-data-threshold", 1000)
+    assert (tmp_path / "two" / "model.onnx.data").stat().st_size > 1000
+    run("verify", tmp_path / "two")
 
 
 def test_sampling_options_without_sampling_are_refused(exported: Path) -> None:

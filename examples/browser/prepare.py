@@ -43,7 +43,10 @@ def prepare(model: Path, site: Path, modules: Path = HERE / "node_modules") -> P
     if loaded.kind != "onnx" or not loaded.model.program_info.get("cache") or loaded.tokenizer is None:
         raise SystemExit(f"{model} is no export with a cache and a tokenizer: use loopq-compile export --cache.")
     if list(model.glob("*.data")):
-        raise SystemExit(f"The weights of {model} are too large for a page: they take a file of their own.")
+        raise SystemExit(
+            f"The weights of {model} are in a file of their own, and a page opens one: export the program with "
+            "--external-data-threshold 2000000000."
+        )
     site.mkdir(parents=True, exist_ok=True)
     for file in (*(HERE / name for name in PAGE), *(modules / name for name in PACKAGES)):
         shutil.copy(file, site)
