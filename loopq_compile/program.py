@@ -109,7 +109,7 @@ class Program:
         kv_bits: int | None = None,
         early_exit: bool = False,
         float_bits: int = 32,
-        external_data_threshold: int = 2**26,
+        external_data_threshold: int | None = None,
     ) -> OnnxExport:
         """Writes `model.onnx` into `directory`.
 
@@ -132,7 +132,8 @@ class Program:
                 see `with_early_exit`.
             float_bits: 16 stores scales, embeddings and whatever else stays in floating point as float16.
             external_data_threshold: bytes of weights above which they get a file of their own, `model.onnx.data`, from
-                which ONNX Runtime opens a model faster and in less memory; above 2 GiB they always do.
+                which ONNX Runtime opens a model faster and in less memory; 64 MiB by default.
+                Above 2 GiB they always do.
 
         Returns:
             Path, size and node counts of what was written.

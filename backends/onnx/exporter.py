@@ -56,7 +56,7 @@ def export(
     early_exit: bool = False,
     float_bits: int = 32,
     overwrite: bool = True,
-    external_data_threshold: int = EXTERNAL_DATA_THRESHOLD,
+    external_data_threshold: int | None = None,
 ) -> OnnxExport:
     """Writes the program as `model.onnx` into `directory`.
 
@@ -88,7 +88,8 @@ def export(
         float_bits: 16 stores what stays in floating point (scales, embeddings, head, transforms) as float16; arithmetic
             stays in single precision.
         overwrite: replace a `model.onnx` that is there already.
-        external_data_threshold: bytes of weights above which they go to `model.onnx.data`, which ONNX Runtime maps.
+        external_data_threshold: bytes of weights above which they go to `model.onnx.data`, which ONNX Runtime maps;
+            64 MiB by default.
 
     Raises:
         LoopQError: an unknown or not yet available option, an operator without translation, or a directory that
@@ -125,7 +126,8 @@ def export(
     _clean_up(model)
     name_everything(model, prepared.origins)
     _describe_program(model, state, prepared.outputs, target=target, form=form, cache=cache, products=products)
-    files = write_model(model, Path(directory), threshold=external_data_threshold)
+    threshold = EXTERNAL_DATA_THRESHOLD if external_data_threshold is None else external_data_threshold
+    files = write_model(model, Path(directory), threshold=threshold)
     return describe(model, files, target=target, form=form)
 
 

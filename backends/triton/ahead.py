@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -341,14 +340,3 @@ def tuning_cases(group_size: int = 32, architecture: int | None = None) -> list[
         for tile in tuning_grid(decode, architecture, group_size)
         for packed in (True, False)
     ]
-
-
-def compile_all(
-    cases: Callable[[int], Sequence[Case]], architectures: Sequence[int] = ARCHITECTURES
-) -> Iterator[Compiled]:
-    """Compiles the cases of every architecture, one result at a time; those of one name in a row."""
-    named = {architecture: {case.name: case for case in cases(architecture)} for architecture in architectures}
-    for name in dict.fromkeys(name for found in named.values() for name in found):
-        for architecture, found in named.items():
-            if name in found:
-                yield compile_case(found[name], architecture)

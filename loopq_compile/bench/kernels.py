@@ -184,7 +184,13 @@ def static_report(
         known = (ahead.tuning_cases if grid else ahead.default_cases)(group_size, architecture)
         return [case for case in known if kernels in case.name]
 
-    found = list(ahead.compile_all(cases, architectures or ahead.ARCHITECTURES))
+    named = {number: {case.name: case for case in cases(number)} for number in architectures or ahead.ARCHITECTURES}
+    found = [
+        ahead.compile_case(known[name], architecture)
+        for name in dict.fromkeys(name for known in named.values() for name in known)
+        for architecture, known in named.items()
+        if name in known
+    ]
     failed = sum(bool(compiled.problems) for compiled in found)
     return Report(
         "kernels",

@@ -30,8 +30,10 @@ def sized(name: str, layers: int | None = None) -> OuroConfig:
 
 
 def random_model(config: OuroConfig, dtype: torch.dtype = torch.float32) -> Ouro:
-    """A model whose weights repeat one block of random numbers, from another one on each time: a billion take longer to
-    draw than to compile, and of equal weights ONNX Runtime would keep one copy."""
+    """A model whose weights repeat one block of random numbers, since a billion take longer to draw than to compile.
+
+    Each repetition starts elsewhere in it: of equal weights ONNX Runtime would keep one copy.
+    """
     with torch.device("meta"):
         model = Ouro(config).to(dtype)
     model = model.to_empty(device="cpu").eval()

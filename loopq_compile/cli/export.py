@@ -25,7 +25,7 @@ _NO_ONNX_OPTIONS = {
     "kv_bits": None,
     "early_exit": False,
     "float_bits": 32,
-    "external_data_threshold": 2**26,
+    "external_data_threshold": None,
 }
 """Options of ONNX files when nobody gives any."""
 
@@ -75,13 +75,13 @@ def export_command(
         int, typer.Option("--float-bits", help="16 stores scales, embeddings and head in half the bytes.")
     ] = 32,
     external_data_threshold: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--external-data-threshold",
             metavar="BYTES",
-            help="Weights above this size get a file of their own, model.onnx.data, which takes less memory to open.",
+            help="Weights above this size (64 MiB by default) get a file of their own, which needs less memory.",
         ),
-    ] = 2**26,
+    ] = None,
     genai: Annotated[
         bool,
         typer.Option("--genai", help="Also write genai_config.json, for onnxruntime-genai; implies --cache."),
