@@ -20,9 +20,10 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from loopq_compile.capture_errors import explain, watch_specialization
+from loopq_compile.capture_errors import explain, quiet_exporter, watch_specialization
 from loopq_compile.errors import CaptureError, LoopQError
 from loopq_compile.example_inputs import bind_example, dynamic_shapes, main_input, name_dimensions, read_shapes, widen
+from loopq_compile.model_checks import check_deterministic, check_model, check_weights
 from loopq_compile.signature import InputSpec, Signature
 from loopq_compile.state import CompilerState, attach_state
 
@@ -45,7 +46,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         CaptureError: `torch.export` cannot capture the model; the message shows the source line.
     """
     check_model(model)
-    _check_weights(model)
+    check_weights(model)
     names, arguments = bind_example(model, example_inputs)
     named = name_dimensions(arguments)
     arguments = widen(arguments, named)
@@ -68,40 +69,6 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     return graph_module
 
 
-_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
-"""PyTorch's wrappers around a model, and where they keep it."""
-
-
-def check_model(model: object) -> None:
-    """Refuses what is no `nn.Module`."""
-    inner = _WRAPPERS.get(type(model).__name__)
-    if inner and type(model).__module__.startswith("torch."):
-        raise LoopQError(f"model is wrapped in {type(model).__name__}; pass model.{inner}.")
-    if isinstance(model, type) and issubclass(model, nn.Module):
-        raise LoopQError(f"model must be an instance, not a class; write {model.__name__}(...).")
-    if not isinstance(model, nn.Module):
-        hint = " Load it first." if isinstance(model, str) else ""
-        raise LoopQError(f"model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
-    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
-    devices |= {str(parameter.device) for parameter in model.parameters()} - {"meta"}
-    if len(devices) > 1:
-        raise LoopQError(
-            f"model is spread over {', '.join(sorted(devices))} (device_map), and a graph runs on one device: load it "
-            "without device_map, on the CPU if no accelerator has the memory; torch.bfloat16 halves what it needs."
-        )
-
-
-def _check_weights(model: nn.Module) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise LoopQError(f"Weight {name!r} has no data (it is on the meta device); load the checkpoint first.")
-        if tensor.is_floating_point() and tensor.ndim and not torch.isfinite(tensor.min() + tensor.max()):
-            infinite_mask = isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
-            if infinite_mask and not torch.isnan(tensor).any():
-                continue  # a causal mask kept as a buffer
-            raise LoopQError(f"Weight {name!r} contains NaN or infinite values; the checkpoint is damaged.")
-
-
 def _export(model: nn.Module, arguments: Mapping[str, Any], shapes: dict[str, Any]) -> ExportedProgram:
     dynamic = dict(shapes)
     parameters = inspect.signature(model.forward).parameters
@@ -111,7 +78,7 @@ def _export(model: nn.Module, arguments: Mapping[str, Any], shapes: dict[str, An
         dynamic[catch_all] = extra
     fixed_at: list[traceback.FrameSummary] = []
     try:
-        with watch_specialization(fixed_at):
+        with watch_specialization(fixed_at), quiet_exporter():
             exported = torch.export.export(model, (), dict(arguments), dynamic_shapes=dynamic, strict=False)
         # Tracing a second time costs as much as the export itself; most models do not need it.
         return exported if _is_functional(exported.graph) else exported.run_decompositions({})
@@ -252,6 +219,7 @@ def _lower_to_graph_module(
             copied[node].meta.update(node.meta)
     graph_module = fx.GraphModule(attributes, graph)
     graph_module.graph.eliminate_dead_code()
+    check_deterministic(graph_module.graph)
     graph_module.recompile()
     return graph_module
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import os
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -49,6 +52,21 @@ def _model_frames(frames: Sequence[traceback.FrameSummary]) -> list[traceback.Fr
         for i, frame in enumerate(frames)
         if i > max(ours[:1], default=-1) and not frame.filename.startswith((_PYTORCH, _CAPTURE, "<"))
     ]
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Keeps what the exporter prints of a graph that it cannot finish off the terminal; the error says what matters."""
+    printed = io.StringIO()
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    finally:
+        log.setLevel(level)
+    sys.stderr.write(printed.getvalue())  # what the model's own code wrote, where all went well
 
 
 def explain(model: nn.Module, error: Exception, fixed_at: Sequence[traceback.FrameSummary]) -> str:

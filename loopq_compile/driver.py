@@ -12,8 +12,9 @@ from torch import nn
 
 from loopq_compile.artifact import read
 from loopq_compile.calibration import guarded
-from loopq_compile.capture import capture, check_model
+from loopq_compile.capture import capture
 from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.model_checks import check_model
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.pipelines import get_pipeline

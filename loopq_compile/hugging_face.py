@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,9 @@ def load_hugging_face(name: str, options: LoadOptions, **more: Any) -> tuple[Any
     if not options.allow_pickle and not more:
         _refuse_pickles(name)
         more["use_safetensors"] = True
-    _check_memory(name, options.dtype)
+    config = _read_json(name, "config.json")
+    _refuse_quantized(name, config)
+    _check_memory(name, options.dtype, config)
     model = _from_pretrained(name, options, **more)
     more.pop("use_safetensors", None)
     tokenizer, settings = _tokenizer(name, **more)
@@ -96,9 +99,33 @@ def _pickle_refusal(name: str, reason: str) -> str:
     )
 
 
-def _check_memory(name: str, dtype: str) -> None:
+def _read_json(name: str, file: str) -> dict[str, Any]:
+    """A file of a folder or hub id, before anything large is loaded; empty if it is not to be had."""
+    try:
+        from transformers.utils import cached_file
+
+        found = cached_file(
+            name, file, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+        )  # fmt: skip
+        return dict(json.loads(Path(found).read_text(encoding="utf-8"))) if found else {}
+    except (ImportError, OSError, ValueError, TypeError):
+        return {}
+
+
+def _refuse_quantized(name: str, config: Mapping[str, Any]) -> None:
+    settings = config.get("quantization_config")
+    if settings:
+        method = settings.get("quant_method", "an unknown method") if isinstance(settings, Mapping) else settings
+        raise LoopQError(
+            f"{name} is already quantized ({method}); what was rounded once cannot be rounded better. Take the "
+            "original weights, in floating point."
+        )
+
+
+def _check_memory(name: str, dtype: str, config: Mapping[str, Any]) -> None:
     """Refuses what would have to be spread over several devices (`device_map`) to be loaded."""
-    stored, available = _stored_bytes(name), available_memory()
+    stored, available = _stored_bytes(name, config), available_memory()
     if stored is None or available is None:
         return
     needed = stored[0] * DTYPES[dtype] // stored[1]
@@ -110,27 +137,14 @@ def _check_memory(name: str, dtype: str) -> None:
         )
 
 
-def _stored_bytes(name: str) -> tuple[int, int] | None:
+def _stored_bytes(name: str, config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Bytes of the weight files, and of one number in them; None if that cannot be known before loading."""
     folder = Path(name)
-    size: int | None = None
-    try:
-        from transformers.utils import cached_file
-
-        index = cached_file(
-            name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
-        )  # fmt: skip
-        if index is not None:
-            size = int(json.loads(Path(index).read_text(encoding="utf-8"))["metadata"]["total_size"])
-        elif folder.is_dir():
-            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        config_file = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
-        config = json.loads(Path(config_file).read_text(encoding="utf-8")) if size and config_file else {}
-    except (ImportError, OSError, ValueError, KeyError, TypeError):
-        return None
+    size = _read_json(name, "model.safetensors.index.json").get("metadata", {}).get("total_size")
+    if size is None and folder.is_dir():
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return (size, DTYPES.get(stored, 4)) if size else None
+    return (int(size), DTYPES.get(stored, 4)) if size and config else None
 
 
 def _from_pretrained(name: str, options: LoadOptions, **more: Any) -> Any:
@@ -144,11 +158,35 @@ def _from_pretrained(name: str, options: LoadOptions, **more: Any) -> Any:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error says what came of them
     disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=options.torch_dtype, trust_remote_code=options.trust_remote_code, **more
-        )
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=options.torch_dtype, trust_remote_code=options.trust_remote_code, output_loading_info=True,
+            ignore_mismatched_sizes=True, **more,
+        )  # fmt: skip
     except Exception as error:  # transformers raises many kinds, all of them about what it was asked to load
         raise LoopQError(_explain(name, str(error))) from error
+    _check_complete(name, found)
+    return model
+
+
+def _check_complete(name: str, found: Mapping[str, Any]) -> None:
+    """Refuses what transformers fills with random numbers: weights that the files lack, or have in another shape."""
+    wrong = sorted(found.get("mismatched_keys") or ())
+    if wrong:
+        key, stored, wanted = wrong[0]
+        raise LoopQError(
+            f"{name} does not fit its config.json: weight {key!r} is stored as {list(stored)}, the configuration makes "
+            f"it {list(wanted)}{_and_others(wrong)}. Take the config.json that came with the weights."
+        )
+    missing = sorted(found.get("missing_keys") or ())
+    if missing:
+        raise LoopQError(
+            f"The files of {name} lack weight {missing[0]!r}{_and_others(missing)}, which would be left random. "
+            "Download the checkpoint again, or take the config.json that came with it."
+        )
+
+
+def _and_others(names: Sequence[Any]) -> str:
+    return f" ({len(names) - 1} others likewise)" if len(names) > 1 else ""
 
 
 def _explain(name: str, text: str) -> str:
@@ -157,6 +195,8 @@ def _explain(name: str, text: str) -> str:
             f"{name} brings its own Python code, which would run on this machine with all your rights. Read the .py "
             "files of its repository first; then allow it with trust_remote_code=True (--trust-remote-code)."
         )
+    if "No such file" in text and ".safetensors" in text:
+        return f"A part of the weights of {name} is missing; download it again: {first_line(text)}"
     if "safetensors" in text:
         return _pickle_refusal(name, first_line(text))
     if "connect" in text or "not a local folder" in text or "not a valid model identifier" in text:

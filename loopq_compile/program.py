@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,18 @@ class Program:
                 f"The program cannot run on {sizes}: {error} The model's code took another branch for the example "
                 "it was captured from; models that work in chunks need an example longer than one, no multiple of it."
             ) from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return Program(deepcopy(self.graph_module, memo))
+
+    def __copy__(self) -> Program:
+        return Program(self.graph_module)
+
+    def __reduce__(self) -> Any:
+        raise LoopQError(
+            "A program cannot be pickled, since a pickle can run code when it is read. Write it with "
+            "program.save(folder), and read it with loopq_compile.load(folder), in another process as well."
+        )
 
     @property
     def loops(self) -> LoopStructure:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import loopq_compile as lq
@@ -203,3 +205,45 @@ def test_generation_ends_at_each_of_the_end_tokens(folder: Path) -> None:
     end = free[2]
     stopped = program.generate(IDS[:1], max_new_tokens=8, eos_token_id=[63 if end != 63 else 62, end])[0, 9:].tolist()
     assert stopped == free[: free.index(end) + 1]
+
+
+def damaged(folder: Path, tmp_path: Path, **configuration: object) -> Path:
+    """A copy of `folder` with another config.json."""
+    copied = tmp_path / "copy"
+    shutil.copytree(folder, copied)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, **configuration}))
+    return copied
+
+
+def test_weights_that_the_files_lack_are_not_left_random(folder: Path, tmp_path: Path) -> None:
+    copied = damaged(folder, tmp_path)
+    weights = load_file(copied / "model.safetensors")
+    name = next(name for name in weights if "up_proj" in name)
+    del weights[name]
+    save_file(weights, copied / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LoopQError, match=rf"lack weight '{name}'.* left random\. Download"):
+        load_model(str(copied))
+
+
+def test_weights_of_another_shape_than_the_configuration_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoopQError, match=r"weight '.*mlp.*' is stored as \[\d+, \d+\], the configuration makes it"):
+        load_model(str(damaged(folder, tmp_path, intermediate_size=96)))
+
+
+def test_a_missing_part_of_the_weights_is_called_that(folder: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "parts"
+    tiny_llama().save_pretrained(copied, max_shard_size="20KB")
+    parts = sorted(copied.glob("model-*.safetensors"))
+    parts[1].unlink()
+    with pytest.raises(LoopQError, match=rf"part of the weights .* is missing; download it again.*{parts[1].name}"):
+        load_model(str(copied))
+
+
+def test_checkpoints_that_are_already_quantized_are_refused_before_they_are_loaded(
+    folder: Path, tmp_path: Path
+) -> None:
+    copied = damaged(folder, tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(LoopQError, match=r"already quantized \(gptq\).*original weights"):
+        load_model(str(copied))
