@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind, OutputSpec
+from torch.export.graph_signature import InputKind, OutputKind
 
 from loopq_compile.capture_compare import Comparison
 from loopq_compile.capture_export import captured_sizes, export
@@ -134,9 +134,8 @@ def _lower_to_graph_module(
 ) -> fx.GraphModule:
     """Moves lifted weights back into `get_attr` nodes, one per tensor, and renames nodes in order."""
     signature = exported.graph_signature
-    written = [spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs]
     for spec in signature.output_specs:
-        if spec.kind is not OutputKind.USER_OUTPUT and not _is_unread(exported, spec):
+        if spec.kind is not OutputKind.USER_OUTPUT:
             kind = spec.kind.name.split("_")[0].lower()
             raise CaptureError(
                 f"The model writes to its {kind} {spec.target!r} while it runs; a program has no state. "
@@ -163,8 +162,7 @@ def _lower_to_graph_module(
                 copied[node] = graph.placeholder(next(names))
                 copied[node].meta.update(node.meta)
         elif node.op == "output":
-            results = zip(node.args[0], written, strict=True)
-            graph.output(tuple(copied.get(value, value) for value, is_state in results if not is_state))
+            graph.output(tuple(copied.get(value, value) for value in node.args[0]))
         else:
             if not isinstance(node.target, torch._ops.OpOverload) and node.op == "call_function":
                 _check_plain_function(node)
@@ -181,20 +179,6 @@ def _lower_to_graph_module(
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
-
-
-def _is_unread(exported: ExportedProgram, spec: OutputSpec) -> bool:
-    """Whether a buffer is overwritten as a whole before anything reads it: a table that every call makes anew."""
-    named = {s.target: s.arg.name for s in exported.graph_signature.input_specs if s.target is not None}
-    users = [
-        user
-        for node in exported.graph.nodes
-        if node.op == "placeholder" and node.name == named.get(spec.target)
-        for user in node.users
-    ]
-    return spec.kind is OutputKind.BUFFER_MUTATION and all(
-        user.target is torch.ops.aten.copy.default and user.args[0].name == named[spec.target] for user in users
-    )
 
 
 def _is_assertion(node: fx.Node) -> bool:

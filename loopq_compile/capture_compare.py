@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from loopq_compile.capture_state import ModelState
-from loopq_compile.example_inputs import Dimensions, resize
+from loopq_compile.example_inputs import Dimensions, resize, split_call
 from loopq_compile.signature import Signature
 
 
@@ -59,8 +59,9 @@ class Comparison:
     def _agrees(self, arguments: Mapping[str, Any]) -> bool:
         inputs = [arguments[spec.name] for spec in self.signature.inputs]
         devices = sorted({value.device.index or 0 for value in inputs if value.device.type == "cuda"})
+        args, _, kwargs = split_call(self.model, arguments)
         results = []
-        for run in (lambda: self.model(**arguments), lambda: self.signature.restore(self.graph_module(*inputs))):
+        for run in (lambda: self.model(*args.values(), **kwargs), lambda: self.signature.restore(self.graph_module(*inputs))):
             try:
                 with torch.random.fork_rng(devices), torch.no_grad():
                     torch.manual_seed(0)

@@ -17,10 +17,10 @@ from torch.export import ExportedProgram
 
 from loopq_compile.capture_errors import explain
 from loopq_compile.capture_sizes import Watch, conditions_of, dimension_names, watch_sizes
-from loopq_compile.capture_state import ModelState
+from loopq_compile.capture_state import ModelState, hashable_sizes
 from loopq_compile.conditions import SizeCondition
 from loopq_compile.errors import CaptureError, LoopQError
-from loopq_compile.example_inputs import Dimensions, dynamic_shapes, main_input, read_shapes, resize
+from loopq_compile.example_inputs import Dimensions, dynamic_shapes, main_input, read_shapes, resize, split_call
 
 _LONGEST = 1 << 17
 """Longest example that is tried to make a model renew its caches."""
@@ -54,33 +54,30 @@ def export(model: nn.Module, arguments: Mapping[str, Any], named: Dimensions, st
     Raises:
         CaptureError: `torch.export` cannot capture the model.
     """
-    first: Export | None = None
+    best: Export | None = None
     error: CaptureError | None = None
-    try:
-        first = _run(model, arguments, named)
-    except CaptureError as refused:
-        error = refused
-    caches = state.caches()
-    state.restore()
-    if first is not None and not first.conditions:
-        return first
-    if not caches:
-        caches = _provoke(model, arguments, named, state, first)
-    if caches:
+
+    def attempt() -> None:
+        nonlocal best, error
         try:
-            for place, key, stale in caches:
-                place.write({**place.read(), key: stale})
-            second = _run(model, arguments, named)
-            if first is None or len(second.conditions) < len(first.conditions):
-                return second
+            found = _run(model, arguments, named, state)
+            if best is None or len(found.conditions) < len(best.conditions):
+                best = found
         except CaptureError as refused:
             error = error or refused
-        finally:
-            state.restore()
-    if first is None:
+
+    attempt()
+    written = state.found
+    for renew in (lambda: written, lambda: _provoke(model, arguments, named, state, best)):
+        caches = renew() if best is None or best.conditions else []
+        if caches:
+            for place, key, stale in caches:
+                place.write({**place.read(), key: stale})
+            attempt()
+    if best is None:
         assert error is not None
         raise error
-    return first
+    return best
 
 
 def _provoke(
@@ -98,23 +95,27 @@ def _provoke(
         return []
     sizes = {"batch": main.shape[0] + 1, "sequence": max(longest, main.shape[1] + 1)}
     with contextlib.suppress(CaptureError):
-        _run(model, resize(arguments, named, sizes), named)
-    caches = state.caches()
-    state.restore()
-    return caches
+        _run(model, resize(arguments, named, sizes), named, state)
+    return state.found
 
 
-def _run(model: nn.Module, arguments: Mapping[str, Any], named: Dimensions) -> Export:
+def _run(model: nn.Module, arguments: Mapping[str, Any], named: Dimensions, state: ModelState) -> Export:
+    """One run of the exporter, after which the model is as before; `state.found` has the caches that it wrote."""
     watch = Watch()
-    with _vmap_free_masks(), _without_disable_marks(model), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        try:
-            program = _export(model, arguments, dynamic_shapes(arguments, named), watch)
-        except CaptureError as error:
-            if "unhashable type: non-nested SymInt" not in str(error):
-                raise
-            with _hashable_sizes():
+    try:
+        with _vmap_free_masks(), _without_disable_marks(model), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            # The exporter itself puts back some of what a model assigns, so caches are looked for before it does.
+            model.register_forward_hook(lambda *_: state.find_caches(), always_call=True)
+            try:
                 program = _export(model, arguments, dynamic_shapes(arguments, named), watch)
+            except CaptureError as error:
+                if "unhashable type: non-nested SymInt" not in str(error):
+                    raise
+                with hashable_sizes():
+                    program = _export(model, arguments, dynamic_shapes(arguments, named), watch)
+    finally:
+        state.restore()
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
     given = program.graph_signature.user_inputs
     tensors = [node.meta["val"] for node in nodes if node.name in given and isinstance(node.meta.get("val"), Tensor)]
@@ -139,38 +140,38 @@ def captured_sizes(arguments: Mapping[str, Any], shapes: Mapping[str, tuple[int 
     }
 
 
-@contextlib.contextmanager
-def _hashable_sizes() -> Iterator[None]:
-    """Lets sizes that vary be keys of a dictionary or of `lru_cache`, in which they never meet a number.
-
-    Only for models that need it: libraries such as einops rely on the error.
-    """
-    original = torch.SymInt.__hash__
-    torch.SymInt.__hash__ = lambda self: hash(("size", str(self)))  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.SymInt.__hash__ = original  # type: ignore[method-assign]
-
-
 def _export(
     model: nn.Module, arguments: Mapping[str, Any], shapes: dict[str, Any], watch: Watch
 ) -> ExportedProgram:
-    dynamic = dict(shapes)
+    args, rest, kwargs = split_call(model, arguments)
     parameters = inspect.signature(model.forward).parameters
-    extra = {name: dynamic.pop(name) for name in list(dynamic) if name not in parameters}
+    dynamic = {name: shape for name, shape in shapes.items() if name in parameters}
+    if rest is not None:
+        dynamic[rest] = tuple(shapes[name] for name in args if name not in parameters)
+    extra = {name: shapes[name] for name in kwargs if name not in parameters}
     if extra:
-        catch_all = next(p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD)
-        dynamic[catch_all] = extra
+        dynamic[next(p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD)] = extra
     try:
         with watch_sizes(watch):
-            exported = torch.export.export(model, (), dict(arguments), dynamic_shapes=dynamic, strict=False)
+            exported = torch.export.export(
+                model, tuple(args.values()), kwargs, dynamic_shapes=dynamic or None, strict=False
+            )
+        _forget_unread_buffers(exported.graph)
         # Tracing a second time costs as much as the export itself; most models do not need it.
         return exported if _is_functional(exported.graph) else exported.run_decompositions({})
     except LoopQError:
         raise
     except Exception as error:
         raise CaptureError(explain(model, error, watch.fixed_at)) from error
+
+
+def _forget_unread_buffers(graph: fx.Graph) -> None:
+    """Takes out what is written to a buffer as a whole and never read from it: a table that every call makes anew."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.copy_.default and not node.users:
+            buffer = node.args[0]
+            if buffer.op == "placeholder" and len(buffer.users) == 1:
+                graph.erase_node(node)
 
 
 def _is_functional(graph: fx.Graph) -> bool:

@@ -8,6 +8,7 @@ before, and puts the old values back.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import sys
 import types
@@ -27,6 +28,20 @@ _LOOKED_INTO_AT_MOST = 100_000
 """Entries of a container; longer ones are data, and only remembered."""
 
 
+@contextlib.contextmanager
+def hashable_sizes() -> Iterator[None]:
+    """Lets sizes that vary be keys of a dictionary or of `lru_cache`, in which they never meet a number.
+
+    Only for models that need it: libraries such as einops rely on the error.
+    """
+    original = torch.SymInt.__hash__
+    torch.SymInt.__hash__ = lambda self: hash(("size", str(self)))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.SymInt.__hash__ = original  # type: ignore[method-assign]
+
+
 class Place:
     """One container and what it holds: an attribute dictionary, a list, a cell of a closure."""
 
@@ -37,10 +52,11 @@ class Place:
     def changed(self) -> dict[Any, tuple[Any, Any]]:
         """Old and new value of every entry that is another object now."""
         now, found = self.read(), {}
-        for key in [*self.before, *(key for key in now if key not in self.before)]:
-            old, new = self.before.get(key, _ABSENT), now.get(key, _ABSENT)
-            if old is not new:
-                found[key] = (old, new)
+        with hashable_sizes():
+            for key in [*self.before, *(key for key in now if key not in self.before)]:
+                old, new = self.before.get(key, _ABSENT), now.get(key, _ABSENT)
+                if old is not new:
+                    found[key] = (old, new)
         return found
 
     def restore(self) -> None:
@@ -60,6 +76,7 @@ class ModelState:
     def __init__(self, model: nn.Module) -> None:
         self.places: list[Place] = []
         self.tensors: dict[int, Tensor] = {}
+        self.found: list[tuple[Place, Any, Any]] = []
         self._cached_functions: dict[int, tuple[Any, Any]] = {}
         self._copies: list[tuple[Tensor, Tensor, int]] = []
         seen: dict[int, Any] = {}
@@ -92,10 +109,10 @@ class ModelState:
             if size <= _COPIED_AT_MOST and not tensor.is_inference():
                 self._copies.append((tensor, tensor.detach().clone(), tensor._version))
 
-    def caches(self) -> list[tuple[Place, Any, Any]]:
-        """Place, key and stale value of what the exporter's run has written: tables and numbers that follow the sizes.
+    def find_caches(self) -> None:
+        """Sets `found`: place, key and stale value of what the exporter's run has written, and what follows its sizes.
 
-        Such a table is stale as if the model had last run on one row and one token, which no capture has.
+        A stale table has no rows and a stale number is 0, as if the model had last run on no token at all.
         """
         found = []
         for place in self.places:
@@ -103,7 +120,7 @@ class ModelState:
                 stale = _stale(old, new)
                 if stale is not old:
                     found.append((place, key, stale))
-        return found
+        self.found = found
 
     def numbers(self) -> set[int]:
         """Whole numbers and sizes of tables among what is kept, outside of parameters."""
@@ -256,13 +273,13 @@ def _set_all(value: Any, before: Mapping[str, Any]) -> None:
 
 
 def _stale(old: Any, new: Any) -> Any:
-    """`old`, as a run on one row and one token would have left it, where `new` follows the sizes of the run."""
+    """`old`, as a run on no token would have left it, where `new` follows the sizes of the run."""
     if isinstance(new, torch.SymInt) and type(old) is int:
-        return 1
+        return 0
     if isinstance(new, Tensor) and isinstance(old, Tensor) and new.ndim == old.ndim:
         for axis, size in enumerate(new.shape):
-            if not isinstance(size, int) and old.shape[axis]:
-                old = old.narrow(axis, 0, 1)
+            if not isinstance(size, int):
+                old = old.narrow(axis, 0, 0)
         return old
     if isinstance(new, tuple | list) and type(new) is type(old) and len(new) == len(old):
         stale = [_stale(*pair) for pair in zip(old, new, strict=True)]

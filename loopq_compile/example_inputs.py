@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,11 @@ def bind_example(model: nn.Module, example_inputs: Any) -> tuple[list[str], dict
             raise LoopQError(f"{type(model).__name__}.forward has no argument {unknown[0]!r}; it takes {names}.")
         names += unknown
     elif isinstance(example_inputs, tuple | list):
+        rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+        if rest is not None:  # forward(*args): args_0, args_1, ...
+            first = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            more = [f"{rest}_{i}" for i in range(len(example_inputs) - len(first))]
+            names = [*first, *more, *(name for name in names if name not in first)]
         if len(example_inputs) > len(names):
             raise LoopQError(f"{len(example_inputs)} example inputs, but {type(model).__name__}.forward takes {names}.")
         arguments = dict(zip(names, example_inputs, strict=False))
@@ -56,6 +62,23 @@ def bind_example(model: nn.Module, example_inputs: Any) -> tuple[list[str], dict
     if "use_cache" in names:
         arguments.setdefault("use_cache", False)  # a program keeps no state
     return names, arguments
+
+
+def split_call(model: nn.Module, values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
+    """`values` by name of argument as positional and keyword ones, and the name of `*args` between them, if it has any.
+
+    Only a `forward` with `*args` that the example fills takes positional arguments.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    first = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    filled = [name for name in values if rest is not None and re.fullmatch(rf"{rest}_\d+", name)]
+    if not filled:
+        only = {p.name for p in parameters if p.kind is p.POSITIONAL_ONLY}
+        positional = {name: value for name, value in values.items() if name in only}
+        return positional, None, {name: value for name, value in values.items() if name not in only}
+    positional = {name: values[name] for name in [*first, *filled]}
+    return positional, rest, {name: value for name, value in values.items() if name not in positional}
 
 
 def _causal_lm_example(model: nn.Module, names: list[str]) -> dict[str, Any]:
