@@ -137,6 +137,11 @@ def _lower_to_graph_module(
     for spec in signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
             kind = spec.kind.name.split("_")[0].lower()
+            if spec.kind is OutputKind.PARAMETER_MUTATION:
+                raise CaptureError(
+                    f"The model rewrites its weight {spec.target!r} while it runs, as nn.Embedding(max_norm=...) does; a "
+                    "program has fixed weights. Apply the norm to the weight once, and set max_norm = None."
+                )
             raise CaptureError(
                 f"The model writes to its {kind} {spec.target!r} while it runs; a program has no state. "
                 "Return the value instead of storing it, or switch off the cache (use_cache=False)."

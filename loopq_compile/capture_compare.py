@@ -61,7 +61,10 @@ class Comparison:
         devices = sorted({value.device.index or 0 for value in inputs if value.device.type == "cuda"})
         args, _, kwargs = split_call(self.model, arguments)
         results = []
-        for run in (lambda: self.model(*args.values(), **kwargs), lambda: self.signature.restore(self.graph_module(*inputs))):
+        for run in (
+            lambda: self.model(*args.values(), **kwargs),
+            lambda: self.signature.restore(self.graph_module(*inputs)),
+        ):
             try:
                 with torch.random.fork_rng(devices), torch.no_grad():
                     torch.manual_seed(0)

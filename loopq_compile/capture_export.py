@@ -140,9 +140,7 @@ def captured_sizes(arguments: Mapping[str, Any], shapes: Mapping[str, tuple[int 
     }
 
 
-def _export(
-    model: nn.Module, arguments: Mapping[str, Any], shapes: dict[str, Any], watch: Watch
-) -> ExportedProgram:
+def _export(model: nn.Module, arguments: Mapping[str, Any], shapes: dict[str, Any], watch: Watch) -> ExportedProgram:
     args, rest, kwargs = split_call(model, arguments)
     parameters = inspect.signature(model.forward).parameters
     dynamic = {name: shape for name, shape in shapes.items() if name in parameters}

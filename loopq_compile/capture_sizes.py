@@ -117,7 +117,9 @@ def watch_sizes(watch: Watch) -> Iterator[None]:
         ShapeEnv.evaluate_expr = evaluate  # type: ignore[method-assign]
 
 
-def conditions_of(watch: Watch, env: ShapeEnv, names: Mapping[Any, str], sizes: Mapping[str, int]) -> list[SizeCondition]:
+def conditions_of(
+    watch: Watch, env: ShapeEnv, names: Mapping[Any, str], sizes: Mapping[str, int]
+) -> list[SizeCondition]:
     """The decisions of `watch` as conditions on named dimensions, without those that hold at all sizes.
 
     Args:
@@ -154,7 +156,7 @@ def violations(condition: SizeCondition, sizes: Mapping[str, int]) -> list[dict[
     names = sorted(condition.names())
     longest = 4 * max(16, *sizes.values()) if len(names) == 1 else 24
     steps = [*range(1, longest + 1), *(1 << n for n in range(6, 14) if 1 << n > longest), *_LARGE]
-    steps = steps if len(names) == 1 else [*steps[:longest:1 if len(names) == 2 else 6], 64, 4096]
+    steps = steps if len(names) == 1 else [*steps[: longest : 1 if len(names) == 2 else 6], 64, 4096]
     grid = itertools.product(steps, repeat=len(names)) if len(names) < 4 else ()
     tried = [{**sizes, **dict(zip(names, point, strict=True))} for point in grid]
     return [point for point in tried if not condition.holds(point)]

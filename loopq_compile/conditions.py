@@ -135,7 +135,9 @@ def _value(node: ast.expr, sizes: Mapping[str, Any]) -> Any:
     raise _refused(ast.unparse(node))
 
 
-def check_conditions(conditions: tuple[SizeCondition, ...], sizes: Mapping[str, int], captured: Mapping[str, int]) -> None:
+def check_conditions(
+    conditions: tuple[SizeCondition, ...], sizes: Mapping[str, int], captured: Mapping[str, int]
+) -> None:
     """Refuses sizes at which the model is not what was captured.
 
     Raises:
