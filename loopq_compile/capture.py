@@ -139,8 +139,8 @@ def _lower_to_graph_module(
             kind = spec.kind.name.split("_")[0].lower()
             if spec.kind is OutputKind.PARAMETER_MUTATION:
                 raise CaptureError(
-                    f"The model rewrites its weight {spec.target!r} while it runs, as nn.Embedding(max_norm=...) does; a "
-                    "program has fixed weights. Apply the norm to the weight once, and set max_norm = None."
+                    f"The model rewrites its weight {spec.target!r} while it runs, as nn.Embedding(max_norm=...) does; "
+                    "a program has fixed weights. Apply the norm to the weight once, and set max_norm = None."
                 )
             raise CaptureError(
                 f"The model writes to its {kind} {spec.target!r} while it runs; a program has no state. "

@@ -93,8 +93,8 @@ def _is_symbolic(file: str) -> bool:
 def watch_sizes(watch: Watch) -> Iterator[None]:
     """Fills `watch` while the exporter runs.
 
-    The exporter reports a fixed size only at its end, without a place, and decisions only as far as they are not settled
-    by its assumption that sizes are at least 2. The methods watched here are private to PyTorch.
+    The exporter reports a fixed size only at its end, without a place, and decisions only as far as they are not
+    settled by its assumption that sizes are at least 2. The methods watched here are private to PyTorch.
     """
     replace, evaluate = ShapeEnv._set_replacement, ShapeEnv.evaluate_expr
 

@@ -139,7 +139,7 @@ class ModelState:
             self.tensors[id(value)] = value
             return []
         if isinstance(value, dict):
-            return self._add(lambda: dict(dict.items(value)), lambda before: _refill(value, before))
+            return self._add(lambda: dict.copy(value), lambda before: _refill(value, before))
         if isinstance(value, list | collections.deque):
             return self._add(lambda: dict(enumerate(value)), lambda before: _refill_sequence(value, before))
         if isinstance(value, set):

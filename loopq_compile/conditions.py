@@ -1,13 +1,14 @@
 """Conditions on sizes: at which batches and lengths a captured graph is the model.
 
-A model may branch on sizes (`if ids.shape[1] > 16`). A graph holds one way only, so the condition stays with it, as text
-over the names of dimensions, and every call is checked. Saved programs carry it: the text is data from anywhere, and is
+A model may branch on sizes (`if ids.shape[1] > 16`). A graph holds one way only, so the condition stays with it, as
+text over the names of dimensions, and every call is checked. Saved programs carry it: the text is data from anywhere, and is
 read by a small evaluator of arithmetic, never by Python.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -127,7 +128,7 @@ def _value(node: ast.expr, sizes: Mapping[str, Any]) -> Any:
         return (all if isinstance(node.op, ast.And) else any)(value(part) for part in node.values)
     if isinstance(node, ast.Compare) and all(type(op) in _OPERATORS for op in node.ops):
         parts = [value(part) for part in (node.left, *node.comparators)]
-        return all(_OPERATORS[type(op)](*pair) for op, pair in zip(node.ops, zip(parts, parts[1:]), strict=False))
+        return all(_OPERATORS[type(op)](*pair) for op, pair in zip(node.ops, itertools.pairwise(parts), strict=True))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
         function = _FUNCTIONS.get(node.func.id)
         if function is not None and node.args:

@@ -86,7 +86,7 @@ def test_branches_that_change_nothing_are_not_in_the_way(kind: str) -> None:
 def test_a_size_that_becomes_a_plain_number_is_refused_with_its_line() -> None:
     import math
 
-    with pytest.raises(CaptureError, match="math.log"):
+    with pytest.raises(CaptureError, match=r"math\.log"):
         captured(Small(lambda self, x: x * math.log(x.shape[1])), ids(2, 11))
 
 

@@ -70,6 +70,7 @@ class Caching(Small):
     def __init__(self, find) -> None:
         super().__init__(lambda self, x: x + find(self, x.shape[1]))
         self.cache, self.length, self.pair, self.tables = None, 0, (0, None), {}
+        self.register_buffer("kept", torch.zeros(0, 16), persistent=False)
 
 
 @pytest.mark.parametrize("warm", [None, 7], ids=["cold", "warm"])
