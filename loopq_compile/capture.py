@@ -6,13 +6,8 @@ around `set_grad_enabled` or `vmap`, weights as `get_attr` nodes, one node per t
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import operator
-import sys
-import traceback
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +15,12 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from loopq_compile.capture_errors import explain, quiet_exporter, watch_specialization
-from loopq_compile.errors import CaptureError, LoopQError
-from loopq_compile.example_inputs import bind_example, dynamic_shapes, main_input, name_dimensions, read_shapes, widen
+from loopq_compile.capture_compare import Comparison
+from loopq_compile.capture_export import captured_sizes, export
+from loopq_compile.capture_sizes import necessary
+from loopq_compile.capture_state import ModelState
+from loopq_compile.errors import CaptureError
+from loopq_compile.example_inputs import Dimensions, bind_example, name_dimensions, widen
 from loopq_compile.model_checks import check_deterministic, check_model, check_weights
 from loopq_compile.signature import InputSpec, Signature
 from loopq_compile.state import CompilerState, attach_state
@@ -53,108 +51,35 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with _vmap_free_masks(), _without_disable_marks(model), warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            exported = _export(model, arguments, dynamic_shapes(arguments, named))
+        state = ModelState(model)
+        try:
+            graph_module, signature = _capture(model, names, arguments, named, state)
+        finally:
+            state.restore()
     finally:
         for module, mode in training.items():
             module.training = mode
-    graph_module = _lower_to_graph_module(exported, arguments, _first_names(model))
-    values = {node.target: node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"}
-    shapes = read_shapes(values, named, main_input(arguments))
-    inputs = tuple(InputSpec(name, value.dtype, shapes[name]) for name, value in values.items())
-    constants = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
-    signature = Signature(tuple(names), inputs, constants, exported.call_spec.out_spec)
     attach_state(graph_module, CompilerState(signature, model_name=type(model).__name__))
     return graph_module
 
 
-def _export(model: nn.Module, arguments: Mapping[str, Any], shapes: dict[str, Any]) -> ExportedProgram:
-    dynamic = dict(shapes)
-    parameters = inspect.signature(model.forward).parameters
-    extra = {name: dynamic.pop(name) for name in list(dynamic) if name not in parameters}
-    if extra:
-        catch_all = next(p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD)
-        dynamic[catch_all] = extra
-    fixed_at: list[traceback.FrameSummary] = []
-    try:
-        with watch_specialization(fixed_at), quiet_exporter():
-            exported = torch.export.export(model, (), dict(arguments), dynamic_shapes=dynamic, strict=False)
-        # Tracing a second time costs as much as the export itself; most models do not need it.
-        return exported if _is_functional(exported.graph) else exported.run_decompositions({})
-    except LoopQError:
-        raise
-    except Exception as error:
-        raise CaptureError(explain(model, error, fixed_at)) from error
-
-
-def _is_functional(graph: fx.Graph) -> bool:
-    """Whether a graph holds operators without side effects alone: no in-place ones, no wrappers, no vmap."""
-    plain = {operator.getitem}
-    for node in graph.nodes:
-        if node.op in ("placeholder", "output") or node.target in plain:
-            continue
-        schema = getattr(node.target, "_schema", None)
-        symbolic = any(isinstance(node.meta.get("val"), kind) for kind in (torch.SymInt, torch.SymFloat, torch.SymBool))
-        if (
-            node.op != "call_function"
-            or (schema is None and not symbolic)
-            or (schema is not None and schema.is_mutable)
-        ):
-            return False
-    return True
-
-
-@contextlib.contextmanager
-def _vmap_free_masks() -> Iterator[None]:
-    """Lets transformers build attention masks without vmap while exporting, where it is installed and does not do so.
-
-    transformers 4.x builds masks with `torch.vmap`, which leaves functorch bookkeeping in the graph; it ships
-    functions without vmap for its own exporters.
-    """
-    masking = sys.modules.get("transformers.masking_utils")
-    executorch: Any = None
-    if masking is not None and hasattr(masking, "ALL_MASK_ATTENTION_FUNCTIONS"):
-        with contextlib.suppress(ImportError):
-            from transformers.integrations import executorch
-    functions = getattr(masking, "ALL_MASK_ATTENTION_FUNCTIONS", None)
-    plain = getattr(executorch, "sdpa_mask_without_vmap", None)
-    if plain is None or functions is None:
-        yield
-        return
-    replaced = {"sdpa": plain}
-    if hasattr(executorch, "eager_mask_without_vmap"):
-        replaced["eager"] = executorch.eager_mask_without_vmap
-    before = {name: functions[name] for name in replaced}
-    try:
-        for name, function in replaced.items():
-            functions[name] = function
-        yield
-    finally:
-        for name, function in before.items():
-            functions[name] = function
-
-
-@contextlib.contextmanager
-def _without_disable_marks(model: nn.Module) -> Iterator[None]:
-    """Takes `torch._dynamo.disable(recursive=False)` off the methods of `model` while exporting.
-
-    Methods so marked refuse to run under the exporter, even in non-strict mode, which runs them in plain Python and
-    never asks Dynamo: there the mark means nothing.
-    """
-    marked = [
-        (cls, name, method)
-        for cls in {cls for module in model.modules() for cls in type(module).__mro__}
-        for name, method in vars(cls).items()
-        if getattr(getattr(method, "__code__", None), "co_name", "") == "nonrecursive_disable_wrapper"
-    ]
-    try:
-        for cls, name, method in marked:
-            setattr(cls, name, method.__wrapped__)
-        yield
-    finally:
-        for cls, name, method in marked:
-            setattr(cls, name, method)
+def _capture(
+    model: nn.Module, names: list[str], arguments: dict[str, Any], named: Dimensions, state: ModelState
+) -> tuple[fx.GraphModule, Signature]:
+    first_names = _first_names(model)
+    found = export(model, arguments, named, state)
+    graph_module = _lower_to_graph_module(found.program, arguments, first_names)
+    inputs = tuple(InputSpec(name, value.dtype, found.shapes[name]) for name, value in found.values.items())
+    constants = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
+    signature = Signature(tuple(names), inputs, constants, found.program.call_spec.out_spec)
+    sizes = captured_sizes(arguments, found.shapes)
+    conditions = tuple(found.relations)
+    if found.conditions:
+        compare = Comparison(model, graph_module, signature, arguments, named, state)
+        conditions += necessary(found.conditions, sizes, compare)
+    if conditions:
+        signature = replace(signature, conditions=conditions, captured=sizes)
+    return graph_module, signature
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -179,6 +104,11 @@ def _lower_to_graph_module(
     for spec in signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
             kind = spec.kind.name.split("_")[0].lower()
+            if spec.kind is OutputKind.PARAMETER_MUTATION:
+                raise CaptureError(
+                    f"The model rewrites its weight {spec.target!r} while it runs, as nn.Embedding(max_norm=...) does; "
+                    "a program has fixed weights. Apply the norm to the weight once, and set max_norm = None."
+                )
             raise CaptureError(
                 f"The model writes to its {kind} {spec.target!r} while it runs; a program has no state. "
                 "Return the value instead of storing it, or switch off the cache (use_cache=False)."

@@ -10,41 +10,15 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 _PYTORCH = os.path.dirname(torch.__file__)
 _CAPTURE = os.path.join(os.path.dirname(__file__), "capture")
 
 
-@contextlib.contextmanager
-def watch_specialization(found: list[traceback.FrameSummary]) -> Iterator[None]:
-    """Adds to `found` the model's lines at which a dynamic size turns out to be a constant.
-
-    The exporter reports that only at its end, without a place. The method watched here is private to PyTorch: where a
-    release lacks it, nothing is found.
-    """
-    original = getattr(ShapeEnv, "_set_replacement", None)
-    if original is None:
-        yield
-        return
-
-    def watched(self: ShapeEnv, symbol: Any, value: Any, *rest: Any, **options: Any) -> Any:
-        if getattr(value, "is_number", False):
-            found.extend(_model_frames(traceback.extract_stack())[-1:])
-        return original(self, symbol, value, *rest, **options)
-
-    ShapeEnv._set_replacement = watched  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        ShapeEnv._set_replacement = original  # type: ignore[method-assign]
-
-
-def _model_frames(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+def model_frames(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
     """The frames below the capture that are neither PyTorch's nor ours."""
     ours = [i for i, frame in enumerate(frames) if frame.filename.startswith(_CAPTURE)]
     return [
@@ -72,7 +46,7 @@ def quiet_exporter() -> Iterator[None]:
 def explain(model: nn.Module, error: Exception, fixed_at: Sequence[traceback.FrameSummary]) -> str:
     """What went wrong, at which line of the model's source, and a way out."""
     text = str(error)
-    frames = _model_frames(traceback.extract_tb(error.__traceback__)) or list(fixed_at)
+    frames = model_frames(traceback.extract_tb(error.__traceback__)) or list(fixed_at)
     where = re.search(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)', text.split("User code", 1)[-1])
     if frames:
         place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}"

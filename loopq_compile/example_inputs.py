@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from sympy import Eq
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -38,6 +40,11 @@ def bind_example(model: nn.Module, example_inputs: Any) -> tuple[list[str], dict
             raise LoopQError(f"{type(model).__name__}.forward has no argument {unknown[0]!r}; it takes {names}.")
         names += unknown
     elif isinstance(example_inputs, tuple | list):
+        rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+        if rest is not None:  # forward(*args): args_0, args_1, ...
+            first = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            more = [f"{rest}_{i}" for i in range(len(example_inputs) - len(first))]
+            names = [*first, *more, *(name for name in names if name not in first)]
         if len(example_inputs) > len(names):
             raise LoopQError(f"{len(example_inputs)} example inputs, but {type(model).__name__}.forward takes {names}.")
         arguments = dict(zip(names, example_inputs, strict=False))
@@ -55,6 +62,23 @@ def bind_example(model: nn.Module, example_inputs: Any) -> tuple[list[str], dict
     if "use_cache" in names:
         arguments.setdefault("use_cache", False)  # a program keeps no state
     return names, arguments
+
+
+def split_call(model: nn.Module, values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
+    """`values` by name of argument as positional and keyword ones, and the name of `*args` between them, if it has any.
+
+    Only a `forward` with `*args` that the example fills takes positional arguments.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    first = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    filled = [name for name in values if rest is not None and re.fullmatch(rf"{rest}_\d+", name)]
+    if not filled:
+        only = {p.name for p in parameters if p.kind is p.POSITIONAL_ONLY}
+        positional = {name: value for name, value in values.items() if name in only}
+        return positional, None, {name: value for name, value in values.items() if name not in only}
+    positional = {name: values[name] for name in [*first, *filled]}
+    return positional, rest, {name: value for name, value in values.items() if name not in positional}
 
 
 def _causal_lm_example(model: nn.Module, names: list[str]) -> dict[str, Any]:
@@ -111,16 +135,22 @@ def widen(arguments: dict[str, Any], named: Dimensions) -> dict[str, Any]:
     batch, length = arguments[main_input(arguments)].shape[:2]
     new_length = EXAMPLE_LENGTH if length == 1 else length
     new_batch = next(n for n in range(max(batch, 2), max(batch, 2) + 2) if n != new_length)
-    size = {"batch": new_batch, "sequence": new_length}
-    widened = dict(arguments)
+    return resize(arguments, named, {"batch": new_batch, "sequence": new_length})
+
+
+def resize(arguments: Mapping[str, Any], named: Dimensions, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The example with other `sizes` of named dimensions: its first entries, the very first one repeated before."""
+    resized = dict(arguments)
     for name, dims in named.items():
         for i, dim in dims.items():
-            value = widened[name]
-            missing = size[dim] - value.shape[i]
-            if missing:
+            value = resized[name]
+            missing = sizes[dim] - value.shape[i]
+            if missing > 0:
                 first = value.narrow(i, 0, 1)
-                widened[name] = torch.cat([value, first.expand(*value.shape[:i], missing, *value.shape[i + 1 :])], i)
-    return widened
+                resized[name] = torch.cat([value, first.expand(*value.shape[:i], missing, *value.shape[i + 1 :])], i)
+            else:
+                resized[name] = value.narrow(i, 0, sizes[dim])
+    return resized
 
 
 def dynamic_shapes(arguments: Mapping[str, Any], named: Dimensions) -> dict[str, Any]:
@@ -139,13 +169,17 @@ def read_shapes(values: Mapping[str, Tensor], named: Dimensions, main: str) -> d
     """Shapes of the captured inputs, with the names of dimensions that vary. `values` are the exporter's tensors.
 
     What has an entry per token takes the names it had in the example; the exporter, who lets a mask of another batch
-    be broadcast and labels be of any length, has symbols of their own for them.
+    be broadcast and labels be of any length, has symbols of their own for them. So do inputs of which it found that
+    their sizes together equal those of the main input (labels that are flattened, say).
     """
     known = {str(values[main].shape[i]): dim for i, dim in named[main].items()}
+    env = getattr(getattr(values[main], "fake_mode", None), "shape_env", None)
+    equal = [{str(s) for s in guard.expr.free_symbols} for guard in getattr(env, "guards", ()) if guard.expr.has(Eq)]
+    tied = set().union(*(symbols for symbols in equal if symbols & set(known)))
 
     def read(name: str, i: int, size: int | torch.SymInt) -> int | str:
         expression = str(size)  # "s70", or "16" where the model turned out to need this size
-        other = named[name].get(i) if name in PER_TOKEN else None
+        other = named[name].get(i) if name in PER_TOKEN or expression in tied else None
         return int(expression) if expression.isdigit() else known.get(expression, other or f"{name}_{i}")
 
     return {name: tuple(read(name, i, size) for i, size in enumerate(value.shape)) for name, value in values.items()}

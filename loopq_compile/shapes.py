@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from loopq_compile.signature import LOOPS_AXIS, Signature
+from loopq_compile.conditions import evaluate
+from loopq_compile.signature import LOOPS_AXIS, PAST, TOTAL, Signature
 from loopq_compile.state import get_state, get_tensor
 
 TYPE = "loopq_type"
@@ -52,17 +53,32 @@ def symbolic_inputs(signature: Signature, loops: int) -> list[Tensor]:
     ]
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False, allow_non_fake_inputs=True)
     sizes: dict[str, Any] = {}
+    examples = _example_sizes(signature)
     for spec in specs:
         example = torch.zeros(
-            [size if isinstance(size, int) else 5 + len(size) for size in spec.shape], dtype=spec.dtype
+            [size if isinstance(size, int) else examples.get(size, 5 + len(size)) for size in spec.shape],
+            dtype=spec.dtype,
         )
         dynamic = [DimDynamic.STATIC if isinstance(size, int) else DimDynamic.DYNAMIC for size in spec.shape]
         fake = mode.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic))
         for name, size in zip(spec.shape, fake.shape, strict=True):
             if isinstance(name, str) and " + " not in name:
                 sizes.setdefault(name, size)
+    for condition in signature.conditions:  # such as `labels_1 == sequence - 1`
+        name, _, expression = condition.text.partition(" == ")
+        if name in sizes and name not in expression:
+            sizes[name] = evaluate(expression, sizes)
     with mode:
         return [torch.empty([_named_size(size, sizes) for size in spec.shape], dtype=spec.dtype) for spec in specs]
+
+
+def _example_sizes(signature: Signature) -> dict[str, int]:
+    """Sizes at which the conditions of a program hold; none where it has no conditions. A cache holds part of them."""
+    sizes = dict(signature.captured)
+    if any(TOTAL in spec.shape for spec in signature.inputs) and sizes.get("sequence", 0) > 3:
+        sizes[TOTAL], sizes[PAST] = sizes["sequence"], sizes["sequence"] // 2
+        sizes["sequence"] -= sizes[PAST]
+    return sizes
 
 
 def _named_size(size: int | str, sizes: dict[str, Any]) -> Any:

@@ -7,13 +7,14 @@ import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from loopq_compile.conditions import SizeCondition, check_condition_names, check_conditions
 from loopq_compile.errors import LoopQError, did_you_mean
 
 PAST = "past"
@@ -57,12 +58,17 @@ class Signature:
         inputs: those given as tensors at capture, in the order of the graph's placeholders.
         constants: those given as plain values (`None`, flags, numbers); they are part of the graph.
         outputs: how the graph's flat list of results becomes what the model returns.
+        conditions: what must hold of the sizes of a call, where the model branches on sizes. With a cache, `sequence`
+            stands there for all tokens, cached and new ones.
+        captured: sizes of the example by name of dimension, where there are conditions.
     """
 
     parameters: tuple[str, ...]
     inputs: tuple[InputSpec, ...]
     constants: dict[str, Any]
     outputs: pytree.TreeSpec
+    conditions: tuple[SizeCondition, ...] = ()
+    captured: dict[str, int] = field(default_factory=dict)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Tensors in placeholder order for a call `(*args, **kwargs)`.
@@ -98,6 +104,16 @@ class Signature:
         self._check_shared_dimensions(tensors)
         return tensors
 
+    def check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Refuses sizes, by name of dimension, at which the model is not what was captured.
+
+        Raises:
+            LoopQError: names the condition and the line of the model.
+        """
+        if self.conditions:
+            text = {"sequence": sizes[TOTAL]} if TOTAL in sizes else {}
+            check_conditions(self.conditions, {**sizes, **text}, self.captured)
+
     def restore(self, flat: Sequence[Any]) -> Any:
         """What the model would return, from the graph's flat results."""
         return pytree.tree_unflatten(list(flat), self.outputs)
@@ -128,6 +144,7 @@ class Signature:
                 if size != sum(sizes):
                     made = " + ".join(map(str, sizes))
                     raise LoopQError(f"{owner} has {name!r} = {size}, the other inputs make it {made}.")
+        self.check_sizes({name: size for name, (_, size) in seen.items()})
 
 
 def _checked(spec: InputSpec, value: Any) -> Tensor:
@@ -192,11 +209,13 @@ def signature_to_dict(signature: Signature) -> dict[str, Any]:
     except (NotImplementedError, TypeError, ValueError):
         named = {name or str(i): 0 for i, name in enumerate(result_names(signature.outputs))}
         outputs = json.loads(pytree.treespec_dumps(pytree.tree_structure(named)))
+    conditions = [[condition.text, condition.where] for condition in signature.conditions]
     return {
         "parameters": list(signature.parameters),
         "inputs": [[spec.name, str(spec.dtype).removeprefix("torch."), list(spec.shape)] for spec in signature.inputs],
         "constants": signature.constants,
         "outputs": outputs,
+        **({"conditions": conditions, "captured": signature.captured} if conditions else {}),
     }
 
 
@@ -214,7 +233,10 @@ def signature_from_dict(data: Mapping[str, Any]) -> Signature:
     except (NotImplementedError, ValueError) as error:
         raise LoopQError(f"the program returns a type that is not known here: {error}") from error
     inputs = tuple(_input_from_json(*entry) for entry in data["inputs"])
-    return Signature(tuple(data["parameters"]), inputs, dict(data["constants"]), outputs)
+    conditions = tuple(SizeCondition(str(text), str(where)) for text, where in data.get("conditions", ()))
+    captured = {str(name): int(size) for name, size in data.get("captured", {}).items()}
+    check_condition_names(conditions, captured)
+    return Signature(tuple(data["parameters"]), inputs, dict(data["constants"]), outputs, conditions, captured)
 
 
 def _input_from_json(name: str, dtype: str, shape: list[int | str]) -> InputSpec:

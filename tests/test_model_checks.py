@@ -28,7 +28,9 @@ from tests.small_models import IDS, Small, captured, ids, same
     ids=["randn", "rand", "bernoulli", "dropout", "attention"],
 )
 def test_random_numbers_are_refused_with_the_line_that_draws_them(draw: Callable[[Small, Tensor], Tensor]) -> None:
-    with pytest.raises(LoopQError, match=r"draws random numbers .*forward return self.lm_head.* function of its inputs"):
+    with pytest.raises(
+        LoopQError, match=r"draws random numbers .*forward return self.lm_head.* function of its inputs"
+    ):
         capture(Small(draw), IDS)
 
 

@@ -62,6 +62,7 @@ class OnnxDecoder:
             LoopQError: ONNX Runtime fails, for instance on a token id that is out of range.
         """
         new, total = new_ids.shape[1], attention_mask.shape[1]
+        self.signature.check_sizes({"batch": len(new_ids), "sequence": total})
         parts = 1 if self.threshold is not None else max(1, -(-new // self.prefill_chunk))
         ends = [new * part // parts for part in range(parts + 1)]
         for begin, end in itertools.pairwise(ends):
