@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from loopq_compile.capture_errors import explain, watch_specialization
 from loopq_compile.errors import CaptureError, LoopQError
 from loopq_compile.example_inputs import bind_example, dynamic_shapes, main_input, name_dimensions, read_shapes, widen
+from loopq_compile.fold_weights import fold_weights, returns_its_input
 from loopq_compile.signature import InputSpec, Signature
 from loopq_compile.state import CompilerState, attach_state
 
@@ -64,6 +65,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     inputs = tuple(InputSpec(name, value.dtype, shapes[name]) for name, value in values.items())
     constants = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
     signature = Signature(tuple(names), inputs, constants, exported.call_spec.out_spec)
+    fold_weights(graph_module)
     attach_state(graph_module, CompilerState(signature, model_name=type(model).__name__))
     return graph_module
 
@@ -95,7 +97,7 @@ def _check_weights(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise LoopQError(f"Weight {name!r} has no data (it is on the meta device); load the checkpoint first.")
-        if tensor.is_floating_point() and tensor.ndim and not torch.isfinite(tensor.min() + tensor.max()):
+        if tensor.is_floating_point() and tensor.numel() and tensor.ndim and not torch.isfinite(tensor.min() + tensor.max()):
             infinite_mask = isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
             if infinite_mask and not torch.isnan(tensor).any():
                 continue  # a causal mask kept as a buffer
@@ -262,15 +264,15 @@ def _is_assertion(node: fx.Node) -> bool:
 
 
 def _is_identity(node: fx.Node) -> bool:
-    """Operators that return their input: whole slices, detach, dropout outside training."""
+    """Operators that return their input: whole slices, detach, dropout outside training, casts of no effect."""
     aten = torch.ops.aten
     if node.target is aten.slice.Tensor:
         given: list[Any] = list(node.args[1:])
         start, end, step = (given + [0, None, None, 1][len(given) :])[1:]
         return start in (None, 0) and isinstance(end, int) and end == torch.iinfo(torch.int64).max and step == 1
-    return node.target in (aten.detach.default, aten.alias.default) or (
-        node.target is aten.dropout.default and not node.args[2]
-    )
+    if node.target is aten.dropout.default:
+        return not node.args[2]
+    return node.target in (aten.detach.default, aten.alias.default) or returns_its_input(node)
 
 
 def _weight_node(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from loopq_compile.errors import InternalError
 from loopq_compile.loops import LoopStructure, LoopTag
@@ -126,13 +126,44 @@ def get_tensor(graph_module: fx.GraphModule, name: str) -> Tensor:
 
 
 def set_tensor(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> None:
-    """Registers a buffer under the dotted `name`, making the modules on the way."""
-    import torch
+    """Registers a buffer, or a parameter where `tensor` is one, under the dotted `name`; modules on the way are made."""
+    owner: nn.Module = graph_module
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    if isinstance(tensor, nn.Parameter) or leaf in owner._parameters:
+        owner._parameters.pop(leaf, None)
+        owner._buffers.pop(leaf, None)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor)
 
+
+def remove_tensor(graph_module: fx.GraphModule, name: str) -> None:
+    """Forgets the parameter or buffer `name` (dotted)."""
+    owner, _, leaf = name.rpartition(".")
+    delattr(graph_module.get_submodule(owner), leaf)
+
+
+def free_name(graph_module: fx.GraphModule, name: str) -> str:
+    """`name`, with a number where a tensor or module of that name is there already."""
+    found, number = name, 0
+    while _exists(graph_module, found):
+        number += 1
+        found = f"{name}_{number}"
+    return found
+
+
+def _exists(graph_module: fx.GraphModule, name: str) -> bool:
     owner: Any = graph_module
     *path, leaf = name.split(".")
     for part in path:
         if not hasattr(owner, part):
-            owner.add_module(part, torch.nn.Module())
+            return False
         owner = getattr(owner, part)
-    owner.register_buffer(leaf, tensor)
+        if not isinstance(owner, nn.Module):  # a tensor stands where a module is needed
+            return True
+    return hasattr(owner, leaf)

@@ -60,8 +60,6 @@ class CanonicalizeLinears(Pass):
 
 def _store_transposed(graph_module: fx.GraphModule, name: str, readers: list[fx.Node]) -> None:
     tensor: Tensor = get_tensor(graph_module, name)
-    owner, _, leaf = name.rpartition(".")
-    delattr(graph_module.get_submodule(owner), leaf)
     set_tensor(graph_module, name, tensor.detach().t().contiguous())
     for reader in readers:
         if "val" in reader.meta:
