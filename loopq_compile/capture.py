@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import keyword
 import operator
 import sys
 import traceback
@@ -24,6 +25,7 @@ from loopq_compile.capture_errors import explain, watch_specialization
 from loopq_compile.errors import CaptureError, LoopQError
 from loopq_compile.example_inputs import bind_example, dynamic_shapes, main_input, name_dimensions, read_shapes, widen
 from loopq_compile.fold_weights import fold_weights, returns_its_input
+from loopq_compile.names import safe_argument, safe_name
 from loopq_compile.signature import InputSpec, Signature
 from loopq_compile.state import CompilerState, attach_state
 
@@ -48,6 +50,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     check_model(model)
     _check_weights(model)
     names, arguments = bind_example(model, example_inputs)
+    _check_input_names(arguments)
     named = name_dimensions(arguments)
     arguments = widen(arguments, named)
     training = {module: module.training for module in model.modules()}
@@ -60,7 +63,9 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         for module, mode in training.items():
             module.training = mode
     graph_module = _lower_to_graph_module(exported, arguments, _first_names(model))
-    values = {node.target: node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"}
+    tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    values = {name: node.meta["val"] for name, node in zip(tensors, placeholders, strict=True)}
     shapes = read_shapes(values, named, main_input(arguments))
     inputs = tuple(InputSpec(name, value.dtype, shapes[name]) for name, value in values.items())
     constants = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
@@ -68,6 +73,15 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     fold_weights(graph_module)
     attach_state(graph_module, CompilerState(signature, model_name=type(model).__name__))
     return graph_module
+
+
+def _check_input_names(arguments: Mapping[str, Any]) -> None:
+    for name in arguments:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise LoopQError(
+                f"Input {name!r} has a name that Python does not take for an argument, and torch.export needs one: "
+                "rename it."
+            )
 
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
@@ -230,13 +244,17 @@ def _lower_to_graph_module(
             if node.users:
                 target = lifted[node.name].target
                 copied[node] = _weight_node(
-                    graph, first_names.get(_identity(tensors[target]), target), tensors[target], attributes, shared
+                    graph,
+                    safe_name(first_names.get(_identity(tensors[target]), target)),
+                    tensors[target],
+                    attributes,
+                    shared,
                 )
                 copied[node].meta["val"] = node.meta.get("val")
         elif node.op == "placeholder":
             value = node.meta.get("val")
             if isinstance(value, Tensor):
-                copied[node] = graph.placeholder(next(names))
+                copied[node] = graph.placeholder(safe_argument(next(names)))
                 copied[node].meta.update(node.meta)
         elif node.op == "output":
             graph.output(tuple(copied.get(value, value) for value in node.args[0]))

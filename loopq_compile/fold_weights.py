@@ -31,6 +31,7 @@ _COPIES = {_aten.clone.default, _aten.contiguous.default, _aten.lift_fresh_copy.
 _SHAPES = {
     *(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.view_as.default),
     *(_aten.expand.default, _aten.expand_as.default, _aten.reshape_as.default),
+    _aten.flatten.using_ints,
 }
 _TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default}
 _WEIGHT_OPERANDS = {
@@ -41,7 +42,7 @@ _WEIGHT_OPERANDS = {
     _aten.addmm.default: 2,
 }
 """Which argument of an operator is its weight."""
-_PARAMETRIZED = re.compile(r"^(.*?)parametrizations\.(\w+)\.original\d*$")
+_PARAMETRIZED = re.compile(r"^(.*?)parametrizations\.(\w+)\.(?:original\d*|\d+\..+)$")
 _PART_OF_A_WEIGHT = re.compile(r"(?<=weight)_(orig|v|g|u)$")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from loopq_compile.errors import InternalError
 from loopq_compile.loops import LoopStructure, LoopTag
+from loopq_compile.names import safe_name, shown_name
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.scheme import Scheme
 from loopq_compile.signature import Signature
@@ -130,16 +131,20 @@ def set_tensor(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> None:
     owner: nn.Module = graph_module
     *path, leaf = name.split(".")
     for part in path:
-        if not hasattr(owner, part):
+        if not isinstance(getattr(owner, part, None), nn.Module):
+            _forget(owner, part)
             owner.add_module(part, nn.Module())
         owner = getattr(owner, part)
-    if isinstance(tensor, nn.Parameter) or leaf in owner._parameters:
-        owner._parameters.pop(leaf, None)
-        owner._buffers.pop(leaf, None)
+    _forget(owner, leaf)
     if isinstance(tensor, nn.Parameter):
         owner.register_parameter(leaf, tensor)
     else:
         owner.register_buffer(leaf, tensor)
+
+
+def _forget(owner: nn.Module, leaf: str) -> None:
+    for held in (owner._parameters, owner._buffers, owner._modules):
+        held.pop(leaf, None)  # type: ignore[attr-defined]
 
 
 def remove_tensor(graph_module: fx.GraphModule, name: str) -> None:
@@ -149,12 +154,23 @@ def remove_tensor(graph_module: fx.GraphModule, name: str) -> None:
 
 
 def free_name(graph_module: fx.GraphModule, name: str) -> str:
-    """`name`, with a number where a tensor or module of that name is there already."""
-    found, number = name, 0
-    while _exists(graph_module, found):
+    """A target for a new tensor called `name`: with a number where the graph reads another tensor of that name."""
+    name = shown_name(name)
+    found, number = safe_name(name), 0
+    while _exists(graph_module, found) and _is_used(graph_module, found):
         number += 1
-        found = f"{name}_{number}"
+        found = safe_name(f"{name}_{number}")
     return found
+
+
+def _is_used(graph_module: fx.GraphModule, name: str) -> bool:
+    """Whether something reads the tensor `name`, a tensor inside a module of that name, or one above it."""
+    for node in graph_module.graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            target = str(node.target)
+            if target == name or target.startswith(f"{name}.") or name.startswith(f"{target}."):
+                return True
+    return False
 
 
 def _exists(graph_module: fx.GraphModule, name: str) -> bool:

@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.names import shown_name
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.state import get_tensor, set_tensor
 
@@ -54,7 +55,7 @@ class CanonicalizeLinears(Pass):
                 _replace(user, reader)
             return True
         if plain:
-            self.state(graph_module).note(f"{name}: used in several forms, its products stay as they are")
+            self.state(graph_module).note(f"{shown_name(name)}: used in several forms, its products stay as they are")
         return modified
 
 
