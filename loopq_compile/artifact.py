@@ -291,7 +291,8 @@ def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.Graph
         if node.op == "get_attr" and shown_name(str(node.target)) not in tensors:
             raise LoopQError(f"tensor {shown_name(str(node.target))!r} is missing")
     check_values(graph, tensors)
-    graph_module = fx.GraphModule({**{safe_name(name): tensor for name, tensor in tensors.items()}, **rolled_from_json(data["nodes"])}, graph)
+    held = {safe_name(name): tensor for name, tensor in tensors.items()}
+    graph_module = fx.GraphModule({**held, **rolled_from_json(data["nodes"])}, graph)
     state = CompilerState(
         signature=signature_from_dict(data["signature"]),
         model_name=str(data["model"]),

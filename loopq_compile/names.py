@@ -1,7 +1,7 @@
 """Names of the model's parameters, and the safe targets under which a graph module holds them.
 
-PyTorch takes any text without dots as the name of a module or parameter: Python keywords (`in`, `lambda`), attributes of
-`GraphModule` (`graph`, `meta`), quotes, and letters that Python reads as others. A graph module is Python code, and
+PyTorch takes any text without dots as the name of a module or parameter: Python keywords (`in`, `lambda`), attributes
+of `GraphModule` (`graph`, `meta`), quotes, and letters that Python reads as others. A graph module is Python code, and
 takes none of these. So a part of a name that Python or `GraphModule` has taken is spelled as an ordinary identifier
 inside the graph, `loopq_in`, and people and files see the name of the model, `in`. Everything else stays as it is.
 """

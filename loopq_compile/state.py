@@ -127,7 +127,7 @@ def get_tensor(graph_module: fx.GraphModule, name: str) -> Tensor:
 
 
 def set_tensor(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> None:
-    """Registers a buffer, or a parameter where `tensor` is one, under the dotted `name`; modules on the way are made."""
+    """Registers a buffer (a parameter if `tensor` is one) under the dotted `name`; makes the modules on the way."""
     owner: nn.Module = graph_module
     *path, leaf = name.split(".")
     for part in path:
@@ -154,13 +154,27 @@ def remove_tensor(graph_module: fx.GraphModule, name: str) -> None:
 
 
 def free_name(graph_module: fx.GraphModule, name: str) -> str:
-    """A target for a new tensor called `name`: with a number where the graph reads another tensor of that name."""
+    """A target for a new tensor called `name`: with a number where the graph reads another tensor of that name.
+
+    The end of the name (`_scale`, `.left`) says what the tensor is, and stays.
+    """
     name = shown_name(name)
     found, number = safe_name(name), 0
     while _exists(graph_module, found) and _is_used(graph_module, found):
         number += 1
-        found = safe_name(f"{name}_{number}")
+        found = safe_name(_numbered(name, number))
+        if _exists(graph_module, found) and _is_used(graph_module, found):  # a tensor where a module is needed
+            first, dot, rest = name.partition(".")
+            found = safe_name(f"{first}_{number}{dot}{rest}")
     return found
+
+
+def _numbered(name: str, number: int) -> str:
+    *path, leaf = name.split(".")
+    stem, _, end = leaf.rpartition("_")
+    if stem:
+        return ".".join([*path, f"{stem}_{number}_{end}"])
+    return ".".join([f"{path[0]}_{number}", *path[1:], leaf]) if path else f"{leaf}_{number}"
 
 
 def _is_used(graph_module: fx.GraphModule, name: str) -> bool:

@@ -49,7 +49,7 @@ def call(graph: fx.Graph, operator: Any, *args: Any) -> fx.Node:
 
 
 def add_constant(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
-    """Registers `tensor` as buffer `name`, or a free name like it, and returns a `get_attr` node on top of the graph."""
+    """Registers `tensor` as buffer `name`, or a free name like it, and returns a `get_attr` node at the top."""
     name = free_name(graph_module, name)
     set_tensor(graph_module, name, tensor)
     graph = graph_module.graph
