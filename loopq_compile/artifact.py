@@ -37,6 +37,7 @@ from loopq_compile.manifest import (
     read_json,
     write_manifest,
 )
+from loopq_compile.names import safe_name, shown_name
 from loopq_compile.passes.verify import verify_tags
 from loopq_compile.scheme import Scheme
 from loopq_compile.shapes import infer_shapes
@@ -171,7 +172,7 @@ def _describe(graph_module: fx.GraphModule) -> dict[str, Any]:
         "method": state.method,
         "loops": state.loops.to_dict(),
         "tags": None if state.tags is None else {name: [tag.loops, tag.index] for name, tag in state.tags.items()},
-        "sites": [dataclasses.asdict(site) for site in state.sites.values()],
+        "sites": [{**dataclasses.asdict(s), "weight": shown_name(s.weight)} for s in state.sites.values()],
         "results": _plain(state.results),
         "log": [dataclasses.asdict(entry) for entry in state.log],
         "packed": _packed(graph_module),
@@ -187,7 +188,7 @@ def _packed(graph_module: fx.GraphModule) -> dict[str, list[int]]:
         if node.op == "call_function" and bits <= 4 and node.args[0].op == "get_attr":
             shape = list(get_tensor(graph_module, str(node.args[0].target)).shape)
             if shape[-1] % 2 == 0:
-                packed[str(node.args[0].target)] = shape
+                packed[shown_name(str(node.args[0].target))] = shape
     return packed
 
 
@@ -196,8 +197,8 @@ def _stored_tensors(graph_module: fx.GraphModule, packed: Mapping[str, list[int]
     storages: set[int] = set()
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
-            name = str(node.target)
-            tensor = get_tensor(graph_module, name).detach().cpu()
+            name = shown_name(str(node.target))
+            tensor = get_tensor(graph_module, str(node.target)).detach().cpu()
             if name in packed:
                 low, high = tensor[..., ::2] & 15, tensor[..., 1::2] & 15
                 tensor = (low | (high << 4)).view(torch.uint8)
@@ -236,7 +237,7 @@ def check_values(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         LoopQError: names the tensor.
     """
-    tables = {str(node.target) for node in graph.nodes if node.op == "get_attr" and _is_table(node)}
+    tables = {shown_name(str(node.target)) for node in graph.nodes if node.op == "get_attr" and _is_table(node)}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
@@ -287,10 +288,11 @@ def _check_header(path: Path) -> None:
 def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphModule:
     graph = graph_from_json(data["nodes"])
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target not in tensors:
-            raise LoopQError(f"tensor {node.target!r} is missing")
+        if node.op == "get_attr" and shown_name(str(node.target)) not in tensors:
+            raise LoopQError(f"tensor {shown_name(str(node.target))!r} is missing")
     check_values(graph, tensors)
-    graph_module = fx.GraphModule({**tensors, **rolled_from_json(data["nodes"])}, graph)
+    held = {safe_name(name): tensor for name, tensor in tensors.items()}
+    graph_module = fx.GraphModule({**held, **rolled_from_json(data["nodes"])}, graph)
     state = CompilerState(
         signature=signature_from_dict(data["signature"]),
         model_name=str(data["model"]),
@@ -298,7 +300,7 @@ def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.Graph
         tags=None if data["tags"] is None else {name: LoopTag(*map(tuple, tag)) for name, tag in data["tags"].items()},
         scheme=Scheme(**_known(Scheme, data["scheme"])) if data["scheme"] else None,
         method=str(data["method"]),
-        sites={site["weight"]: _site(site) for site in data["sites"]},
+        sites={safe_name(site["weight"]): _site(site) for site in data["sites"]},
         results=dict(data.get("results", {})),
         log=[LogEntry(**_known(LogEntry, entry)) for entry in data["log"]],
     )
@@ -312,7 +314,7 @@ def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.Graph
 
 def _site(data: Mapping[str, Any]) -> Site:
     fields = _known(Site, data)
-    return Site(**{**fields, "shape": tuple(fields["shape"])})
+    return Site(**{**fields, "weight": safe_name(fields["weight"]), "shape": tuple(fields["shape"])})
 
 
 def _known(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:

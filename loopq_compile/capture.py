@@ -6,6 +6,7 @@ around `set_grad_enabled` or `vmap`, weights as `get_attr` nodes, one node per t
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,9 +20,11 @@ from loopq_compile.capture_compare import Comparison
 from loopq_compile.capture_export import captured_sizes, export
 from loopq_compile.capture_sizes import necessary
 from loopq_compile.capture_state import ModelState
-from loopq_compile.errors import CaptureError
+from loopq_compile.errors import CaptureError, LoopQError
 from loopq_compile.example_inputs import Dimensions, bind_example, name_dimensions, widen
+from loopq_compile.fold_weights import fold_weights, returns_its_input
 from loopq_compile.model_checks import check_deterministic, check_model, check_weights
+from loopq_compile.names import safe_argument, safe_name
 from loopq_compile.signature import InputSpec, Signature
 from loopq_compile.state import CompilerState, attach_state
 
@@ -46,6 +49,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     check_model(model)
     check_weights(model)
     names, arguments = bind_example(model, example_inputs)
+    _check_input_names(arguments)
     named = name_dimensions(arguments)
     arguments = widen(arguments, named)
     training = {module: module.training for module in model.modules()}
@@ -59,8 +63,18 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     finally:
         for module, mode in training.items():
             module.training = mode
+    fold_weights(graph_module)
     attach_state(graph_module, CompilerState(signature, model_name=type(model).__name__))
     return graph_module
+
+
+def _check_input_names(arguments: Mapping[str, Any]) -> None:
+    for name in arguments:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise LoopQError(
+                f"Input {name!r} has a name that Python does not take for an argument, and torch.export needs one: "
+                "rename it."
+            )
 
 
 def _capture(
@@ -125,13 +139,17 @@ def _lower_to_graph_module(
             if node.users:
                 target = lifted[node.name].target
                 copied[node] = _weight_node(
-                    graph, first_names.get(_identity(tensors[target]), target), tensors[target], attributes, shared
+                    graph,
+                    safe_name(first_names.get(_identity(tensors[target]), target)),
+                    tensors[target],
+                    attributes,
+                    shared,
                 )
                 copied[node].meta["val"] = node.meta.get("val")
         elif node.op == "placeholder":
             value = node.meta.get("val")
             if isinstance(value, Tensor):
-                copied[node] = graph.placeholder(next(names))
+                copied[node] = graph.placeholder(safe_argument(next(names)))
                 copied[node].meta.update(node.meta)
         elif node.op == "output":
             graph.output(tuple(copied.get(value, value) for value in node.args[0]))
@@ -160,15 +178,15 @@ def _is_assertion(node: fx.Node) -> bool:
 
 
 def _is_identity(node: fx.Node) -> bool:
-    """Operators that return their input: whole slices, detach, dropout outside training."""
+    """Operators that return their input: whole slices, detach, dropout outside training, casts of no effect."""
     aten = torch.ops.aten
     if node.target is aten.slice.Tensor:
         given: list[Any] = list(node.args[1:])
         start, end, step = (given + [0, None, None, 1][len(given) :])[1:]
         return start in (None, 0) and isinstance(end, int) and end == torch.iinfo(torch.int64).max and step == 1
-    return node.target in (aten.detach.default, aten.alias.default) or (
-        node.target is aten.dropout.default and not node.args[2]
-    )
+    if node.target is aten.dropout.default:
+        return not node.args[2]
+    return node.target in (aten.detach.default, aten.alias.default) or returns_its_input(node)
 
 
 def _weight_node(

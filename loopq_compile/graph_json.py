@@ -13,6 +13,7 @@ from torch import Tensor, fx
 import loopq_compile.operators  # noqa: F401  (registers the operators that graphs refer to)
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import LoopTag, get_tag, set_tag
+from loopq_compile.names import safe_name, shown_name
 from loopq_compile.printer import SOURCE, site_of, source_of
 from loopq_compile.rolled import RolledLoop
 from loopq_compile.shapes import TYPE
@@ -55,7 +56,7 @@ def graph_from_json(data: list[dict[str, Any]]) -> fx.Graph:
         if kind not in ("placeholder", "get_attr", "call_function", "call_module", "output"):
             raise LoopQError(f"Node {entry.get('name')!r} has the unknown kind {kind!r}.")
         args, kwargs = _decode(entry["args"], nodes), _decode(entry["kwargs"], nodes)
-        function = _lookup(target) if kind == "call_function" else target
+        function = _lookup(target) if kind == "call_function" else safe_name(target) if kind == "get_attr" else target
         node = graph.create_node(kind, function, tuple(args), kwargs, name=entry["name"])
         nodes[entry["name"]] = node
         for key in _KEPT:
@@ -104,7 +105,7 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
     if node.op == "call_function":
         target = _name_of(node)
     elif node.op in ("placeholder", "get_attr", "output", "call_module"):
-        target = str(node.target)
+        target = shown_name(str(node.target)) if node.op == "get_attr" else str(node.target)
     else:
         raise LoopQError(
             f"Node {node.name!r} ({node.op}) cannot be saved: programs hold operators and constants alone."

@@ -33,7 +33,8 @@ def print_graph(graph_module: fx.GraphModule) -> str:
     lines = [f"# {state.model_name}: {state.loops.describe()}; {method}"]
     if state.log:
         lines.append(f"# constructed by {' -> '.join(entry.pass_name for entry in state.log)}")
-    lines += [f"def forward(self, {', '.join(spec.name.replace('.', '_') for spec in state.signature.inputs)}):"]
+    arguments = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
+    lines += [f"def forward(self, {', '.join(arguments)}):"]
     lines += print_nodes(graph_module.graph.nodes)
     for loop in rolled_loops(graph_module):
         arguments = [node.name for node in loop.body.graph.nodes if node.op == "placeholder"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from loopq_compile.errors import InternalError
 from loopq_compile.loops import LoopStructure, LoopTag
+from loopq_compile.names import safe_name, shown_name
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.scheme import Scheme
 from loopq_compile.signature import Signature
@@ -126,13 +127,73 @@ def get_tensor(graph_module: fx.GraphModule, name: str) -> Tensor:
 
 
 def set_tensor(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> None:
-    """Registers a buffer under the dotted `name`, making the modules on the way."""
-    import torch
+    """Registers a buffer (a parameter if `tensor` is one) under the dotted `name`; makes the modules on the way."""
+    owner: nn.Module = graph_module
+    *path, leaf = name.split(".")
+    for part in path:
+        if not isinstance(getattr(owner, part, None), nn.Module):
+            _forget(owner, part)
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    _forget(owner, leaf)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor)
 
+
+def _forget(owner: nn.Module, leaf: str) -> None:
+    for held in (owner._parameters, owner._buffers, owner._modules):
+        held.pop(leaf, None)  # type: ignore[attr-defined]
+
+
+def remove_tensor(graph_module: fx.GraphModule, name: str) -> None:
+    """Forgets the parameter or buffer `name` (dotted)."""
+    owner, _, leaf = name.rpartition(".")
+    delattr(graph_module.get_submodule(owner), leaf)
+
+
+def free_name(graph_module: fx.GraphModule, name: str) -> str:
+    """A target for a new tensor called `name`: with a number where the graph reads another tensor of that name.
+
+    The end of the name (`_scale`, `.left`) says what the tensor is, and stays.
+    """
+    name = shown_name(name)
+    found, number = safe_name(name), 0
+    while _exists(graph_module, found) and _is_used(graph_module, found):
+        number += 1
+        found = safe_name(_numbered(name, number))
+        if _exists(graph_module, found) and _is_used(graph_module, found):  # a tensor where a module is needed
+            first, dot, rest = name.partition(".")
+            found = safe_name(f"{first}_{number}{dot}{rest}")
+    return found
+
+
+def _numbered(name: str, number: int) -> str:
+    *path, leaf = name.split(".")
+    stem, _, end = leaf.rpartition("_")
+    if stem:
+        return ".".join([*path, f"{stem}_{number}_{end}"])
+    return ".".join([f"{path[0]}_{number}", *path[1:], leaf]) if path else f"{leaf}_{number}"
+
+
+def _is_used(graph_module: fx.GraphModule, name: str) -> bool:
+    """Whether something reads the tensor `name`, a tensor inside a module of that name, or one above it."""
+    for node in graph_module.graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            target = str(node.target)
+            if target == name or target.startswith(f"{name}.") or name.startswith(f"{target}."):
+                return True
+    return False
+
+
+def _exists(graph_module: fx.GraphModule, name: str) -> bool:
     owner: Any = graph_module
     *path, leaf = name.split(".")
     for part in path:
         if not hasattr(owner, part):
-            owner.add_module(part, torch.nn.Module())
+            return False
         owner = getattr(owner, part)
-    owner.register_buffer(leaf, tensor)
+        if not isinstance(owner, nn.Module):  # a tensor stands where a module is needed
+            return True
+    return hasattr(owner, leaf)

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from loopq_compile.operators import ops
 from loopq_compile.passes.conditioning import condition_numbers
+from loopq_compile.passes.other_products import OTHER_PRODUCTS
 from loopq_compile.passes.transforms import TRANSFORM
 from loopq_compile.scheme import quantized_range
 from loopq_compile.state import CompilerState, Site, get_state, get_tensor
@@ -41,6 +42,8 @@ def summarize(graph_module: fx.GraphModule) -> str:
         )
     if state.sites:
         lines += ["", _site_table(graph_module, state)]
+    others = state.results.get(OTHER_PRODUCTS, {})
+    lines += [f"{weight} stays in floating point: {why}" for weight, why in others.items()]
     lines.append(_totals(graph_module, state))
     conditions = condition_numbers(graph_module)
     if conditions:

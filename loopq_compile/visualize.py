@@ -17,6 +17,7 @@ from torch import fx
 
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import get_tag
+from loopq_compile.names import shown_name
 from loopq_compile.printer import site_of
 from loopq_compile.shapes import type_of
 from loopq_compile.state import MADE_BY, get_state
@@ -139,7 +140,8 @@ def _add(graph: nx.DiGraph, node: fx.Node, role: str, module: str, name: str | N
     facts = [node.name, str(node.target).removesuffix(".default"), tag]
     facts += [f"site={site_of(node)}" if site_of(node) else "", type_of(node)]
     facts += [f"by {node.meta[MADE_BY]}" if node.meta.get(MADE_BY) else ""]
-    what = str(node.target).rpartition(".")[2] if plain else getattr(node.target, "__name__", "").split(".")[0]
+    operator_name = getattr(node.target, "__name__", "").split(".")[0]
+    what = shown_name(str(node.target)).rpartition(".")[2] if plain else operator_name
     label = "\n".join(filter(None, [note, what or str(node.target), type_of(node)]))
     graph.add_node(name, role=role, module=module, label=label, tooltip="\n".join(filter(None, facts)))
     return name

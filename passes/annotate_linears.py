@@ -10,8 +10,10 @@ import torch
 from torch import fx
 
 from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.names import shown_name
 from loopq_compile.passes.base import Pass, PassResult
-from loopq_compile.recurrence import MATRIX_PRODUCTS, matrix_weight, weight_roots
+from loopq_compile.passes.other_products import OTHER_PRODUCTS, other_products
+from loopq_compile.recurrence import MATRIX_PRODUCTS
 from loopq_compile.scheme import Scheme
 from loopq_compile.state import CompilerState, Site, get_tensor
 
@@ -45,15 +47,13 @@ class AnnotateLinears(Pass):
         vocabularies = _vocabularies(graph_module)
         for weight, nodes in calls.items():
             shape = tuple(get_tensor(graph_module, weight).shape)
-            site = Site(weight.removesuffix(".weight"), weight, (shape[0], shape[1]))
+            site = Site(shown_name(weight).removesuffix(".weight"), weight, (shape[0], shape[1]))
             site.reason = _default_reason(graph_module, weight, nodes, vocabularies)
             state.sites[weight] = site
             for node in nodes:
                 node.meta["loopq_site"] = site.name
         _apply_patterns(state.sites.values(), state.scheme)
-        for site in state.sites.values():
-            if site.reason is None:
-                _check_group(site, state.scheme)
+        _leave_misfits(state.sites.values(), state.scheme)
         _name_groups(state, calls)
         self._report(state, graph_module)
         return PassResult(graph_module, False)
@@ -61,23 +61,17 @@ class AnnotateLinears(Pass):
     def _report(self, state: CompilerState, graph_module: fx.GraphModule) -> None:
         quantized = [site for site in state.sites.values() if site.reason is None]
         if not quantized:
-            reasons = (
-                "; ".join(f"{site.name}: {site.reason}" for site in state.sites.values()) or "it has no linear layer"
-            )
+            found = {site.name: site.reason for site in state.sites.values()} | other_products(graph_module)
+            reasons = "; ".join(f"{name}: {why}" for name, why in found.items()) or "it has no linear layer"
             raise LoopQError(f"There is nothing to quantize in {state.model_name}: {reasons}.")
         state.note(f"{len(quantized)} linears quantized in {len({site.group for site in quantized})} groups")
         for site in state.sites.values():
             if site.reason is not None:
                 state.note(f"{site.name} stays in floating point: {site.reason}")
-        roots = weight_roots(graph_module.graph)
-        others: dict[str, fx.Node] = {}
-        for node in graph_module.graph.nodes:
-            weight = matrix_weight(node, roots)
-            if weight is not None and weight not in state.sites:
-                others.setdefault(weight, node)
-        for weight, node in others.items():
-            why = "the weight is computed in the graph" if node.target is _aten.linear.default else "no linear layer"
-            state.note(f"{weight} stays in floating point: {node.target}, {why}")
+        others = other_products(graph_module)
+        state.results[OTHER_PRODUCTS] = others
+        for weight, why in others.items():
+            state.note(f"{weight} stays in floating point: {why}")
 
 
 def linear_calls(graph: fx.Graph) -> dict[str, list[fx.Node]]:
@@ -112,9 +106,11 @@ def _default_reason(
     other = next((user for user in uses if user.target is not _aten.linear.default), None)
     if other is not None:
         return f"its weight is also used by {other.target}"
+    if not tensor.numel():
+        return "its weight is empty"
     if tensor.shape[0] <= LARGEST_GATE:
         return f"a gate with {tensor.shape[0]} output{'s' if tensor.shape[0] != 1 else ''}"
-    name = weight.removesuffix(".weight")
+    name = shown_name(weight).removesuffix(".weight")
     if any(fnmatchcase(name, head) for head in HEADS):
         return "a language-model head"
     if tensor.shape[0] in vocabularies and not any(_feeds_a_product(node) for node in nodes):
@@ -164,15 +160,27 @@ def _apply_patterns(sites: Iterable[Site], scheme: Scheme) -> None:
                 site.reason = f"skip={pattern!r}" if field == "skip" else None
 
 
-def _check_group(site: Site, scheme: Scheme) -> None:
-    inputs = site.shape[1]
-    if scheme.group_size != -1 and inputs % scheme.group_size:
+def _leave_misfits(sites: Iterable[Site], scheme: Scheme) -> None:
+    """Leaves linears in floating point whose inputs the group size does not divide, such as adapters of a low rank.
+
+    Raises:
+        LoopQError: that would leave nothing to quantize, or `Scheme(quantize=...)` names one of them.
+    """
+    candidates = [site for site in sites if site.reason is None]
+    misfits = [site for site in candidates if scheme.group_size != -1 and site.shape[1] % scheme.group_size]
+    named = [site for site in misfits if any(fnmatchcase(site.name, pattern) for pattern in scheme.quantize)]
+    if named or (misfits and len(misfits) == len(candidates)):
+        site = (named or misfits)[0]
+        inputs = site.shape[1]
         fitting = [size for size in range(2, inputs + 1) if inputs % size == 0]
         near = sorted(sorted(fitting, key=lambda size: abs(size - scheme.group_size))[:4])
+        sizes = f"{' or '.join(map(str, near))}, -1" if near else "-1"
         raise LoopQError(
             f"group_size={scheme.group_size} does not divide the {inputs} inputs of {site.name!r}. Use group_size "
-            f"{' or '.join(map(str, near))}, -1 for whole rows, or leave it out: Scheme(skip=({site.name!r},))."
+            f"{sizes} for whole rows, or leave it out: Scheme(skip=({site.name!r},))."
         )
+    for site in misfits:
+        site.reason = f"group_size={scheme.group_size} does not divide its {site.shape[1]} inputs"
 
 
 def _name_groups(state: CompilerState, calls: dict[str, list[fx.Node]]) -> None:

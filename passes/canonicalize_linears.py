@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.names import shown_name
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.state import get_tensor, set_tensor
 
@@ -54,14 +55,12 @@ class CanonicalizeLinears(Pass):
                 _replace(user, reader)
             return True
         if plain:
-            self.state(graph_module).note(f"{name}: used in several forms, its products stay as they are")
+            self.state(graph_module).note(f"{shown_name(name)}: used in several forms, its products stay as they are")
         return modified
 
 
 def _store_transposed(graph_module: fx.GraphModule, name: str, readers: list[fx.Node]) -> None:
     tensor: Tensor = get_tensor(graph_module, name)
-    owner, _, leaf = name.rpartition(".")
-    delattr(graph_module.get_submodule(owner), leaf)
     set_tensor(graph_module, name, tensor.detach().t().contiguous())
     for reader in readers:
         if "val" in reader.meta:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from loopq_compile.errors import InternalError
 from loopq_compile.loops import LoopTag, set_tag
-from loopq_compile.state import set_tensor
+from loopq_compile.state import free_name, set_tensor
 
 
 @contextlib.contextmanager
@@ -49,7 +49,8 @@ def call(graph: fx.Graph, operator: Any, *args: Any) -> fx.Node:
 
 
 def add_constant(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
-    """Registers `tensor` as buffer `name` and returns a `get_attr` node at the top of the graph."""
+    """Registers `tensor` as buffer `name`, or a free name like it, and returns a `get_attr` node at the top."""
+    name = free_name(graph_module, name)
     set_tensor(graph_module, name, tensor)
     graph = graph_module.graph
     first = next(iter(graph.nodes))

@@ -16,6 +16,7 @@ from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.insert import add_constant, call
 from loopq_compile.passes.iteration_match import Match, Mismatch, match_iterations
 from loopq_compile.rolled import RolledLoop
+from loopq_compile.state import free_name
 
 _aten = torch.ops.aten
 
@@ -87,7 +88,7 @@ def _roll(graph_module: fx.GraphModule, match: Match, number: int, skipped: int)
         if node.op == "placeholder":
             node.target = node.name  # the argument's name in code, which must not be that of another node
     body = fx.GraphModule({}, match.body)
-    name = f"loop_{number}"
+    name = free_name(graph_module, f"loop_{number}")
     scanned = [position for position, (value, _) in enumerate(match.shared) if value.scanned]
     graph_module.add_module(name, RolledLoop(body, len(members), len(members), skipped, number, scanned))
     shared = [_outer_value(graph_module, shared, behind) for shared, _ in match.shared]

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from loopq_compile.iterations import Region, assign_iterations
 from loopq_compile.loops import Boundary, Call, CallSite, Loop, LoopStructure, LoopTag, get_tag, set_tag
+from loopq_compile.names import shown_name
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.recurrence import Group, common_blocks, find_repeats, group_repeats, weight_roots
 from loopq_compile.state import get_tensor
@@ -43,11 +44,17 @@ class TagLoops(Pass):
         loops = [_name_blocks(loop, (i,), owners) for i, loop in enumerate(found)]
         sites = _call_sites(graph, roots)
         state.loops = LoopStructure(
-            tuple(replace(loop, call_sites=tuple(sites.get(number, ()))) for number, loop in enumerate(loops))
+            tuple(replace(_shown(loop), call_sites=tuple(sites.get(number, ()))) for number, loop in enumerate(loops))
         )
         state.tags = {node.name: tag for node in graph.nodes if (tag := get_tag(node))}
         state.note(state.loops.describe() if loops else "no loop found: this is ordinary post-training quantization")
         return PassResult(graph_module, bool(loops))
+
+
+def _shown(loop: Loop) -> Loop:
+    """The loop with the names that the model has for its parts."""
+    blocks, weights = (tuple(map(shown_name, names)) for names in (loop.blocks, loop.weights))
+    return replace(loop, blocks=blocks, weights=weights, children=tuple(map(_shown, loop.children)))
 
 
 def _find_loop(region: Region, group: Group, parent: LoopTag, nodes: Sequence[fx.Node]) -> Loop:
@@ -174,5 +181,5 @@ def _call_sites(graph: fx.Graph, roots: Mapping[fx.Node, frozenset[str]]) -> dic
     sites: dict[int, list[CallSite]] = defaultdict(list)
     for (loop, weight), users in calls.items():
         made = tuple(Call(tag.label, user.name) for user in users if (tag := get_tag(user)))
-        sites[loop].append(CallSite(weight, str(users[0].target), made))
+        sites[loop].append(CallSite(shown_name(weight), str(users[0].target), made))
     return sites

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from loopq_compile.backends.onnx.prepare import Origin
 from loopq_compile.backends.onnx.translate import WEIGHT_PREFIX, origin_of
+from loopq_compile.names import shown_name
 
 
 def name_everything(model: ir.Model, origins: Mapping[str, Origin]) -> None:
@@ -22,7 +23,7 @@ def name_everything(model: ir.Model, origins: Mapping[str, Origin]) -> None:
     for name, value in list(graph.initializers.items()):
         value.metadata_props.clear()
         if name.startswith(WEIGHT_PREFIX):
-            _rename_initializer(graph, value, name.removeprefix(WEIGHT_PREFIX))
+            _rename_initializer(graph, value, shown_name(name.removeprefix(WEIGHT_PREFIX)))
     kept = {id(value) for value in [*graph.inputs, *graph.outputs]}
     seen: Counter[str] = Counter()
     for node in graph.all_nodes():

@@ -138,6 +138,7 @@ def _draw(program: Program, loop: int | None, svg: Path | None, dot: Path | None
 def _report(program: Program) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from loopq_compile.passes.other_products import OTHER_PRODUCTS
     from loopq_compile.state import get_state
 
     state = get_state(program.graph_module)
@@ -149,6 +150,7 @@ def _report(program: Program) -> dict[str, Any]:
         "loop_count": program.loops.count,
         **program.loops.to_dict(),
         "sites": [asdict(site) for site in state.sites.values()],
+        "other_products": state.results.get(OTHER_PRODUCTS, {}),
         "passes": [asdict(entry) for entry in state.log],
         "nodes": len(program.graph_module.graph.nodes),
     }
