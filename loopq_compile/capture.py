@@ -25,6 +25,7 @@ from loopq_compile.errors import CaptureError, LoopQError
 from loopq_compile.example_inputs import bind_example, dynamic_shapes, main_input, name_dimensions, read_shapes, widen
 from loopq_compile.signature import InputSpec, Signature
 from loopq_compile.state import CompilerState, attach_state
+from loopq_compile.surroundings import device_of, undisturbed, with_plain_tensors
 
 
 def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
@@ -45,6 +46,11 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         CaptureError: `torch.export` cannot capture the model; the message shows the source line.
     """
     check_model(model)
+    with undisturbed(device_of(model)), with_plain_tensors(model):
+        return _capture(model, example_inputs)
+
+
+def _capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     _check_weights(model)
     names, arguments = bind_example(model, example_inputs)
     named = name_dimensions(arguments)

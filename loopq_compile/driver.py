@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from loopq_compile.artifact import read
@@ -21,6 +22,7 @@ from loopq_compile.program import Program
 from loopq_compile.scheme import Scheme
 from loopq_compile.shapes import infer_shapes
 from loopq_compile.state import copy_graph, get_state
+from loopq_compile.surroundings import device_of, undisturbed
 
 DATA_FREE = ("symmetric", "quarot")
 """Methods that need no calibration data with dynamic scales and `weight_solver="rtn"`."""
@@ -90,8 +92,15 @@ def quantize(
     options: CalibrationOptions | None = None,
 ) -> Program:
     """Runs `pipeline` on a captured graph, which it changes in place."""
+    with undisturbed(device_of(graph_module), torch.float32):
+        return _quantize(graph_module, scheme, pipeline, calibration, options or CalibrationOptions())
+
+
+def _quantize(
+    graph_module: Any, scheme: Scheme, pipeline: Pipeline, calibration: Any, options: CalibrationOptions
+) -> Program:
     state = get_state(graph_module)
-    state.scheme, state.method, state.options = scheme, pipeline.name, options or CalibrationOptions()
+    state.scheme, state.method, state.options = scheme, pipeline.name, options
     state.calibration = _repeatable(calibration)
     state.teacher = copy_graph(graph_module)
     try:
