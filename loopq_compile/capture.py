@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from loopq_compile.capture_errors import explain, watch_specialization
 from loopq_compile.errors import CaptureError, LoopQError
 from loopq_compile.example_inputs import bind_example, dynamic_shapes, main_input, name_dimensions, read_shapes, widen
+from loopq_compile.preflight import check_type
 from loopq_compile.signature import InputSpec, Signature
 from loopq_compile.state import CompilerState, attach_state
 from loopq_compile.surroundings import device_of, undisturbed, with_plain_tensors
@@ -101,6 +102,7 @@ def _check_weights(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise LoopQError(f"Weight {name!r} has no data (it is on the meta device); load the checkpoint first.")
+        check_type(name, tensor.dtype)
         if tensor.is_floating_point() and tensor.ndim and not torch.isfinite(tensor.min() + tensor.max()):
             infinite_mask = isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
             if infinite_mask and not torch.isnan(tensor).any():

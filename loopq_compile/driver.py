@@ -18,6 +18,7 @@ from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.pipelines import get_pipeline
+from loopq_compile.preflight import check, says_how_to_go_on
 from loopq_compile.program import Program
 from loopq_compile.scheme import Scheme
 from loopq_compile.shapes import infer_shapes
@@ -99,12 +100,14 @@ def quantize(
 def _quantize(
     graph_module: Any, scheme: Scheme, pipeline: Pipeline, calibration: Any, options: CalibrationOptions
 ) -> Program:
+    check(graph_module, options)
     state = get_state(graph_module)
     state.scheme, state.method, state.options = scheme, pipeline.name, options
     state.calibration = _repeatable(calibration)
     state.teacher = copy_graph(graph_module)
     try:
-        graph_module = pipeline.run(graph_module)
+        with says_how_to_go_on(state):
+            graph_module = pipeline.run(graph_module)
         infer_shapes(graph_module)
     finally:
         state.calibration = state.teacher = None

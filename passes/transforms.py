@@ -158,6 +158,11 @@ def group_width(graph_module: fx.GraphModule, uses: list[Use]) -> int:
     return _weight(graph_module, uses).shape[1]
 
 
+def weight_type(graph_module: fx.GraphModule, uses: list[Use]) -> torch.dtype:
+    """The type of a group's weights, in which its linears compute."""
+    return _weight(graph_module, uses).dtype
+
+
 def table_type(graph_module: fx.GraphModule, uses: list[Use]) -> torch.dtype:
     """The type of a group's tables: single precision at least."""
     return wide_type(_weight(graph_module, uses).dtype)
