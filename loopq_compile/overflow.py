@@ -111,11 +111,11 @@ class _Run(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.op != "output" and isinstance(value, Tensor) and value.is_floating_point():
-            if not bool(torch.isfinite(value).all()):
-                self._bad.add(n)
-                if self._bad.isdisjoint(n.all_input_nodes):
-                    self.found.append(n)
+        numbers = n.op != "output" and isinstance(value, Tensor) and value.is_floating_point()
+        if numbers and not bool(torch.isfinite(value).all()):
+            self._bad.add(n)
+            if self._bad.isdisjoint(n.all_input_nodes):
+                self.found.append(n)
         return value
 
 

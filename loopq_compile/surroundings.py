@@ -48,7 +48,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """`tensor`, or an ordinary tensor on the same memory if it was made in inference mode, where autograd refuses it."""
+    """`tensor`, or an ordinary one on the same memory if it was made in inference mode: autograd refuses such."""
     if not tensor.is_inference():
         return tensor
     with torch.inference_mode(False), torch.no_grad():

@@ -107,11 +107,12 @@ class _Observer(fx.Interpreter):
     def _measure(self, node: fx.Node, value: Tensor, group: str, row: int) -> None:
         value = real_tokens(value, self.mask)
         if not torch.isfinite(value).all():
-            where = get_tag(node)
+            tag = get_tag(node)
+            where = f"{group!r}{f' in {tag}' if tag else ''} (node {node.name!r})"
+            reason = cause(self.graph_module, self.inputs)  # type: ignore[arg-type]
             raise LoopQError(
-                cause(self.graph_module, self.inputs)  # type: ignore[arg-type]
-                or f"The input of {group!r}{f' in {where}' if where else ''} (node {node.name!r}) becomes NaN or infinite "
-                "on the calibration data, before any quantization."
+                reason
+                or f"The input of {where} becomes NaN or infinite on the calibration data, before any quantization."
             )
         size = self.size if self.size != -1 else value.shape[-1]
         rows = self.statistics.setdefault(group, {})
