@@ -103,7 +103,7 @@ def _check_weights(model: nn.Module) -> None:
         if tensor.is_meta:
             raise LoopQError(f"Weight {name!r} has no data (it is on the meta device); load the checkpoint first.")
         check_type(name, tensor.dtype)
-        if tensor.is_floating_point() and tensor.ndim and not torch.isfinite(tensor.min() + tensor.max()):
+        if tensor.is_floating_point() and tensor.ndim and not torch.isfinite(torch.stack(tensor.aminmax())).all():
             infinite_mask = isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
             if infinite_mask and not torch.isnan(tensor).any():
                 continue  # a causal mask kept as a buffer
