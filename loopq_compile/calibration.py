@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.signature import Signature
+from loopq_compile.surroundings import plain
 
 
 def calibration_batches(calibration: Any, signature: Signature, vocabulary: int | None) -> Iterator[list[Tensor]]:
@@ -111,6 +112,7 @@ def _bind(batch: Any, signature: Signature, vocabulary: int | None) -> list[Tens
         tensors = signature.bind(batch, {})
     else:
         tensors = signature.bind((batch,), {})
+    tensors = [plain(tensor) for tensor in tensors]
     for spec, tensor in zip(signature.inputs, tensors, strict=True):
         if tensor.is_floating_point():
             if not torch.isfinite(tensor).all():

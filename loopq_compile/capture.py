@@ -27,6 +27,7 @@ from loopq_compile.model_checks import check_deterministic, check_model, check_w
 from loopq_compile.names import safe_argument, safe_name
 from loopq_compile.signature import InputSpec, Signature
 from loopq_compile.state import CompilerState, attach_state
+from loopq_compile.surroundings import device_of, undisturbed, with_plain_tensors
 
 
 def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
@@ -47,6 +48,11 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         CaptureError: `torch.export` cannot capture the model; the message shows the source line.
     """
     check_model(model)
+    with undisturbed(device_of(model)), with_plain_tensors(model):
+        return _capture_model(model, example_inputs)
+
+
+def _capture_model(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     check_weights(model)
     names, arguments = bind_example(model, example_inputs)
     _check_input_names(arguments)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from loopq_compile.artifact import read
@@ -18,10 +19,12 @@ from loopq_compile.model_checks import check_model
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.pipelines import get_pipeline
+from loopq_compile.preflight import check, says_how_to_go_on
 from loopq_compile.program import Program
 from loopq_compile.scheme import Scheme
 from loopq_compile.shapes import infer_shapes
 from loopq_compile.state import copy_graph, get_state
+from loopq_compile.surroundings import device_of, undisturbed
 
 DATA_FREE = ("symmetric", "quarot")
 """Methods that need no calibration data with dynamic scales and `weight_solver="rtn"`."""
@@ -91,12 +94,21 @@ def quantize(
     options: CalibrationOptions | None = None,
 ) -> Program:
     """Runs `pipeline` on a captured graph, which it changes in place."""
+    with undisturbed(device_of(graph_module), torch.float32):
+        return _quantize(graph_module, scheme, pipeline, calibration, options or CalibrationOptions())
+
+
+def _quantize(
+    graph_module: Any, scheme: Scheme, pipeline: Pipeline, calibration: Any, options: CalibrationOptions
+) -> Program:
+    check(graph_module, options)
     state = get_state(graph_module)
-    state.scheme, state.method, state.options = scheme, pipeline.name, options or CalibrationOptions()
+    state.scheme, state.method, state.options = scheme, pipeline.name, options
     state.calibration = _repeatable(calibration)
     state.teacher = copy_graph(graph_module)
     try:
-        graph_module = pipeline.run(graph_module)
+        with says_how_to_go_on(state):
+            graph_module = pipeline.run(graph_module)
         infer_shapes(graph_module)
     finally:
         state.calibration = state.teacher = None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from loopq_compile.errors import CaptureError, LoopQError
+from loopq_compile.preflight import check_type
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 """PyTorch's wrappers around a model, and where they keep it."""
@@ -72,9 +73,10 @@ def check_weights(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise LoopQError(f"Weight {name!r} has no data (it is on the meta device); load the checkpoint first.")
+        check_type(name, tensor.dtype)
         if not (tensor.is_floating_point() and tensor.numel() and tensor.ndim):
             continue
-        if not torch.isfinite(tensor.min() + tensor.max()):
+        if not torch.isfinite(torch.stack(tensor.aminmax())).all():
             infinite_mask = isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
             if infinite_mask and not torch.isnan(tensor).any():
                 continue  # a causal mask kept as a buffer

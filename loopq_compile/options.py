@@ -43,7 +43,7 @@ class CalibrationOptions:
         evaluate_every: steps between evaluations on them.
         patience: evaluations without improvement after which calibration stops.
         gradient_clip: largest norm of the gradient.
-        precision: "bfloat16" runs matrix products of calibration in bfloat16.
+        precision: "bfloat16" runs matrix products of calibration in bfloat16 where the model is in float32.
         recompute: "on" keeps only the ends of layers for the backward pass, "off" everything; "auto" decides by size.
         fused: "on" compiles elementwise functions with torch.compile, which needs a C++ compiler and some seconds;
             "auto" does so for calibrations of some length.

@@ -9,6 +9,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 
 from loopq_compile.debugging import DebugFolder, PassFailure, Snapshot
 from loopq_compile.errors import InternalError, LoopQError, did_you_mean
+from loopq_compile.overflow import Probe
 from loopq_compile.passes.base import Pass
 from loopq_compile.passes.verify import verify_tags
 from loopq_compile.state import MADE_BY, LogEntry, get_state
@@ -94,10 +95,11 @@ class Pipeline:
         debug = DebugFolder.from_environment(self.name)
         if debug:
             debug.dump(graph_module, "captured")
+        probe = Probe(graph_module)
         for item in self.passes:
             snapshot = Snapshot(graph_module)
             try:
-                graph_module = self._apply(item, graph_module, done)
+                graph_module = self._apply(item, graph_module, done, probe)
             except (LoopQError, InternalError) as error:
                 error.failure = PassFailure(pass_name(item), done, snapshot)
                 if debug:
@@ -108,7 +110,7 @@ class Pipeline:
                 debug.dump(graph_module, pass_name(item))
         return graph_module
 
-    def _apply(self, item: PassBase, graph_module: fx.GraphModule, done: list[str]) -> fx.GraphModule:
+    def _apply(self, item: PassBase, graph_module: fx.GraphModule, done: list[str], probe: Probe) -> fx.GraphModule:
         name = pass_name(item)
         state = get_state(graph_module)
         state.notes = []
@@ -125,6 +127,8 @@ class Pipeline:
                 graph_module.graph.lint()
                 graph_module.recompile()
             verify_tags(graph_module)
+            if result.modified:
+                probe.check(graph_module, name)
         except LoopQError:
             raise
         except Exception as error:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from loopq_compile.calibration import calibration_batches
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.operators import ops
+from loopq_compile.operators.precision import wide
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.collect_ranges import vocabulary_size
@@ -154,7 +155,7 @@ def find_learnables(graph_module: fx.GraphModule, kinds: frozenset[str]) -> list
             str(node.target),
             kind,
             get_tensor(graph_module, str(node.target)),
-            units[scales[node]].float() if node in scales else None,
+            wide(units[scales[node]]) if node in scales else None,
         )
         for node, kind in wanted.items()
     ]

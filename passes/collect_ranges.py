@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from loopq_compile.calibration import calibration_batches, count_tokens, first_batches, real_tokens, token_mask
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.loops import get_tag
+from loopq_compile.overflow import cause
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.weights import site_calls
 from loopq_compile.progress import progress
@@ -56,6 +57,7 @@ class CollectRanges(Pass):
         batches = first_batches(every, self.max_tokens)
         tokens = 0
         for inputs in progress(batches, "Measuring activations", total=_length(state.calibration)):
+            observer.inputs = inputs
             observer.mask = token_mask(state.signature, inputs)
             with torch.no_grad():
                 observer.run(*inputs)
@@ -89,6 +91,7 @@ class _Observer(fx.Interpreter):
         self.bits, self.size = state.scheme.activation_bits, state.scheme.group_size
         self.limit = state.scheme.limit(self.bits)
         self.statistics: dict[str, dict[int, Statistics]] = {}
+        self.inputs: list[Tensor] = []
         self.mask: Tensor | None = None
         self.watched: dict[fx.Node, set[tuple[str, int]]] = {}
         for site, calls in site_calls(graph_module):
@@ -104,10 +107,12 @@ class _Observer(fx.Interpreter):
     def _measure(self, node: fx.Node, value: Tensor, group: str, row: int) -> None:
         value = real_tokens(value, self.mask)
         if not torch.isfinite(value).all():
-            where = get_tag(node)
+            tag = get_tag(node)
+            where = f"{group!r}{f' in {tag}' if tag else ''} (node {node.name!r})"
+            reason = cause(self.graph_module, self.inputs)  # type: ignore[arg-type]
             raise LoopQError(
-                f"The input of {group!r}{f' in {where}' if where else ''} (node {node.name!r}) becomes NaN or infinite "
-                "on the calibration data, before any quantization."
+                reason
+                or f"The input of {where} becomes NaN or infinite on the calibration data, before any quantization."
             )
         size = self.size if self.size != -1 else value.shape[-1]
         rows = self.statistics.setdefault(group, {})

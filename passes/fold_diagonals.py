@@ -63,15 +63,25 @@ def _fold(graph_module: fx.GraphModule, table: fx.Node, products: list[fx.Node])
     gain = find_gain(graph_module, readers)
     if isinstance(gain, str):
         return gain
-    for name in (gain.weight, gain.bias):
-        if name:
-            stored = get_tensor(graph_module, name).detach()
-            _replace_tensor(graph_module, name, (stored * values[0]).to(stored.dtype))
+    names = [name for name in (gain.weight, gain.bias) if name]
+    stored = [get_tensor(graph_module, name).detach() for name in names]
+    found = [(tensor * values[0]).to(tensor.dtype) for tensor in stored]
+    if not all(_holds(result, tensor, values[0]) for result, tensor in zip(found, stored, strict=True)):
+        return f"{stored[0].dtype} does not hold its product with {gain.weight}"
+    for name, result in zip(names, found, strict=True):
+        _replace_tensor(graph_module, name, result)
     for product in products:
         product.replace_all_uses_with(product.args[0])  # type: ignore[arg-type]
         graph_module.graph.erase_node(product)
     table.meta.pop(LEARN, None)
     return None
+
+
+def _holds(result: Tensor, stored: Tensor, factor: Tensor) -> bool:
+    """Whether `result` is `stored * factor` up to ordinary rounding of its type: neither infinite nor cut off."""
+    exact = stored.double() * factor.double()
+    near = (result.double() - exact).abs() <= 4 * torch.finfo(result.dtype).eps * exact.abs()
+    return bool((near & result.isfinite()).all())
 
 
 def _products(table: fx.Node) -> list[fx.Node]:

@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from loopq_compile.loops import Boundary, get_tag
 from loopq_compile.operators import ops
+from loopq_compile.operators.precision import wide_type
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.insert import add_constant, call, inserting
 
@@ -57,6 +58,7 @@ class InsertAdapters(Pass):
         options = self.state(graph_module).options
         width, rank = _width(node), options.transition_rank
         generator = torch.Generator().manual_seed(options.seed)
+        dtype = wide_type(node.meta["val"].dtype)
         tensors: dict[str, Tensor] = {
             "gate": torch.ones(rows, 1),
             "gain": torch.zeros(rows, width),
@@ -65,7 +67,9 @@ class InsertAdapters(Pass):
             "down": torch.randn(width, rank, generator=generator) * width**-0.5,
             "up": torch.randn(width, rank, generator=generator) * rank**-0.5,
         }
-        made = {part: add_constant(graph_module, f"{prefix}.{part}", tensor) for part, tensor in tensors.items()}
+        made = {
+            part: add_constant(graph_module, f"{prefix}.{part}", tensor.to(dtype)) for part, tensor in tensors.items()
+        }
         for table in made.values():
             table.meta["loopq_learn"] = "adapter"
         return made

@@ -25,6 +25,7 @@ from loopq_compile.passes.transforms import (
     insert_kronecker,
     reads_stream,
     table_type,
+    weight_type,
 )
 from loopq_compile.passes.weights import weight_chain
 from loopq_compile.state import get_tensor
@@ -32,7 +33,8 @@ from loopq_compile.state import get_tensor
 __all__ = ["InsertTransforms", "condition_numbers"]
 
 SMALLEST_GAIN = 1e-6
-"""Gains of norms below this count as zero: their inverse would not be a number to compute with."""
+"""Gains of norms below this count as zero: their inverse would not be a number to compute with. In float16 so do those
+whose inverse it does not hold."""
 _CHOICES = {
     "matrix": ("kronecker", "hadamard", "full", None),
     "diagonal": (False, True, "gain"),
@@ -124,7 +126,8 @@ class InsertTransforms(Pass):
                 return False
             # A channel whose gain is zero says nothing to anybody; any factor will do.
             stored = get_tensor(graph_module, gain.weight).detach().to(values.dtype)
-            values = torch.where(stored.abs() > SMALLEST_GAIN, 1 / stored, values)
+            smallest = max(SMALLEST_GAIN, 2 / torch.finfo(weight_type(graph_module, uses)).max)
+            values = torch.where(stored.abs() > smallest, 1 / stored, values)
         _check_order(group, uses)
         learn = "diagonal" if self.learn == "transform" else None
         table = add_table(graph_module, group, "diagonal", values.repeat(rows, 1), learn)

@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from loopq_compile.errors import InternalError
 from loopq_compile.operators import ops
+from loopq_compile.operators.precision import wide
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.constants import chain_name, evaluate, root_weight
 from loopq_compile.passes.insert import add_constant, call, inserting
@@ -65,9 +66,9 @@ class QuantizeWeights(Pass):
         size, limit = _group_size(scheme, weight.shape[1]), scheme.limit(scheme.weight_bits)
         if not self.learnable:
             return weight_scale(weight, size, scheme.weight_bits, scheme.weight_range, limit)
-        wide = weight.float()
-        full = weight_scale(wide, size, scheme.weight_bits, "minmax", limit)
-        return weight_scale(wide, size, scheme.weight_bits, scheme.weight_range, limit) / full
+        weight = wide(weight)
+        full = weight_scale(weight, size, scheme.weight_bits, "minmax", limit)
+        return weight_scale(weight, size, scheme.weight_bits, scheme.weight_range, limit) / full
 
     def _insert(self, graph_module: fx.GraphModule, end: fx.Node, site: Site, values: Tensor) -> fx.Node:
         """Puts the pair behind `end` and returns its result."""
@@ -88,7 +89,7 @@ class QuantizeWeights(Pass):
         return dequantized
 
     def _add_rounding(self, graph_module: fx.GraphModule, name: str, end: fx.Node) -> fx.Node:
-        zeros = torch.zeros_like(get_tensor(graph_module, str(root_weight(end).target)))
+        zeros = torch.zeros_like(wide(get_tensor(graph_module, str(root_weight(end).target))))
         node = add_constant(graph_module, f"{name}_rounding", zeros)
         node.meta["loopq_learn"] = "rounding"
         return node

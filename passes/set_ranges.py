@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from loopq_compile.errors import InternalError
+from loopq_compile.operators.quantize import bounded
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.scheme import Scheme, quantized_range
 from loopq_compile.state import get_tensor, set_tensor
@@ -34,7 +35,8 @@ class SetRanges(Pass):
                 raise InternalError(f"set-ranges: no statistics for {group!r}; collect-ranges must come before.")
             old = get_tensor(graph_module, str(table.target))
             values = torch.stack([self._row(scheme, measured, row, old.shape[0]) for row in range(old.shape[0])])
-            set_tensor(graph_module, str(table.target), values.to(old.dtype))
+            values = values.to(old.dtype)
+            set_tensor(graph_module, str(table.target), bounded(values) if scheme.activation == "static" else values)
         return PassResult(graph_module, True)
 
     def _row(self, scheme: Scheme, measured: dict[int, Statistics], row: int, rows: int) -> torch.Tensor:

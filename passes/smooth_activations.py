@@ -12,13 +12,22 @@ from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.loops import get_tag
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.collect_ranges import vocabulary_size
-from loopq_compile.passes.transforms import Use, add_table, group_tables, group_uses, insert_diagonal, table_type
+from loopq_compile.passes.transforms import (
+    Use,
+    add_table,
+    group_tables,
+    group_uses,
+    insert_diagonal,
+    table_type,
+    weight_type,
+)
 from loopq_compile.passes.weights import weight_chain
 from loopq_compile.progress import progress
 from loopq_compile.state import get_tensor
 
 SCALE_RANGE = 1e-5, 1e5
-"""Smoothing factors stay inside, so that channels that hardly ever speak do not make their weights vanish."""
+"""Smoothing factors stay inside, so that channels that hardly ever speak do not make their weights vanish. In float16
+they stay where the type holds the factor and its inverse as normal numbers."""
 
 
 class SmoothActivations(Pass):
@@ -74,7 +83,8 @@ class SmoothActivations(Pass):
                 observer.run(*inputs)
         for group, found in uses.items():
             scale = smoothing_scale(observer.largest[group], _largest_weight(graph_module, found), self.alpha)
-            values = (1 / scale).to(table_type(graph_module, found)).unsqueeze(0)
+            least = torch.finfo(weight_type(graph_module, found)).tiny
+            values = (1 / scale.clamp(least, 1 / least)).to(table_type(graph_module, found)).unsqueeze(0)
             table = add_table(graph_module, group, "diagonal", values, "diagonal" if self.learn else None)
             insert_diagonal(graph_module, group, found, table)
         state.note(f"{len(uses)} groups, alpha {self.alpha:g}")

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from loopq_compile.loops import LoopTag, get_tag
 from loopq_compile.operators import ops
+from loopq_compile.operators.precision import wide_type
 from loopq_compile.passes.insert import add_constant, attribute_name, call, inserting
 from loopq_compile.passes.weights import site_calls, weight_chain
 from loopq_compile.state import get_state, get_tensor
@@ -157,9 +158,14 @@ def group_width(graph_module: fx.GraphModule, uses: list[Use]) -> int:
     return _weight(graph_module, uses).shape[1]
 
 
+def weight_type(graph_module: fx.GraphModule, uses: list[Use]) -> torch.dtype:
+    """The type of a group's weights, in which its linears compute."""
+    return _weight(graph_module, uses).dtype
+
+
 def table_type(graph_module: fx.GraphModule, uses: list[Use]) -> torch.dtype:
     """The type of a group's tables: single precision at least."""
-    return torch.promote_types(_weight(graph_module, uses).dtype, torch.float32)
+    return wide_type(_weight(graph_module, uses).dtype)
 
 
 def _weight(graph_module: fx.GraphModule, uses: list[Use]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopq_compile.operators.quantize import _wide
+from loopq_compile.operators.precision import all_wide
 
 EPSILON = 1e-6
 """Added to the mean square before the root."""
@@ -30,8 +30,7 @@ def transition_adapter(
     Returns:
         The state that the next loop reads, `[..., d]` in the type of `u`; arithmetic in single precision at least.
     """
-    wide = [_wide(tensor) for tensor in (u, gate, gain, shift, mix, down, up)]
-    return _definition(*wide).to(u.dtype)
+    return _definition(*all_wide(u, gate, gain, shift, mix, down, up)).to(u.dtype)
 
 
 @transition_adapter.register_fake
@@ -46,9 +45,9 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # type: ignore[attr-defined]
     with torch.enable_grad():
-        wide = [_wide(tensor.detach()).requires_grad_() for tensor in saved]
+        wide = [tensor.detach().requires_grad_() for tensor in all_wide(*saved)]
         result = _definition(*wide)
-    gradients = torch.autograd.grad(result, wide, _wide(grad))
+    gradients = torch.autograd.grad(result, wide, grad.to(result.dtype))
     return tuple(gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, saved, strict=True))
 
 

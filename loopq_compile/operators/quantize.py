@@ -11,14 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loopq_compile.operators.precision import wide
+
 SMALLEST_SCALE = 1e-12
-"""Scales never fall below this: a group of zeros quantizes to zeros, not to NaN. In half precision, where this
-number is zero, the smallest normal number of the type takes its place."""
+"""Scales never fall below this: a group of zeros quantizes to zeros, not to NaN. In float16, where this number is
+zero, the smallest number above zero takes its place (not the smallest normal one, 6e-5: weights of 1e-4 have smaller
+scales)."""
 
 
 def smallest_scale(dtype: torch.dtype) -> float:
     """Lower bound of scales stored in `dtype`."""
-    return max(SMALLEST_SCALE, torch.finfo(dtype).tiny)
+    return max(SMALLEST_SCALE, torch.finfo(dtype).tiny * torch.finfo(dtype).eps)
 
 
 def peak(groups: Tensor, limit: int) -> Tensor:
@@ -36,10 +39,6 @@ def bounded(scale: Tensor) -> Tensor:
     return torch.where(scale.abs() < smallest, smallest, scale)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 @torch.library.custom_op("loopq::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: int) -> Tensor:
     """`clip(round(x / scale), q_min, q_max)` with ties to even (LoopQ eq. 4).
@@ -53,8 +52,8 @@ def quantize(x: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: int) 
     Returns:
         Integers as int8, `[..., K]`.
     """
-    groups = _wide(x).unflatten(-1, (-1, group_size))
-    codes = torch.round(groups / _wide(scale).unsqueeze(-1)).clamp(q_min, q_max)
+    groups = wide(x).unflatten(-1, (-1, group_size))
+    codes = torch.round(groups / wide(scale).unsqueeze(-1)).clamp(q_min, q_max)
     return codes.to(torch.int8).flatten(-2).contiguous()
 
 
@@ -75,9 +74,9 @@ def dequantize(codes: Tensor, scale: Tensor, group_size: int) -> Tensor:
     Returns:
         `[..., K]` in the type of `scale`.
     """
-    wide = _wide(scale).unsqueeze(-1)
-    groups = codes.unflatten(-1, (-1, group_size)).to(wide.dtype)
-    return (groups * wide).flatten(-2).to(scale.dtype).contiguous()
+    factors = wide(scale).unsqueeze(-1)
+    groups = codes.unflatten(-1, (-1, group_size)).to(factors.dtype)
+    return (groups * factors).flatten(-2).to(scale.dtype).contiguous()
 
 
 @dequantize.register_fake
@@ -104,8 +103,8 @@ def dynamic_scale(x: Tensor, clip: Tensor, group_size: int, limit: int) -> Tenso
     Returns:
         Scales `[..., K / group_size]` in the type of `x`, their magnitude at least `smallest_scale`.
     """
-    largest = _wide(peak(x.unflatten(-1, (-1, group_size)), limit))
-    return bounded((largest * (_wide(clip) / limit)).to(x.dtype))
+    largest = wide(peak(x.unflatten(-1, (-1, group_size)), limit))
+    return bounded((largest * (wide(clip) / limit)).to(x.dtype))
 
 
 @dynamic_scale.register_fake

@@ -18,18 +18,19 @@ import torch
 from torch import Tensor
 
 from loopq_compile.operators.fusion import fused
-from loopq_compile.operators.quantize import _wide, bounded, dynamic_scale, peak
+from loopq_compile.operators.precision import wide
+from loopq_compile.operators.quantize import bounded, dynamic_scale, peak
 
 
 @fused
 def _round(x: Tensor, scale: Tensor, q_min: int, q_max: int) -> Tensor:
-    wide = _wide(scale).unsqueeze(-1)
-    return ((_wide(x) / wide).round().clamp(q_min, q_max) * wide).to(x.dtype)
+    factors = wide(scale).unsqueeze(-1)
+    return ((wide(x) / factors).round().clamp(q_min, q_max) * factors).to(scale.dtype)
 
 
 @fused
 def _round_gradients(grad: Tensor, x: Tensor, scale: Tensor, q_min: int, q_max: int) -> tuple[Tensor, Tensor]:
-    grads, ratio = _wide(grad), _wide(x) / _wide(scale).unsqueeze(-1)
+    grads, ratio = wide(grad), wide(x) / wide(scale).unsqueeze(-1)
     inside = ((ratio >= q_min) & (ratio <= q_max)).to(ratio.dtype)
     slope = ratio.round().clamp(q_min, q_max) - ratio * inside
     return (grads * inside).to(x.dtype), (grads * slope).sum(-1)
@@ -37,35 +38,40 @@ def _round_gradients(grad: Tensor, x: Tensor, scale: Tensor, q_min: int, q_max: 
 
 @fused
 def _pass_inside(grad: Tensor, x: Tensor, scale: Tensor, q_min: int, q_max: int) -> Tensor:
-    ratio = _wide(x) / _wide(scale).unsqueeze(-1)
-    return torch.where((ratio >= q_min) & (ratio <= q_max), _wide(grad), 0.0).to(x.dtype)
+    ratio = wide(x) / wide(scale).unsqueeze(-1)
+    return torch.where((ratio >= q_min) & (ratio <= q_max), wide(grad), 0.0).to(x.dtype)
 
 
 @fused
 def _scale_gradients(grad: Tensor, x: Tensor, clip: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    groups, factor = _wide(x), _wide(clip) / limit
+    groups, factor = wide(x), wide(clip) / limit
     largest = peak(groups, limit)
     return (_at_peak(groups, largest, limit) * (grad * factor).unsqueeze(-1)).to(x.dtype), grad * largest / limit
 
 
 @fused
 def _round_dynamic(x: Tensor, clip: Tensor, q_min: int, q_max: int, limit: int) -> Tensor:
-    wide = _wide(x)
-    scale = bounded(peak(wide, limit) * (_wide(clip) / limit)).unsqueeze(-1)
-    return ((wide / scale).round().clamp(q_min, q_max) * scale).to(x.dtype)
+    groups = wide(x)
+    scale = _scale(peak(groups, limit) * (wide(clip) / limit), x.dtype).unsqueeze(-1)
+    return ((groups / scale).round().clamp(q_min, q_max) * scale).to(x.dtype)
 
 
 @fused
 def _round_dynamic_gradients(
     grad: Tensor, x: Tensor, clip: Tensor, q_min: int, q_max: int, limit: int
 ) -> tuple[Tensor, Tensor]:
-    grads, groups, factor = _wide(grad), _wide(x), _wide(clip) / limit
+    grads, groups, factor = wide(grad), wide(x), wide(clip) / limit
     largest = peak(groups, limit)
-    ratio = groups / bounded(largest * factor).unsqueeze(-1)
+    ratio = groups / _scale(largest * factor, x.dtype).unsqueeze(-1)
     inside = ((ratio >= q_min) & (ratio <= q_max)).to(ratio.dtype)
     slope = (grads * (ratio.round().clamp(q_min, q_max) - ratio * inside)).sum(-1)
     through = _at_peak(groups, largest, limit) * (slope * factor).unsqueeze(-1)
     return (grads * inside + through).to(x.dtype), slope * largest / limit
+
+
+def _scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` as `dynamic_scale` stores it for tensors of type `dtype`, wide."""
+    return wide(bounded(scale.to(dtype)))
 
 
 def _at_peak(groups: Tensor, largest: Tensor, limit: int) -> Tensor:
@@ -100,14 +106,14 @@ def fake_quantize(x: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: 
     """`dequantize(quantize(x, scale), scale)`; see `loopq_compile.operators.quantize` for shapes.
 
     Returns:
-        `[..., K]` in the type of `x`.
+        `[..., K]` in the type of `scale`, as `dequantize` does.
     """
     return _round(_rows(x, group_size), _scale_rows(scale, x), q_min, q_max).view(x.shape)
 
 
 @fake_quantize.register_fake
 def _(x: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: int) -> Tensor:
-    return x.new_empty(x.shape)
+    return scale.new_empty(x.shape)
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
@@ -131,7 +137,7 @@ fake_quantize.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("loopq::fake_quantize_dynamic", mutates_args=())
 def fake_quantize_dynamic(x: Tensor, clip: Tensor, group_size: int, q_min: int, q_max: int, limit: int) -> Tensor:
-    """`fake_quantize(x, dynamic_scale(x, clip, group_size, limit))` in one step; the scale is in single precision.
+    """`fake_quantize(x, dynamic_scale(x, clip, group_size, limit))` in one step.
 
     Args:
         x: `[..., K]`, floating point.
@@ -165,7 +171,7 @@ fake_quantize_dynamic.register_autograd(_backward_both, setup_context=_save)
 def _backward_dynamic(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, clip = ctx.saved_tensors  # type: ignore[attr-defined]
     group_size, limit = ctx.limits  # type: ignore[attr-defined]
-    grads = _wide(grad).reshape(-1, grad.shape[-1])
+    grads = wide(grad).reshape(-1, grad.shape[-1])
     grad_x, grad_clip = _scale_gradients(grads, _rows(x, group_size), _scale_rows(clip, x), limit)
     return grad_x.view(x.shape), _reduce(grad_clip, x, clip), None, None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopq_compile.operators.quantize import _wide
+from loopq_compile.operators.precision import all_wide
 
 
 @torch.library.custom_op("loopq::kronecker", mutates_args=())
@@ -20,7 +20,7 @@ def kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     Returns:
         `[..., d1 * d2]` in the type of `x`; arithmetic in single precision at least.
     """
-    return _apply(_wide(x), _wide(left), _wide(right)).to(x.dtype)
+    return _apply(*all_wide(x, left, right)).to(x.dtype)
 
 
 def _apply(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -45,18 +45,19 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], 
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, grad: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, left, right = map(_wide, ctx.saved_tensors)  # type: ignore[attr-defined]
+    saved = ctx.saved_tensors  # type: ignore[attr-defined]
+    x, left, right = all_wide(*saved)
     d1, d2 = left.shape[0], right.shape[0]
-    wide = _wide(grad)
-    rows, grads = x.reshape(-1, d1, d2), wide.reshape(-1, d1, d2)
+    wide_grad = grad.to(x.dtype)
+    rows, grads = x.reshape(-1, d1, d2), wide_grad.reshape(-1, d1, d2)
     grad_x = grad_left = grad_right = None
     if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-        grad_x = _apply(wide, left.t().contiguous(), right.t().contiguous()).to(grad.dtype)
+        grad_x = _apply(wide_grad, left.t().contiguous(), right.t().contiguous()).to(saved[0].dtype)
     if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
         inner = (rows.reshape(-1, d2) @ right).view(-1, d1, d2)
-        grad_left = _sum_of_products(inner.transpose(1, 2), grads.transpose(1, 2))
+        grad_left = _sum_of_products(inner.transpose(1, 2), grads.transpose(1, 2)).to(saved[1].dtype)
     if ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
-        grad_right = _sum_of_products(torch.matmul(left.t(), rows), grads)
+        grad_right = _sum_of_products(torch.matmul(left.t(), rows), grads).to(saved[2].dtype)
     return grad_x, grad_left, grad_right
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from loopq_compile.errors import InternalError
 from loopq_compile.loops import get_tag
 from loopq_compile.operators import ops
-from loopq_compile.operators.quantize import peak
+from loopq_compile.operators.quantize import bounded, peak
 from loopq_compile.passes.constants import chain_name, evaluate, root_weight
 from loopq_compile.passes.insert import add_constant, call, inserting
 from loopq_compile.passes.weights import site_calls, weight_chain
@@ -157,7 +157,7 @@ def _write_scale(graph_module: fx.GraphModule, chain: Chain, plain: Tensor, grid
     ((_, scale),) = evaluate(graph_module, [node])
     if torch.equal(scale.float().expand_as(grid.scale), grid.scale):
         return scale
-    fitted = grid.scale.to(scale.dtype)
+    fitted = bounded(grid.scale.to(scale.dtype))
     if node.target is not ops.dynamic_scale.default:
         return _replace_table(graph_module, chain, node, (chain.quantize, chain.end), "scale", fitted)
     size, limit = node.args[2:4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,9 +67,17 @@ def block_names(blocks: Iterable[Block]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for call in calls for name in (*call.inputs, *call.outputs)))
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """A value in bfloat16 that was, and will be, of type `dtype`."""
+
+    value: Tensor
+    dtype: torch.dtype
+
+
 def _pack(value: Any, small: bool) -> Any:
-    if small and isinstance(value, Tensor) and value.dtype == torch.float32:
-        return value.to(torch.bfloat16)
+    if small and isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64):
+        return _Packed(value.to(torch.bfloat16), value.dtype)
     return value
 
 
@@ -141,7 +150,7 @@ class BlockTraining(Steps):
 
 
 def _unpack(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+    return value.value.to(value.dtype) if isinstance(value, _Packed) else value
 
 
 def check_finite(records: Sequence[Record], names: Iterable[str]) -> None:
@@ -152,7 +161,7 @@ def check_finite(records: Sequence[Record], names: Iterable[str]) -> None:
     """
     for number, record in enumerate(records):
         for name in names:
-            if not torch.isfinite(record[name]).all():
+            if not torch.isfinite(_unpack(record[name])).all():
                 raise LoopQError(
                     f"Calibration batch {number}: node {name!r} of the model in full precision is NaN or infinite. "
                     "Look for damaged weights, or inputs outside of what the model can take."

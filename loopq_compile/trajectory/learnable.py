@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loopq_compile.operators.precision import wide
+from loopq_compile.operators.quantize import bounded
+
 RATES: dict[str, float] = {
     "transform": 6e-4,
     "diagonal": 1.5e-3,
@@ -38,35 +41,38 @@ class Learnable:
         kind: a key of `RATES`.
         raw: its coordinates, a leaf with gradient.
         unit: for rounding, the scale of every entry's group, `[outputs, groups]`.
+        dtype: of the constant, in which the graph reads the value.
     """
 
     name: str
     kind: str
     raw: Tensor
     unit: Tensor | None = None
+    dtype: torch.dtype = torch.float32
 
     @staticmethod
     def of(name: str, kind: str, tensor: Tensor, unit: Tensor | None = None) -> Learnable:
-        """The coordinates of `tensor`; those of another type are kept in single precision."""
-        x = tensor.detach().float()
+        """The coordinates of `tensor`, kept wide (`loopq_compile.operators.precision`)."""
+        x = wide(tensor.detach())
         if kind in _LOGARITHMIC:
             x = x.abs().clamp_min(1e-12).log()
         elif kind == "clip":
             x = x.clamp(_LOWEST_CLIP, _HIGHEST_CLIP).logit()
         elif kind == "rounding" and unit is not None:
             x = _in_groups(x, unit, inverse=True)
-        return Learnable(name, kind, x.clone().requires_grad_(), unit)
+        return Learnable(name, kind, x.clone().requires_grad_(), unit, tensor.dtype)
 
     def value(self, raw: Tensor | None = None) -> Tensor:
         """The tensor of the graph, differentiable in `raw`."""
         x = self.raw if raw is None else raw
         if self.kind in _LOGARITHMIC:
-            return x.exp()
-        if self.kind == "clip":
-            return x.sigmoid()
-        if self.kind == "rounding" and self.unit is not None:
-            return _in_groups(x, self.unit)
-        return x
+            x = x.exp()
+        elif self.kind == "clip":
+            x = x.sigmoid()
+        elif self.kind == "rounding" and self.unit is not None:
+            x = _in_groups(x, self.unit)
+        x = x.to(self.dtype)
+        return bounded(x) if self.kind == "range" else x
 
 
 def _in_groups(x: Tensor, unit: Tensor, inverse: bool = False) -> Tensor:

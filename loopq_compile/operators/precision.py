@@ -1,0 +1,34 @@
+"""In which types numbers are kept and computed. This is the one place that says so.
+
+- A program computes in its model's own types. What a pass puts between two nodes of the model returns the type that it
+  read, so that bfloat16 stays bfloat16 from end to end, and so do the stored scales of weights and activations.
+- Arithmetic inside our operators is wide: single precision for half-precision tensors, double for float64 (`wide`).
+- What calibration learns (transforms, diagonals, clip ratios, ranges, offsets, adapters), its coordinates and the
+  optimizer's moments are kept wide, whatever the model's type. The graph reads a learned value in the type of the
+  table that it fills: calibration sees the numbers that the finished program will compute with.
+- Weight solvers work in single precision.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide_type(*types: torch.dtype) -> torch.dtype:
+    """The type that holds tensors of all `types` without loss, single precision at least."""
+    found = torch.float32
+    for dtype in types:
+        found = torch.promote_types(found, dtype)
+    return found
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in single precision at least."""
+    return x.to(wide_type(x.dtype))
+
+
+def all_wide(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in one type that holds all of them, single precision at least."""
+    common = wide_type(*(x.dtype for x in tensors))
+    return [x.to(common) for x in tensors]

@@ -1,0 +1,80 @@
+"""What PyTorch has switched on around a call: inference mode, autocast, default type and device.
+
+A compilation means the same wherever it stands, and leaves these settings as they are. The captured model runs under
+the caller's default type, which may be part of what it computes; passes run under float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+_AUTOCAST = ("cpu", "cuda")
+
+
+@contextlib.contextmanager
+def undisturbed(device: torch.device, default: torch.dtype | None = None) -> Iterator[None]:
+    """Inside, there is no inference mode and no autocast, and new tensors are made on `device`.
+
+    Args:
+        device: the model's.
+        default: the type of new tensors; None for the caller's.
+    """
+    before = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+        for kind in _AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != device.type:
+            stack.enter_context(device)
+        if default not in (None, before):
+            torch.set_default_dtype(default)
+            stack.callback(torch.set_default_dtype, before)
+        yield
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a module's parameters and buffers are; the CPU for one without."""
+    for tensors in (model.parameters(), model.buffers()):
+        for tensor in tensors:
+            return tensor.device
+    return torch.device("cpu")
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """`tensor`, or an ordinary one on the same memory if it was made in inference mode: autograd refuses such."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+@contextlib.contextmanager
+def with_plain_tensors(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` holds ordinary tensors in place of those made in inference mode, on the same memory."""
+    aliases: dict[int, Tensor] = {}  # tensors that are shared stay shared
+    replaced: list[tuple[dict, str, Tensor]] = []
+    try:
+        for module in model.modules():
+            for store in (module._parameters, module._buffers, module.__dict__):
+                for name, tensor in list(store.items()):
+                    if isinstance(tensor, Tensor) and tensor.is_inference():
+                        alias = aliases.setdefault(id(tensor), _alias(tensor))
+                        replaced.append((store, name, tensor))
+                        store[name] = alias
+        yield
+    finally:
+        for store, name, tensor in replaced:
+            store[name] = tensor
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    made = plain(tensor)
+    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
