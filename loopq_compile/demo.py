@@ -17,7 +17,7 @@ from loopq_compile.artifact import save
 from loopq_compile.errors import LoopQError
 from loopq_compile.evaluate import Remembered, evaluate, tokenize
 from loopq_compile.generation import generate
-from loopq_compile.loading import TOKENIZER_FILE, save_tokenizer
+from loopq_compile.loading import TOKENIZER_FILE, Loaded, save_beside
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.program import Program
 from loopq_compile.scheme import Scheme
@@ -159,7 +159,7 @@ class Demo:
         (self.out / "program.py").write_text(str(program), encoding="utf-8")
         save(program.graph_module, self.out / "program", {TOKENIZER_FILE: tokenizer.to_str()})
         report = program.export_onnx(self.out / "onnx", target="qdq", form="unrolled")
-        save_tokenizer(tokenizer, self.out / "onnx")
+        save_beside(Loaded(program, tokenizer), self.out / "onnx")
         self._say("\nExported to ONNX; the file passed onnx.checker with full shape inference:")
         self._say(str(report))
         sizes = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.folders import settle
 from loopq_compile.hugging_face import LoadOptions, first_line, load_hugging_face, read_settings
 
 if TYPE_CHECKING:
@@ -136,20 +137,15 @@ def read_tokenizer(file: str | Path) -> Tokenizer:
         raise LoopQError(f"{path} is no tokenizer of the tokenizers library: {first_line(error)}") from error
 
 
-def save_tokenizer(tokenizer: Tokenizer | None, folder: str | Path) -> None:
-    """Puts `tokenizer.json` beside a program or an export, so that it travels along."""
-    if tokenizer is not None:
-        tokenizer.save(str(Path(folder) / TOKENIZER_FILE))
-
-
 def save_beside(loaded: Loaded, folder: str | Path) -> None:
-    """Puts `tokenizer.json` and the settings beside an export, and into its manifest."""
-    from loopq_compile.backends.onnx.folder import record
+    """Puts `tokenizer.json` and the settings beside an export, and into its manifest.
 
-    files = loaded.files()
-    for name, text in files.items():
-        (Path(folder) / name).write_text(text, encoding="utf-8")
-    record(Path(folder), list(files))
+    Raises:
+        LoopQError: one of them is there and not ours, or the folder cannot be written.
+    """
+    from loopq_compile.backends.onnx.folder import add_files
+
+    add_files(folder, loaded.files())
 
 
 def end_tokens(loaded: Loaded) -> list[int] | int | None:
@@ -167,6 +163,7 @@ def end_token(tokenizer: Tokenizer | None) -> int | None:
 
 
 def _load_folder(path: Path, options: LoadOptions) -> Loaded:
+    settle(path)
     if (path / PROGRAM_FILE).is_file():
         return _load_program(path)
     onnx_files = sorted(path.glob("*.onnx"))

@@ -82,5 +82,5 @@ def text_tokens(loaded: Loaded, file: str | None, count: int) -> tuple[Tensor, s
     """The first `count` token ids `[n]` of the text to score (0: all), and a sentence about where it is from."""
     from loopq_compile.evaluate import tokenize
 
-    content, source = text_source(file)
+    content, source = text_source(file, count)
     return tokenize(loaded.tokenizer, content, count), source

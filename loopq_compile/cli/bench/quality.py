@@ -31,6 +31,7 @@ from loopq_compile.cli.common import (
     TokenizerFile,
     TrustRemoteCode,
     calibration_batches,
+    check_text,
     console,
     names,
     note,
@@ -70,6 +71,7 @@ def quality_command(
 
     say = note(json)
     runs = bench.variants(names(methods), names(schemes), names(activations), group_size=group_size)
+    check_text(text, calibration)
     loaded = load_model(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
     tokens, source = text_tokens(loaded, text, max_tokens)
     batches = calibration_batches(calibration, loaded.tokenizer, samples, sample_length, seed, loaded.model)
