@@ -16,12 +16,12 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.manifest import ManifestKind, listed, manifests, write_manifest
+from loopq_compile.manifest import RESULTS, ManifestKind, listed, manifests, write_manifest
 
 _PART, _NEW = ".loopq-part-", ".loopq-new"
 
@@ -67,10 +67,9 @@ def writing_file(file: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         LoopQError: `file` is a folder, or writing fails.
     """
+    check_file(file)
     goal = real_path(file)
     with _cannot_write(goal):
-        if goal.is_dir():
-            raise LoopQError(f"{goal} is a folder; give a file.")
         if goal.exists() and not goal.is_file():
             yield goal
             return
@@ -93,6 +92,31 @@ def write_text(file: str | os.PathLike[str], text: str) -> Path:
     return Path(file).expanduser()
 
 
+def write_results(directory: str | os.PathLike[str], texts: Mapping[str, str]) -> list[Path]:
+    """Writes text files by name beside earlier results in a folder.
+
+    Raises:
+        LoopQError: a file of one of these names is there that is not ours, or the folder cannot be written.
+    """
+    with writing_folder(directory, RESULTS, add=True) as made:
+        for name, text in texts.items():
+            (made / name).write_text(text, encoding="utf-8")
+    return [Path(directory).expanduser() / name for name in texts]
+
+
+def check_file(file: str | os.PathLike[str]) -> None:
+    """Refuses early what `writing_file` would refuse after the work is done.
+
+    Raises:
+        LoopQError: it is a folder, or cannot be written.
+    """
+    goal = real_path(file)
+    with _cannot_write(goal):
+        if goal.is_dir():
+            raise LoopQError(f"{goal} is a folder; give a file.")
+        _check_writable(goal if goal.exists() and not goal.is_file() else goal.parent)
+
+
 def check_folder(directory: str | os.PathLike[str], kind: ManifestKind, names: Iterable[str] = ()) -> Path:
     """The real path of `directory`; refuses early what `writing_folder` would refuse after the work is done.
 
@@ -108,11 +132,7 @@ def check_folder(directory: str | os.PathLike[str], kind: ManifestKind, names: I
     with _cannot_write(goal):
         if goal.exists() and not goal.is_dir():
             raise LoopQError(f"{goal} is a file; give a folder.")
-        above = next(folder for folder in (goal, *goal.parents) if folder.exists())
-        if not above.is_dir():
-            raise LoopQError(f"Cannot write to {goal}: {above} is a file.")
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise LoopQError(f"Cannot write to {goal}: no permission to write in {above}.")
+        _check_writable(goal)
         if goal.is_dir():
             _check_names(goal, names, kind)
     return goal
@@ -151,6 +171,14 @@ def real_path(path: str | os.PathLike[str]) -> Path:
         return real
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no such user, or a ring
         raise LoopQError(f"Cannot write to {path}: {error}.") from error
+
+
+def _check_writable(goal: Path) -> None:
+    above = next(folder for folder in (goal, *goal.parents) if folder.exists())
+    if above != goal and not above.is_dir():
+        raise LoopQError(f"Cannot write to {goal}: {above} is a file.")
+    if not os.access(above, os.W_OK | (os.X_OK if above.is_dir() else 0)):
+        raise LoopQError(f"Cannot write to {goal}: no permission to write in {above}.")
 
 
 def _check_names(goal: Path, names: Iterable[str], kind: ManifestKind, made: Path | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.metadata
 import json
@@ -62,9 +63,10 @@ def load_model(
 
     Args:
         name_or_path: `"bundled"`; `"smollm2"`; a folder written by `Program.save`; an `.onnx` file or the folder of an
-            export; a folder with a Hugging Face model; or the id of one on the hub, such as
-            `"HuggingFaceTB/SmolLM2-135M"`. `"smollm2@12-15x3"` repeats layers 12 to 15 of a Hugging Face model three
-            times, see `loopq_compile.models.repeat_layers`.
+            export; a folder with a Hugging Face model; the id of one on the hub, such as
+            `"HuggingFaceTB/SmolLM2-135M"`; or the id of a saved program or an export that is in the hub's cache.
+            `"smollm2@12-15x3"` repeats layers 12 to 15 of a Hugging Face model three times, see
+            `loopq_compile.models.repeat_layers`.
         trust_remote_code, allow_pickle: for Hugging Face models, see `hugging_face.LoadOptions`.
         dtype: of the weights of a model in floating point; programs and ONNX files stay as they are.
 
@@ -96,6 +98,8 @@ def load_model(
         raise LoopQError(f"There is no file or folder {name}.")
     if close := difflib.get_close_matches(name, [BUNDLED, SMOLLM2], cutoff=0.7):
         raise LoopQError(f"There is no file or folder {name}. Did you mean {close[0]!r}?")
+    if cached := _cached_output(name):
+        return _load_folder(cached, options)
     return Loaded(*load_hugging_face(name, options))
 
 
@@ -160,6 +164,17 @@ def end_token(tokenizer: Tokenizer | None) -> int | None:
     """Id of the token that ends a text, None if the tokenizer has none that is known by name."""
     ids = [tokenizer.token_to_id(name) for name in END_TOKENS] if tokenizer is not None else []
     return next((token for token in ids if token is not None), None)
+
+
+def _cached_output(name: str) -> Path | None:
+    """The folder of a saved program or an export that the hub's cache holds under an id; asks no network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in (PROGRAM_FILE, ONNX_FILE):
+        with contextlib.suppress(ValueError):  # no id at all
+            if isinstance(found := try_to_load_from_cache(name, file), str):
+                return Path(found).parent
+    return None
 
 
 def _load_folder(path: Path, options: LoadOptions) -> Loaded:

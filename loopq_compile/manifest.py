@@ -39,6 +39,8 @@ class ManifestKind:
 
 
 PROGRAM = ManifestKind(MANIFEST_FILE, FORMAT, FORMAT_VERSION, "program")
+RESULTS = ManifestKind("results_manifest.json", FAMILY + "results", 1, "result")
+"""Of what `bench` and `demo` write into a folder: by it, their own files of an earlier run are known."""
 
 
 @dataclass(frozen=True)

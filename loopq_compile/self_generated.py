@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.folders import writing_file
 from loopq_compile.generation import logits_of
 from loopq_compile.progress import progress
 from loopq_compile.texts import read_text
@@ -206,10 +207,5 @@ def _write(file: Path | None, tokens: Tensor) -> None:
         return
     from safetensors.torch import save_file
 
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({"tokens": tokens}, partial)
-        partial.replace(file)
-    except OSError as error:
-        raise LoopQError(f"Cannot write to {file.parent}: {error.strerror or error}.") from error
+    with writing_file(file) as path:
+        save_file({"tokens": tokens}, path)

@@ -100,7 +100,7 @@ def compile_command(
     Example: loopq-compile compile bundled --scheme w4a8 --activation static --out my-program
     """
     from loopq_compile.artifact import FILES
-    from loopq_compile.folders import check_folder
+    from loopq_compile.folders import check_file, check_folder
     from loopq_compile.manifest import PROGRAM
     from loopq_compile.options import CalibrationOptions
     from loopq_compile.pipelines import get_pipeline
@@ -117,6 +117,8 @@ def compile_command(
         checkpoint=str(checkpoint) if checkpoint else None,
     )
     check_folder(out, PROGRAM, FILES)
+    if checkpoint:
+        check_file(checkpoint / "phase")
     check_text(None, calibration)
     loaded = load(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
     if loaded.kind != "model":

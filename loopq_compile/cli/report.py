@@ -49,11 +49,15 @@ def report_command(
     Example: loopq-compile report my-program other-program --model bundled --out report.html
     """
     from loopq_compile.evaluate import tokenize
+    from loopq_compile.folders import check_file
     from loopq_compile.report import measure, trajectory, write, write_page
     from loopq_compile.report.measure import check_names
 
     check_names(programs)
     check_text(text)
+    for file in (out, svg):
+        if file:
+            check_file(file)
     if svg and model is None:
         raise LoopQError("--svg draws errors, which need the model: give --model.")
     last = [Path(program).name for program in programs]
