@@ -114,7 +114,7 @@ def check_file(file: str | os.PathLike[str]) -> None:
     with _cannot_write(goal):
         if goal.is_dir():
             raise LoopQError(f"{goal} is a folder; give a file.")
-        _check_writable(goal if goal.exists() and not goal.is_file() else goal.parent)
+        _check_writable(goal.parent if goal.is_file() else goal)
 
 
 def check_folder(directory: str | os.PathLike[str], kind: ManifestKind, names: Iterable[str] = ()) -> Path:

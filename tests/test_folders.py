@@ -11,12 +11,17 @@ import threading
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from loopq_compile import folders
+from loopq_compile.artifact import save
+from loopq_compile.cli import app
 from loopq_compile.errors import LoopQError
-from loopq_compile.folders import check_folder, settle, write_text, writing_file, writing_folder
+from loopq_compile.folders import check_folder, settle, write_results, write_text, writing_file, writing_folder
 from loopq_compile.manifest import PROGRAM, ManifestKind, check_files, write_manifest
+from tests.cli_models import tokenizer
 from tests.permissions import as_somebody_else
+from tests.tiny import tiny_program
 
 OTHER = ManifestKind("onnx_manifest.json", "loopq_compile.onnx", 1, "export")
 
@@ -312,3 +317,71 @@ def test_a_damaged_manifest_lists_nothing(tmp_path: Path) -> None:
         put(tmp_path, a="3")
     write_manifest(tmp_path, PROGRAM, ["a.txt"])
     put(tmp_path, a="3")
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, *command: object) -> str:
+    """The line with which a command ends before it loads a model."""
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    for name in ("loopq_compile.loading.load_model", "loopq_compile.bundled.load_model"):
+        monkeypatch.setattr(name, load)
+    done = CliRunner().invoke(app, [str(part) for part in command])
+    assert done.exit_code == 1, done.output
+    return done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["compile", "bundled"], "program.json"),
+        (["compile", "bundled"], "manifest.json"),
+        (["bench", "quality"], "quality.md"),
+        (["bench", "table1"], "table1.json"),
+        (["bench", "speed"], "speed.png"),
+        (["demo"], "program.py"),
+        (["demo"], "onnx/model.onnx"),
+        (["demo"], "program/tokenizer.json"),
+    ],
+)
+def test_commands_refuse_to_replace_what_is_not_ours_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], name: str
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    assert f"{name} is there already, and no manifest says" in refused(monkeypatch, *command, "--out", tmp_path)
+    assert texts(tmp_path) == ({} if name == "manifest.json" else {name: "mine"})
+
+
+def test_commands_refuse_a_place_that_cannot_be_written_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    for command in (["compile", "bundled"], ["bench", "fig1"], ["demo"]):
+        assert "is a file; give a folder" in refused(monkeypatch, *command, "--out", tmp_path / "file")
+    assert "is a file" in refused(
+        monkeypatch, "compile", "bundled", "--out", tmp_path / "p", "--checkpoint", tmp_path / "file"
+    )
+    assert "is a folder; give a file" in refused(monkeypatch, "report", "p", "--out", tmp_path)
+    assert "is a file" in refused(
+        monkeypatch, "report", "p", "--out", tmp_path / "r.html", "--model", "x", "--svg", tmp_path / "file" / "x.svg"
+    )
+    assert texts(tmp_path) == {"file": "x"}
+
+
+def test_an_export_beside_a_tokenizer_of_theirs_is_refused_whole(tmp_path: Path) -> None:
+    save(tiny_program("w4a8", "symmetric").graph_module, tmp_path / "p", {"tokenizer.json": tokenizer().to_str()})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.json").write_text("mine")
+    for options in ([], ["--target", "triton", "--sm", "80"]):
+        done = CliRunner().invoke(app, ["export", str(tmp_path / "p"), "--out", str(tmp_path / "out"), *options])
+        assert done.exit_code == 1 and "tokenizer.json is there already" in done.stderr
+    assert texts(tmp_path / "out") == {"tokenizer.json": "mine"}
+
+
+def test_results_of_a_run_go_beside_those_of_another(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("mine")
+    for text in ("1", "2"):
+        write_results(tmp_path, {f"only{text}.md": text, "both.md": text})
+    assert texts(tmp_path) == {"notes.md": "mine", "only1.md": "1", "only2.md": "2", "both.md": "2"}
