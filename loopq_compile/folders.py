@@ -113,7 +113,7 @@ def check_file(file: str | os.PathLike[str]) -> None:
     goal = real_path(file)
     with _cannot_write(goal):
         if goal.is_dir():
-            raise LoopQError(f"{goal} is a folder; give a file.")
+            raise LoopQError(f"Cannot write to {goal}: it is a folder; give a file.")
         _check_writable(goal.parent if goal.is_file() else goal)
 
 
@@ -131,7 +131,7 @@ def check_folder(directory: str | os.PathLike[str], kind: ManifestKind, names: I
     goal = real_path(directory)
     with _cannot_write(goal):
         if goal.exists() and not goal.is_dir():
-            raise LoopQError(f"{goal} is a file; give a folder.")
+            raise LoopQError(f"Cannot write to {goal}: it is a file; give a folder.")
         _check_writable(goal)
         if goal.is_dir():
             _check_names(goal, names, kind)

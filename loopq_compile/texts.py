@@ -137,7 +137,8 @@ def _open(path: Path) -> TextIO:
         arrow = _library("pyarrow", path)
         raw = arrow.CompressedInputStream(arrow.OSFile(str(path)), "zstd")
     else:
-        raw = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(path, "rb")
+        ways: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+        raw = ways.get(suffix, open)(path, "rb")
     stream = io.BufferedReader(raw)
     start = stream.peek(4)
     encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8-sig")
