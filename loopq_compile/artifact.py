@@ -21,12 +21,13 @@ from torch import Tensor, fx
 import loopq_compile
 from loopq_compile.conform import conform
 from loopq_compile.errors import InternalError, LoopQError
-from loopq_compile.folders import replacing_folder
+from loopq_compile.folders import check_folder, settle, writing_folder
 from loopq_compile.graph_json import graph_from_json, graph_to_json, rolled_from_json
 from loopq_compile.loops import LoopStructure, LoopTag
 from loopq_compile.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
+    PROGRAM,
     FileRecord,
     check_files,
     check_name,
@@ -35,7 +36,6 @@ from loopq_compile.manifest import (
     digest,
     first_line,
     read_json,
-    write_manifest,
 )
 from loopq_compile.names import safe_name, shown_name
 from loopq_compile.passes.verify import verify_tags
@@ -45,7 +45,7 @@ from loopq_compile.signature import signature_from_dict, signature_to_dict
 from loopq_compile.state import MADE_BY, CompilerState, LogEntry, Site, attach_state, get_state, get_tensor
 
 FORMAT = "loopq_compile.program"
-GRAPH_FILE, TENSOR_FILE = "program.json", "tensors.safetensors"
+GRAPH_FILE, TENSOR_FILE = FILES = "program.json", "tensors.safetensors"
 _LARGEST_HEADER = 100_000_000
 """Bytes; safetensors itself refuses larger ones."""
 
@@ -59,18 +59,20 @@ def save(
 
     Args:
         graph_module: with its compiler state.
-        directory: new, empty, or an earlier program, which is replaced.
+        directory: any folder. An earlier program in it is replaced; everything else stays.
         extra_files: files by name to put beside it, such as `tokenizer.json`; text is written as UTF-8.
 
     Raises:
-        LoopQError: the folder cannot be written, the graph holds something that files cannot name, or a tensor NaN.
+        LoopQError: the folder cannot be written, or holds a file of one of these names that is not ours; the graph
+            holds something that files cannot name, or a tensor NaN.
     """
+    extra = {check_name(name): content for name, content in (extra_files or {}).items()}
+    check_folder(directory, PROGRAM, (*FILES, *extra))
     description = _describe(graph_module)
     tensors = _stored_tensors(graph_module, description["packed"])
     check_values(graph_module.graph, tensors)
     description["tensors"] = {name: _kind(tensor) for name, tensor in tensors.items()}
-    extra = {check_name(name): content for name, content in (extra_files or {}).items()}
-    with replacing_folder(directory, GRAPH_FILE) as folder:
+    with writing_folder(directory, PROGRAM) as folder:
         try:
             save_file(tensors, folder / TENSOR_FILE)
         except SafetensorError as error:
@@ -79,7 +81,6 @@ def save(
         (folder / GRAPH_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
         for name, content in extra.items():
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        write_manifest(folder)
 
 
 def read(directory: str | os.PathLike[str]) -> fx.GraphModule:
@@ -89,6 +90,7 @@ def read(directory: str | os.PathLike[str]) -> fx.GraphModule:
         LoopQError: the folder is no program, was written by a newer version, or is damaged.
     """
     folder = Path(directory)
+    settle(folder)
     if not (folder / GRAPH_FILE).is_file():
         raise LoopQError(f"{folder} is no saved program: it has no {GRAPH_FILE}. `loopq-compile compile` writes one.")
     records = check_files(folder, (GRAPH_FILE, TENSOR_FILE))

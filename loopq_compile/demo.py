@@ -13,11 +13,13 @@ from rich.table import Table
 from torch import Tensor
 
 from loopq_compile import bench, bundled
-from loopq_compile.artifact import save
-from loopq_compile.errors import LoopQError
+from loopq_compile.artifact import FILES, save
+from loopq_compile.backends.onnx.folder import KIND, MODEL_FILE
 from loopq_compile.evaluate import Remembered, evaluate, tokenize
+from loopq_compile.folders import check_folder, write_results
 from loopq_compile.generation import generate
-from loopq_compile.loading import TOKENIZER_FILE, save_tokenizer
+from loopq_compile.loading import TOKENIZER_FILE, Loaded, save_beside
+from loopq_compile.manifest import PROGRAM, RESULTS, listed
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.program import Program
 from loopq_compile.scheme import Scheme
@@ -66,7 +68,9 @@ class Demo:
             LoopQError: the output folder cannot be written, or the package data is damaged.
         """
         start = time.perf_counter()
-        _make_folder(self.out)
+        check_folder(self.out, RESULTS, ("program.py", "quality.json", "quality.md"))
+        check_folder(self.out / "program", PROGRAM, (*FILES, TOKENIZER_FILE))
+        check_folder(self.out / "onnx", KIND, (MODEL_FILE, TOKENIZER_FILE))
         model, tokenizer = bundled.load_model(), bundled.load_tokenizer()
         weights = sum(parameter.numel() for parameter in model.parameters())
         self._say(f"The bundled looped language model: {weights / 1e6:.2f} million parameters, {type(model).__name__}.")
@@ -156,15 +160,15 @@ class Demo:
 
         transition = print_transition(program.graph_module, context=2)
         self.console.print(Syntax("", "python", background_color="default").highlight(transition), soft_wrap=True)
-        (self.out / "program.py").write_text(str(program), encoding="utf-8")
+        write_results(self.out, {"program.py": str(program)})
         save(program.graph_module, self.out / "program", {TOKENIZER_FILE: tokenizer.to_str()})
         report = program.export_onnx(self.out / "onnx", target="qdq", form="unrolled")
-        save_tokenizer(tokenizer, self.out / "onnx")
+        save_beside(Loaded(program, tokenizer), self.out / "onnx")
         self._say("\nExported to ONNX; the file passed onnx.checker with full shape inference:")
         self._say(str(report))
         sizes = {
             "model in fp32": sum(p.numel() * 4 for p in _weights(bundled.load_model())),
-            "saved program": sum(file.stat().st_size for file in (self.out / "program").iterdir()),
+            "saved program": sum(entry["bytes"] for entry in listed(self.out / "program", PROGRAM).values()),
             "ONNX file": report.bytes,
         }
         self._table(("size", "MB"), [(name, f"{size / 1e6:.2f}") for name, size in sizes.items()], 1)
@@ -234,14 +238,3 @@ class Demo:
 
 def _weights(model: Any) -> list[Tensor]:
     return list(model.parameters())
-
-
-def _make_folder(folder: Path) -> None:
-    """Finds out before minutes of work whether results can be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise LoopQError(f"Cannot write to {folder}: {error.strerror or error}.") from error

@@ -14,7 +14,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,25 +162,6 @@ class Remembered:
                 self._kept.popitem(last=False)
             self._kept[key] = logits
         return self._kept[key]
-
-
-def read_text(file: str | Path) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        LoopQError: the file is missing, unreadable, not UTF-8, or empty.
-    """
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LoopQError(
-            f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}."
-        ) from error
-    except OSError as error:
-        raise LoopQError(f"{file} cannot be read: {error.strerror}.") from error
-    if not text.strip():
-        raise LoopQError(f"{file} is empty.")
-    return text
 
 
 def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.metadata
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.folders import settle
 from loopq_compile.hugging_face import LoadOptions, first_line, load_hugging_face, read_settings
 
 if TYPE_CHECKING:
@@ -61,9 +63,10 @@ def load_model(
 
     Args:
         name_or_path: `"bundled"`; `"smollm2"`; a folder written by `Program.save`; an `.onnx` file or the folder of an
-            export; a folder with a Hugging Face model; or the id of one on the hub, such as
-            `"HuggingFaceTB/SmolLM2-135M"`. `"smollm2@12-15x3"` repeats layers 12 to 15 of a Hugging Face model three
-            times, see `loopq_compile.models.repeat_layers`.
+            export; a folder with a Hugging Face model; the id of one on the hub, such as
+            `"HuggingFaceTB/SmolLM2-135M"`; or the id of a saved program or an export that is in the hub's cache.
+            `"smollm2@12-15x3"` repeats layers 12 to 15 of a Hugging Face model three times, see
+            `loopq_compile.models.repeat_layers`.
         trust_remote_code, allow_pickle: for Hugging Face models, see `hugging_face.LoadOptions`.
         dtype: of the weights of a model in floating point; programs and ONNX files stay as they are.
 
@@ -95,6 +98,8 @@ def load_model(
         raise LoopQError(f"There is no file or folder {name}.")
     if close := difflib.get_close_matches(name, [BUNDLED, SMOLLM2], cutoff=0.7):
         raise LoopQError(f"There is no file or folder {name}. Did you mean {close[0]!r}?")
+    if cached := _cached_output(name):
+        return _load_folder(cached, options)
     return Loaded(*load_hugging_face(name, options))
 
 
@@ -136,20 +141,15 @@ def read_tokenizer(file: str | Path) -> Tokenizer:
         raise LoopQError(f"{path} is no tokenizer of the tokenizers library: {first_line(error)}") from error
 
 
-def save_tokenizer(tokenizer: Tokenizer | None, folder: str | Path) -> None:
-    """Puts `tokenizer.json` beside a program or an export, so that it travels along."""
-    if tokenizer is not None:
-        tokenizer.save(str(Path(folder) / TOKENIZER_FILE))
-
-
 def save_beside(loaded: Loaded, folder: str | Path) -> None:
-    """Puts `tokenizer.json` and the settings beside an export, and into its manifest."""
-    from loopq_compile.backends.onnx.folder import record
+    """Puts `tokenizer.json` and the settings beside an export, and into its manifest.
 
-    files = loaded.files()
-    for name, text in files.items():
-        (Path(folder) / name).write_text(text, encoding="utf-8")
-    record(Path(folder), list(files))
+    Raises:
+        LoopQError: one of them is there and not ours, or the folder cannot be written.
+    """
+    from loopq_compile.backends.onnx.folder import add_files
+
+    add_files(folder, loaded.files())
 
 
 def end_tokens(loaded: Loaded) -> list[int] | int | None:
@@ -166,7 +166,19 @@ def end_token(tokenizer: Tokenizer | None) -> int | None:
     return next((token for token in ids if token is not None), None)
 
 
+def _cached_output(name: str) -> Path | None:
+    """The folder of a saved program or an export that the hub's cache holds under an id; asks no network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in (PROGRAM_FILE, ONNX_FILE):
+        with contextlib.suppress(ValueError):  # no id at all
+            if isinstance(found := try_to_load_from_cache(name, file), str):
+                return Path(found).parent
+    return None
+
+
 def _load_folder(path: Path, options: LoadOptions) -> Loaded:
+    settle(path)
     if (path / PROGRAM_FILE).is_file():
         return _load_program(path)
     onnx_files = sorted(path.glob("*.onnx"))

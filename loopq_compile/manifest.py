@@ -6,11 +6,12 @@ outside of it is ever opened, and hashes are compared before anything is parsed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import loopq_compile
 from loopq_compile.errors import LoopQError
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = "loopq_compile.artifact"
+FAMILY = "loopq_compile."
+"""With this the formats of all manifests of this package begin."""
+FORMAT = FAMILY + "artifact"
 FORMAT_VERSION = 2
 """Version 1 had no manifest. A reader takes every version whose `readable_from` is not above its own."""
 _LARGEST_JSON = 1 << 30
@@ -36,6 +39,8 @@ class ManifestKind:
 
 
 PROGRAM = ManifestKind(MANIFEST_FILE, FORMAT, FORMAT_VERSION, "program")
+RESULTS = ManifestKind("results_manifest.json", FAMILY + "results", 1, "result")
+"""Of what `bench` and `demo` write into a folder: by it, their own files of an earlier run are known."""
 
 
 @dataclass(frozen=True)
@@ -48,34 +53,54 @@ class FileRecord:
 
 
 def write_manifest(
-    folder: Path, kind: ManifestKind = PROGRAM, names: Iterable[str] | None = None, more: dict[str, Any] | None = None
+    folder: Path,
+    kind: ManifestKind = PROGRAM,
+    names: Iterable[str] | None = None,
+    more: dict[str, Any] | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the manifest about files of `folder`; an older one stays until the new one is complete.
+    """Writes the manifest about files of `folder`.
 
     Args:
         folder: of the program or export.
         kind: of manifest.
         names: of files that belong to it; None for all that are there.
         more: what else to write into it.
+        known: entries of an earlier manifest that are kept, by file name.
 
     Raises:
         OSError: a file cannot be read or the manifest cannot be written.
     """
     names = (path.name for path in folder.iterdir() if path.name != kind.file) if names is None else names
+    made = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)[1]} for name in names}
     content = {
         "format": kind.format,
         "version": kind.version,
         "readable_from": kind.version,
         "loopq_compile": loopq_compile.__version__,
         **(more or {}),
-        "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)[1]}
-            for name in sorted(names)
-        },
+        "files": dict(sorted({**(known or {}), **made}.items())),
     }
-    beside = folder / f".{kind.file}.part"
-    beside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    beside.replace(folder / kind.file)
+    (folder / kind.file).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def manifests(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the manifests of this package in `folder` list: entries by name of the manifest and of the file.
+
+    A damaged one counts as none; a name that is not a plain file name is left out.
+    """
+    found = {}
+    for path in sorted(folder.glob("*manifest.json")):
+        with contextlib.suppress(LoopQError):
+            data = read_json(path)
+            if str(data.get("format")).startswith(FAMILY) and isinstance(data.get("files"), dict):
+                found[path.name] = {name: entry for name, entry in data["files"].items() if _is_plain(name)}
+    return found
+
+
+def listed(folder: Path, kind: ManifestKind) -> dict[str, Any]:
+    """The entries of one kind of manifest by file name; none where there is none."""
+    return manifests(folder).get(kind.file, {})
 
 
 def check_files(folder: Path, needed: Iterable[str], kind: ManifestKind = PROGRAM) -> dict[str, FileRecord] | None:
@@ -147,16 +172,28 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_regular(path: Path) -> None:
     """Refuses everything but a regular file: links may lead out of the folder, and pipes never end.
 
+    A link into the `blobs` of the same model is a file too: so the cache of the Hugging Face hub keeps all it has.
+
     Raises:
         LoopQError: says what stands there.
     """
     try:
         mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode) and is_cached(path):
+            mode = path.stat().st_mode
     except OSError as error:
         raise LoopQError(f"{path} cannot be read: {error.strerror}.") from error
     if not stat.S_ISREG(mode):
-        kind = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "no regular file"
-        raise LoopQError(f"{path} is {kind}; programs hold regular files alone. Copy the file itself there.")
+        kind = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise LoopQError(f"{path} is {kind}; programs hold only regular files. Copy the file itself there.")
+
+
+def is_cached(link: Path) -> bool:
+    """Whether a link is one of the hub's cache: `models--NAME/snapshots/HASH/FILE`, to `models--NAME/blobs/SHA`."""
+    target = Path(os.path.realpath(link))
+    folder = Path(os.path.realpath(link.parent))
+    owners = [above.parent for above in folder.parents if above.name == "snapshots"]
+    return any(target.parent == owner / "blobs" for owner in owners)
 
 
 def check_name(name: object) -> str:
@@ -165,10 +202,14 @@ def check_name(name: object) -> str:
     Raises:
         LoopQError: it is a path, hidden, or has characters that file systems treat specially.
     """
-    plain = isinstance(name, str) and 0 < len(name) < 128 and not name.startswith(".") and name.isprintable()
-    if not plain or any(c in str(name) for c in '/\\:*?"<>|'):
+    if not _is_plain(name):
         raise LoopQError(f"{_short(name)} is no plain file name; a program lists files of its own folder alone.")
     return str(name)
+
+
+def _is_plain(name: object) -> bool:
+    plain = isinstance(name, str) and 0 < len(name) < 128 and not name.startswith(".") and name.isprintable()
+    return plain and not any(c in str(name) for c in '/\\:*?"<>|')
 
 
 def digest(path: Path) -> tuple[int, str]:

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.folders import writing_file
 from loopq_compile.generation import logits_of
 from loopq_compile.progress import progress
+from loopq_compile.texts import read_text
 
 CALIBRATIONS = ("self", "docs", "mixed")
 """Where calibration text comes from, other than a file: sampled by the model; docstrings; half of each."""
+CHARACTERS = 16
+"""Of a text are read for every token that is needed, about four times what it takes; samples are drawn from these."""
 
 
 def generate_tokens(
@@ -102,7 +106,8 @@ def calibration_data(
 
     Args:
         source: `"self"` (`generate_tokens`), `"docs"` (docstrings of installed libraries; `"bundled"` means the same),
-            `"mixed"` (half of each), or the name of a UTF-8 text file.
+            `"mixed"` (half of each), or the name of a text, see `texts.read_text`; of a saved data set with
+            splits, `train`. No more of it is read than the samples need.
         model: the teacher; only `"self"` and `"mixed"` need one.
         tokenizer: the model's; None means the bundled model's for `"docs"`, and will not do for a file.
         samples, length, seed: number of rows, tokens in each, and which are drawn.
@@ -130,16 +135,20 @@ def calibration_data(
 
 def _rows_of_text(source: str, tokenizer: Any, samples: int, length: int, seed: int) -> list[Tensor]:
     from loopq_compile import bundled
-    from loopq_compile.evaluate import read_text, tokenize
+    from loopq_compile.evaluate import tokenize
 
     if source in ("docs", "mixed", "bundled"):
         own = bundled.load_tokenizer()
         if tokenizer is None or tokenizer.to_str() == own.to_str():
             return bundled.calibration_tokens(samples, length, seed)
         text = own.decode(torch.cat(bundled.calibration_tokens(2 * samples, length, seed)).flatten().tolist())
+        ids = tokenize(tokenizer, text)
     else:
-        text = read_text(source)
-    ids = tokenize(tokenizer, text)
+        for characters in (CHARACTERS * samples * length, 256 * samples * length, None):
+            text = read_text(source, characters, split="train")
+            ids = tokenize(tokenizer, text)
+            if len(ids) >= samples * length or characters is None or len(text) < characters:
+                break
     if len(ids) < length:
         raise LoopQError(f"{source} has {len(ids)} tokens, fewer than one sample of length {length}. Lower --length.")
     rows = ids[: len(ids) // length * length].view(-1, length)
@@ -198,10 +207,5 @@ def _write(file: Path | None, tokens: Tensor) -> None:
         return
     from safetensors.torch import save_file
 
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({"tokens": tokens}, partial)
-        partial.replace(file)
-    except OSError as error:
-        raise LoopQError(f"Cannot write to {file.parent}: {error.strerror or error}.") from error
+    with writing_file(file) as path:
+        save_file({"tokens": tokens}, path)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import loopq_compile as lq
 from loopq_compile import bundled
 from loopq_compile.backends.onnx import OnnxExecutable, export
-from loopq_compile.loading import save_tokenizer
+from loopq_compile.loading import Loaded, save_beside
 from tests.browser import Browser, find_chromium
 from tests.decoding import ids, quantized
 from tests.test_examples import load
@@ -70,7 +70,7 @@ def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.loops = 2
     program = lq.compile(model, ids(), scheme="w4a8", method="symmetric")
     program.export_onnx(path, target="onnxruntime", form="rolled", cache=True, last_token=True)
-    save_tokenizer(bundled.load_tokenizer(), path)
+    save_beside(Loaded(None, bundled.load_tokenizer()), path)
     return path
 
 
@@ -101,7 +101,7 @@ def test_an_unrolled_file_in_standard_operators(folder: Path, prepare: ModuleTyp
     letters = [chr(code) for code in range(ord("@"), ord("@") + 64)]
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    save_tokenizer(tokenizer, tmp_path / "onnx")
+    save_beside(Loaded(None, tokenizer), tmp_path / "onnx")
     site = prepare.prepare(tmp_path / "onnx", tmp_path / "site", folder / "node_modules")
     assert json.loads((site / "model.json").read_text())["rolled"] is False
     prompt = torch.tensor([tokenizer.encode("abcXYZ").ids])

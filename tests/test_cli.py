@@ -387,7 +387,7 @@ def test_outputs_that_cannot_be_written(program: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "file" in fails("export", program, "--out", tmp_path / "file")
     assert "Cannot write" in fails("demo", "--out", tmp_path / "file" / "below")
-    assert "Cannot write" in run("inspect", program, "--dot", tmp_path / "no" / "a.dot", status=1).stderr
+    assert "Cannot write" in run("inspect", program, "--dot", tmp_path / "file" / "a.dot", status=1).stderr
 
 
 def test_commands_refuse_the_wrong_kind_of_model(program: Path, exported: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.evaluate import Remembered, evaluate, read_text, tokenize, windows
+from loopq_compile.evaluate import Remembered, evaluate, tokenize, windows
 from tests.tiny import VOCABULARY, tiny_model, tiny_program, tokens
 
 TEXT = torch.randint(0, VOCABULARY, (211,), generator=torch.Generator().manual_seed(5))
@@ -153,21 +153,6 @@ def test_logits_of_the_last_token_are_not_enough() -> None:
     program = tiny_program().with_cache(last_token=True)
     with pytest.raises(LoopQError, match=r"logits for every token; two tokens gave \[1, 1, .*export without it"):
         evaluate(program, torch.arange(16))
-
-
-def test_reading_text(tmp_path) -> None:
-    (tmp_path / "good.txt").write_text("a word", encoding="utf-8")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "empty.txt").write_text(" \n")
-    assert read_text(tmp_path / "good.txt") == "a word"
-    for name, message in (
-        ("latin.txt", "0xe9"),
-        ("empty.txt", "empty"),
-        ("none.txt", "cannot be read"),
-        ("", "cannot"),
-    ):
-        with pytest.raises(LoopQError, match=message):
-            read_text(tmp_path / name)
 
 
 def test_tokenizing() -> None:

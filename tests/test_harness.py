@@ -146,13 +146,13 @@ def test_programs_onnx_files_and_the_command_line(
     from typer.testing import CliRunner
 
     from loopq_compile.cli import app
-    from loopq_compile.loading import save_tokenizer
+    from loopq_compile.loading import Loaded, save_beside
 
     monkeypatch.setattr(bundled, "load_model", tiny_ouro)
     monkeypatch.setattr(bundled, "load_tokenizer", tokenizer)
     program = lq.compile(tiny_ouro(), torch.ones(2, 8, dtype=torch.int64), scheme="w8a8", method="symmetric")
     program.export_onnx(tasks / "onnx")
-    save_tokenizer(tokenizer(), tasks / "onnx")
+    save_beside(Loaded(None, tokenizer()), tasks / "onnx")
     executable = LanguageModel(OnnxExecutable(tasks / "onnx" / "model.onnx"), tokenizer())
     scores = [
         model.loglikelihood([request("w1 w2", " w3 w4")], disable_tqdm=True)[0][0]

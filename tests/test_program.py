@@ -89,13 +89,16 @@ def test_four_bit_weights_take_half_a_byte_on_disk(tmp_path):
 
 def test_saving_replaces_an_older_program_and_nothing_else(tmp_path):
     tiny_program().save(tmp_path / "p")
+    (tmp_path / "p" / "photos").mkdir()
+    (tmp_path / "p" / "photos" / "me.jpg").write_text("x")
     tiny_program("w8a8").save(tmp_path / "p")
     assert lq.load(tmp_path / "p").scheme.name == "w8a8"
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "me.jpg").write_text("x")
-    with pytest.raises(lq.LoopQError, match="holds other files"):
-        tiny_program().save(tmp_path / "photos")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["p", "photos"]
+    assert (tmp_path / "p" / "photos" / "me.jpg").read_text() == "x"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "program.json").write_text("{}")
+    with pytest.raises(lq.LoopQError, match=r"program.json is there already"):
+        tiny_program().save(tmp_path / "other")
+    assert (tmp_path / "other" / "program.json").read_text() == "{}"
 
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -216,5 +216,5 @@ def test_the_trajectory_alone_is_a_picture(full, tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_refused():
-    with pytest.raises(lq.LoopQError, match="Cannot write /proc"):
+    with pytest.raises(lq.LoopQError, match="Cannot write to /proc"):
         tiny_program().report("/proc/no/report.html")

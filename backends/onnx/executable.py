@@ -19,6 +19,7 @@ from loopq_compile.backends.onnx.loop import LOOPS
 from loopq_compile.decoding import Chosen, Decoder, RecomputingDecoder, complete, has_cache
 from loopq_compile.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
 from loopq_compile.errors import LoopQError
+from loopq_compile.folders import settle
 from loopq_compile.manifest import first_line
 
 
@@ -166,6 +167,7 @@ def _tensor(value: Any) -> Any:
 
 
 def _model_file(path: Path) -> Path:
+    settle(path if path.is_dir() else path.parent)
     if path.is_dir():
         found = sorted(path.glob("*.onnx"))
         if len(found) != 1:

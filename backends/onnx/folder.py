@@ -6,9 +6,12 @@ one is opened, every such name must be a plain one of a regular file in the same
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import mmap
-from collections.abc import Iterable, Iterator
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (numpy types of ONNX's small floats)
@@ -19,6 +22,7 @@ from onnx import numpy_helper
 from loopq_compile.artifact import Verified
 from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
 from loopq_compile.errors import LoopQError
+from loopq_compile.folders import check_folder, settle, writing_folder
 from loopq_compile.manifest import (
     ManifestKind,
     check_files,
@@ -26,29 +30,32 @@ from loopq_compile.manifest import (
     check_regular,
     first_line,
     read_json,
-    write_manifest,
 )
 
-MODEL_FILE = "model.onnx"
+MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 KIND = ManifestKind("onnx_manifest.json", "loopq_compile.onnx", 1, "export")
 _PACKAGES = ("torch", "onnx", "onnxruntime")
 
 
-def record(folder: Path, names: Iterable[str]) -> None:
-    """Adds files to the manifest of an export, with their sizes and hashes; the others keep theirs.
+def versions() -> dict[str, dict[str, str]]:
+    """What a manifest says of the packages that made an export."""
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return {"versions": found}
+
+
+def add_files(directory: str | os.PathLike[str], files: Mapping[str, str]) -> None:
+    """Puts text files by name beside an export, and into its manifest.
 
     Raises:
-        OSError: a file cannot be read or the manifest cannot be written.
+        LoopQError: one of them is there and not ours, or the folder cannot be written.
     """
-    path = folder / KIND.file
-    known = read_json(path).get("files", {}) if path.exists() else {}
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    write_manifest(folder, KIND, {*known, *names}, {"versions": versions})
+    check_folder(directory, KIND, files)
+    with writing_folder(directory, KIND, add=True, more=versions()) as made:
+        for name, text in files.items():
+            (made / name).write_text(text, encoding="utf-8")
 
 
 def verify(directory: Path) -> Verified:
@@ -57,6 +64,7 @@ def verify(directory: Path) -> Verified:
     Raises:
         LoopQError: says in one line what is wrong.
     """
+    settle(directory)
     records = check_files(directory, (MODEL_FILE,), KIND)
     path = directory / MODEL_FILE
     if records is None:
@@ -71,10 +79,7 @@ def verify(directory: Path) -> Verified:
         raise LoopQError(f"{path} is damaged: it does not say how it is called.")
     from_json(metadata[METADATA_KEY])
     _check_values(path, model)
-    try:
-        onnx.checker.check_model(str(path))
-    except Exception as error:  # a file from anywhere: whatever the checker's C++ says of it
-        raise LoopQError(f"{path} is damaged: {first_line(error)}.") from error
+    _check_nodes(path, model)
     here = {file.name for file in directory.iterdir()} - set(records) - {KIND.file}
     return Verified(
         directory=str(directory),
@@ -151,12 +156,43 @@ def _check_values(path: Path, model: onnx.ModelProto) -> None:
     """Every tensor has as many numbers as its shape says, and floating-point ones are finite."""
     for tensor in _tensors(model.graph):
         try:
-            values = numpy_helper.to_array(tensor, base_dir=str(path.parent))
+            values = numpy_helper.to_array(_with_numbers(path, tensor))
         except Exception as error:  # sizes that do not fit, unknown types
             raise LoopQError(f"{path} is damaged: tensor {tensor.name[:80]!r}: {first_line(error)}.") from error
         # An attention mask adds -inf; no weight, scale or table has a NaN.
         if values.dtype.kind in "fV" and np.isnan(values.astype(np.float32)).any():
             raise LoopQError(f"{path} is damaged: tensor {tensor.name[:80]!r} holds NaN.")
+
+
+def _with_numbers(path: Path, tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """The tensor itself, or a copy that holds what it has in another file, whose name and size were checked.
+
+    onnx's own reader refuses every link, also hard ones, as backups and the cache of the hub make them.
+    """
+    if not tensor.external_data:
+        return tensor
+    about = {entry.key: entry.value for entry in tensor.external_data}
+    copy = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    with path.with_name(about["location"]).open("rb") as file:
+        file.seek(int(about.get("offset", 0)))
+        copy.raw_data = file.read(int(about["length"])) if "length" in about else file.read()
+    return copy
+
+
+def _check_nodes(path: Path, model: onnx.ModelProto) -> None:
+    """The ONNX checker, which looks for weights in another file and not into it: an empty one of its size will do."""
+    names = {entry.value for t in _tensors(model.graph) for entry in t.external_data if entry.key == "location"}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:
+                with (Path(folder) / name).open("wb") as file:
+                    file.truncate(path.with_name(name).stat().st_size)
+            beside = Path(folder) / MODEL_FILE
+            if names:
+                beside.write_bytes(path.read_bytes())
+            onnx.checker.check_model(str(beside if names else path))
+    except Exception as error:  # a file from anywhere: whatever the checker's C++ says of it
+        raise LoopQError(f"{path} is damaged: {first_line(error)}.") from error
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -19,9 +19,10 @@ from typing import Any
 
 import onnx
 
-from loopq_compile.backends.onnx.folder import KIND, record
+from loopq_compile.backends.onnx.folder import add_files
 from loopq_compile.decoding import PAST_PREFIX, PRESENT_PREFIX
 from loopq_compile.errors import LoopQError
+from loopq_compile.folders import settle
 
 CONFIG_FILE = "genai_config.json"
 ROLLED_REFUSAL = (
@@ -60,7 +61,8 @@ def write_genai_config(
         LoopQError: there is no such file, it has no cache or one of another form (as rolled files), it needs inputs
             that the runtime does not feed, or an argument is out of range.
     """
-    path = Path(directory) / "model.onnx"
+    path = Path(directory).expanduser() / "model.onnx"
+    settle(path.parent)
     if not path.is_file():
         raise LoopQError(f"There is no {path}; write it with program.export_onnx({str(directory)!r}, cache=True).")
     graph = onnx.load(path, load_external_data=False).graph
@@ -80,18 +82,11 @@ def write_genai_config(
         # The file joins caches itself: what it returns has another size than what it was given.
         "search": {"do_sample": False, "past_present_share_buffer": False},
     }
-    try:
-        target = path.parent / CONFIG_FILE
-        files = {CONFIG_FILE: config}
-        if (path.parent / "tokenizer.json").is_file() and not (path.parent / "tokenizer_config.json").exists():
-            files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        for name, content in files.items():
-            _write(path.parent / name, content)
-        if (path.parent / KIND.file).exists():
-            record(path.parent, files)
-    except OSError as error:
-        raise LoopQError(f"Cannot write {CONFIG_FILE} into {path.parent}: {error.strerror or error}.") from error
-    return target
+    files: dict[str, Any] = {CONFIG_FILE: config}
+    if (path.parent / "tokenizer.json").is_file() and not (path.parent / "tokenizer_config.json").exists():
+        files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    add_files(path.parent, {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()})
+    return path.parent / CONFIG_FILE
 
 
 def reads_tokenizer(tokenizer: str) -> bool:
@@ -156,7 +151,3 @@ def _check(ends: list[int], pad: int | None, context: int, vocabulary: int | str
             raise LoopQError(f"{name} must be a token id from 0 to {vocabulary} (excluded); got {token!r}.")
     if not isinstance(context, int) or context < 1:
         raise LoopQError(f"context_length must be a positive integer; got {context!r}.")
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.folders import write_text
 
 DECODE_ROWS = 16
 """Up to so many rows the decode variant runs: a tile of 16 rows, split along k."""
@@ -213,13 +214,7 @@ def write_table(file: Path, table: Table, how: str) -> None:
     before = read_table(file)
     merged = {name: before.get(name, {}) | table.get(name, {}) for name in sorted({*before, *table})}
     plain = {name: {kind: tile.to_dict() for kind, tile in tiles.items()} for name, tiles in merged.items()}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(f".{os.getpid()}.tmp")
-        beside.write_text(json.dumps({"how": how, "tiles": plain}, indent=1) + "\n", encoding="utf-8")
-        beside.replace(file)
-    except OSError as error:
-        raise LoopQError(f"Cannot write {file}: {error.strerror or error}.") from error
+    write_text(file, json.dumps({"how": how, "tiles": plain}, indent=1) + "\n")
     tables.cache_clear()
 
 

@@ -37,7 +37,8 @@ from loopq_compile.backends.triton.launches import ROWS, launches
 from loopq_compile.backends.triton.operators import INTERPRETED
 from loopq_compile.decoding import has_cache
 from loopq_compile.errors import LoopQError
-from loopq_compile.manifest import check_files, first_line, read_json
+from loopq_compile.folders import check_folder
+from loopq_compile.manifest import PROGRAM, check_files, first_line, read_json
 from loopq_compile.rolled import rolled_loops
 from loopq_compile.state import get_state
 
@@ -79,16 +80,18 @@ def save(
 
     Args:
         program: as `lower` takes it.
-        directory: new, empty, or an earlier program, which is replaced.
+        directory: any folder. An earlier program in it is replaced; everything else stays.
         architectures: compute capabilities times ten.
         rolled: as for `lower`.
         extra_files: text files by name to put beside it, such as `tokenizer.json`.
 
     Raises:
-        LoopQError: nothing can be fused, an architecture is unknown, or the folder cannot be written.
+        LoopQError: nothing can be fused, an architecture is unknown, or the folder cannot be written or holds a
+            file of one of these names that is not ours.
     """
     for architecture in architectures:
         check_architecture(architecture)
+    check_folder(directory, PROGRAM, (*artifact.FILES, CASE_FILE, BINARY_FILE, *(extra_files or {})))
     graph_module = fuse(program, rolled=rolled)
     graphs = _graphs(use_kernels(private_copy(graph_module)))
     entries: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from loopq_compile.errors import LoopQError
+from loopq_compile.folders import write_text
 
 Values = dict[str, Any]
 
@@ -77,21 +77,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_text(file: Path, text: str) -> None:
-    """Replaces `file` at once: a kill leaves the old one or the new one.
-
-    Raises:
-        LoopQError: it cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(file.name + ".tmp")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
-    except OSError as error:
-        raise LoopQError(f"Cannot write to {file.parent}: {error.strerror or error}.") from error
 
 
 def _read(file: Path | None) -> Values | None:

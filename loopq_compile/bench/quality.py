@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from loopq_compile import folders
 from loopq_compile.capture import capture
 from loopq_compile.driver import compile as compile_model
 from loopq_compile.driver import quantize
@@ -178,15 +179,8 @@ def write_results(
     Raises:
         LoopQError: the directory cannot be written.
     """
-    folder = Path(directory)
     texts = {"quality.json": to_json(rows, **about), "quality.md": f"# {heading}\n\n{to_markdown(rows)}"}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise LoopQError(f"Cannot write to {folder}: {error.strerror or error}.") from error
-    return [folder / name for name in texts]
+    return folders.write_results(directory, texts)
 
 
 def _row(method: str, scheme: str, activation: str, score: Score, base: Score, seconds: float) -> QualityRow:

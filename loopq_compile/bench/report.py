@@ -9,8 +9,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from loopq_compile.bench.cells import plain, write_text
-from loopq_compile.errors import LoopQError
+from loopq_compile.bench.cells import plain
+from loopq_compile.folders import writing_folder
+from loopq_compile.manifest import RESULTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,16 +54,16 @@ class Report:
         """Writes `NAME.json`, `NAME.md` and, where matplotlib is installed, `NAME.png`.
 
         Raises:
-            LoopQError: the directory cannot be written.
+            LoopQError: the directory cannot be written, or has a file of one of these names that is not ours.
         """
-        folder = Path(directory)
-        written = [folder / f"{self.name}.json", folder / f"{self.name}.md"]
-        write_text(written[0], self.to_json(**about))
-        write_text(written[1], self.to_markdown())
-        if self.draw is not None and has_matplotlib():
-            written.append(folder / f"{self.name}.png")
-            self._picture(written[-1])
-        return written
+        names = [f"{self.name}.json", f"{self.name}.md"]
+        with writing_folder(directory, RESULTS, add=True) as made:
+            (made / names[0]).write_text(self.to_json(**about), encoding="utf-8")
+            (made / names[1]).write_text(self.to_markdown(), encoding="utf-8")
+            if self.draw is not None and has_matplotlib():
+                names.append(f"{self.name}.png")
+                self._picture(made / names[-1])
+        return [Path(directory).expanduser() / name for name in names]
 
     def _picture(self, file: Path) -> None:
         from matplotlib.figure import Figure
@@ -71,10 +72,7 @@ class Report:
         assert self.draw is not None
         self.draw(figure)
         figure.suptitle(self.title, fontsize=11)
-        try:
-            figure.savefig(file, dpi=150)
-        except OSError as error:
-            raise LoopQError(f"Cannot write {file}: {error.strerror or error}.") from error
+        figure.savefig(file, dpi=150)
 
 
 def has_matplotlib() -> bool:

@@ -24,8 +24,9 @@ from loopq_compile.options import CalibrationOptions
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.pipelines import METHODS, get_pipeline
 from loopq_compile.program import Program
-from loopq_compile.self_generated import calibration_data, fingerprint
+from loopq_compile.self_generated import CALIBRATIONS, CHARACTERS, calibration_data, fingerprint
 from loopq_compile.state import copy_graph, get_state
+from loopq_compile.texts import read_text
 
 PROBE_ROWS, PROBE_LENGTH = 4, 128
 """Held-out tokens on which program and model are compared point by point."""
@@ -105,8 +106,10 @@ class Study:
     def describe(self, run: Run) -> Values:
         """All that determines what a run gives, for the name of its cell."""
         settings = self.settings
-        source = Path(settings.calibration)
-        text = hashlib.blake2b(source.read_bytes()).hexdigest() if source.is_file() else settings.calibration
+        text, count = settings.calibration, run.samples or settings.samples
+        if text not in CALIBRATIONS:
+            content = read_text(text, CHARACTERS * count * settings.sample_length, split="train")
+            text = hashlib.blake2b(content.encode()).hexdigest()
         return {
             "kind": "run",
             "method": run.method,
@@ -114,7 +117,7 @@ class Study:
             "flags": dict(run.flags),
             "options": {**settings.options, **run.options},
             "seed": run.seed,
-            "calibration": [text, run.samples or settings.samples, settings.sample_length],
+            "calibration": [text, count, settings.sample_length],
             "window": [settings.length, settings.stride],
         }
 

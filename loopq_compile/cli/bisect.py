@@ -16,6 +16,7 @@ from loopq_compile.cli.common import (
     RepeatLayers,
     TrustRemoteCode,
     calibration_batches,
+    check_text,
     console,
     default_text,
     load,
@@ -73,6 +74,7 @@ def bisect_command(
     from loopq_compile.scheme import Scheme
 
     wanted, pipeline = Scheme.parse(scheme, activation=activation), get_pipeline(method)
+    check_text(None, calibration)
     loaded = load(model, None, trust_remote_code, repeat, allow_pickle, dtype)
     if loaded.kind != "model":
         raise LoopQError(f"{model} is quantized already; bisect compiles a model in floating point again.")

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
     from loopq_compile.loading import Loaded
 
+TEXTS = (
+    "a file: .txt, .jsonl, .json (field `text`, or FILE@FIELD), also compressed; .parquet; a folder of these, or one "
+    "that `datasets` saved"
+)
+"""What is read as text, for help."""
 Model = Annotated[
     str,
     typer.Argument(
@@ -49,7 +54,11 @@ Dtype = Annotated[
 ]
 TextFile = Annotated[
     str | None,
-    typer.Option("--text", metavar="FILE", help="UTF-8 text to score; by default the bundled model's held-out text."),
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help=f"Text to score: {TEXTS}. By default the bundled model's held-out text.",
+    ),
 ]
 Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
 Stride = Annotated[
@@ -61,7 +70,7 @@ CalibrationText = Annotated[
         "--calibration",
         metavar="self|docs|mixed|FILE",
         help="Text to calibrate on: sampled by the model itself, docstrings of the installed libraries, half of each, "
-        "or a UTF-8 file.",
+        f"or {TEXTS}.",
     ),
 ]
 RepeatLayers = Annotated[
@@ -85,6 +94,8 @@ ExitThreshold = Annotated[
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=0, help="Score only the first N tokens; 0 for all.")]
 
 
+_GLANCE = 1 << 16
+"""Characters that show what a text is."""
 DEFECT = 70
 """Exit status of internal errors; `EX_SOFTWARE` in BSD's sysexits."""
 
@@ -154,12 +165,23 @@ def load(
     return loaded._replace(tokenizer=tokenizer or loaded.tokenizer)
 
 
-def text_source(file: str | None) -> tuple[str, str]:
-    """The text to score, and a sentence about where it is from."""
-    if file is not None:
-        from loopq_compile.evaluate import read_text
+def check_text(text: str | None = None, calibration: str | None = None) -> None:
+    """Refuses a text that cannot be read, before a model is loaded: looks at its beginning."""
+    from loopq_compile.self_generated import CALIBRATIONS
+    from loopq_compile.texts import read_text
 
-        return read_text(file), file
+    if text is not None:
+        read_text(text, _GLANCE)
+    if calibration is not None and calibration not in (*CALIBRATIONS, "bundled"):
+        read_text(calibration, _GLANCE, split="train")
+
+
+def text_source(file: str | None, tokens: int = 0) -> tuple[str, str]:
+    """The text to score, enough of it for so many tokens (0: all), and a sentence about where it is from."""
+    if file is not None:
+        from loopq_compile.texts import read_text
+
+        return read_text(file, 64 * tokens or None), file
     from loopq_compile.bundled import held_out_text
 
     held_out = held_out_text()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopq_compile.cli.common import (
+    TEXTS,
     AllowPickle,
     Dtype,
     Json,
@@ -17,6 +18,7 @@ from loopq_compile.cli.common import (
     TokenizerFile,
     TrustRemoteCode,
     calibration_batches,
+    check_text,
     default_text,
     load,
     note,
@@ -62,7 +64,7 @@ def compile_command(
         typer.Option(
             metavar="self|docs|mixed|FILE",
             help="Text to calibrate on: sampled by the model itself, docstrings of the installed libraries, half of "
-            "each, or a UTF-8 file. By default docs, if the method needs text.",
+            f"each, or {TEXTS}. By default docs, if the method needs text.",
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Number of calibration samples.")] = 128,
@@ -97,8 +99,9 @@ def compile_command(
 
     Example: loopq-compile compile bundled --scheme w4a8 --activation static --out my-program
     """
-    from loopq_compile.artifact import GRAPH_FILE
-    from loopq_compile.folders import check_folder
+    from loopq_compile.artifact import FILES
+    from loopq_compile.folders import check_file, check_folder
+    from loopq_compile.manifest import PROGRAM
     from loopq_compile.options import CalibrationOptions
     from loopq_compile.pipelines import get_pipeline
     from loopq_compile.scheme import Scheme
@@ -113,10 +116,14 @@ def compile_command(
         precision=precision,
         checkpoint=str(checkpoint) if checkpoint else None,
     )
-    check_folder(out, GRAPH_FILE)
+    check_folder(out, PROGRAM, FILES)
+    if checkpoint:
+        check_file(checkpoint / "phase")
+    check_text(None, calibration)
     loaded = load(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
     if loaded.kind != "model":
         raise LoopQError(f"{model} is quantized already; compile takes a model in floating point.")
+    check_folder(out, PROGRAM, loaded.files())
     source = calibration or default_text(method, activation, loaded)
     batches = _batches(source, loaded, samples, length, seed, note(json))
     if dry_run:
@@ -189,11 +196,12 @@ def _show(program: Program, out: Path, json: bool) -> None:
 
 
 def _report(program: Program, out: Path) -> dict[str, Any]:
+    from loopq_compile.manifest import PROGRAM, listed
     from loopq_compile.state import get_state
 
     return {
         "out": str(out),
-        "bytes": sum(file.stat().st_size for file in out.iterdir()),
+        "bytes": sum(entry["bytes"] for entry in listed(out, PROGRAM).values()),
         "method": get_state(program.graph_module).method,
         "scheme": program.scheme.to_dict() if program.scheme else None,
         "loops": program.loops.describe(),

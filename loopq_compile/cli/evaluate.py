@@ -105,7 +105,7 @@ def _score_text(
     from loopq_compile.decoding import TokenByToken
     from loopq_compile.evaluate import Remembered, evaluate, tokenize
 
-    content, source = text_source(file) if file else (None, "")
+    content, source = text_source(file, max_tokens) if file else (None, "")
     rows: list[dict[str, Any]] = []
     teacher: Any = None
     teacher_tokens: Any = None

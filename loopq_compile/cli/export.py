@@ -123,9 +123,13 @@ def export_command(
 
 
 def _export_onnx(loaded: Loaded, out: Path, options: dict[str, Any], genai: bool, json: bool) -> None:
+    from loopq_compile.backends.onnx.folder import KIND
+    from loopq_compile.backends.onnx.genai import CONFIG_FILE
+    from loopq_compile.folders import check_folder
     from loopq_compile.loading import save_beside
 
     ends = _end_tokens(loaded, options["form"]) if genai else None
+    check_folder(out, KIND, [*loaded.files(), *([CONFIG_FILE] if genai else [])])
     report = loaded.model.export_onnx(out, **options)
     save_beside(loaded, out)
     if ends is not None:

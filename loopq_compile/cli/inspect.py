@@ -123,16 +123,14 @@ def _code(program: Program, loop: int | None) -> str:
 
 
 def _draw(program: Program, loop: int | None, svg: Path | None, dot: Path | None) -> None:
+    from loopq_compile.folders import write_text
     from loopq_compile.visualize import loop_graph, render_svg, to_dot
 
     title = f"loop {loop or 0} of {program.loops.describe()}" if program.loops.main else "no loop"
     text = to_dot(loop_graph(program.graph_module, loop), title)
     for path, make in ((dot, lambda: text), (svg, lambda: render_svg(text))):
         if path is not None:
-            try:
-                path.write_text(make(), encoding="utf-8")
-            except OSError as error:
-                raise LoopQError(f"Cannot write {path}: {error.strerror or error}.") from error
+            write_text(path, make())
 
 
 def _report(program: Program) -> dict[str, Any]:

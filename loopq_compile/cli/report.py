@@ -14,6 +14,7 @@ from loopq_compile.cli.common import (
     RepeatLayers,
     TextFile,
     TrustRemoteCode,
+    check_text,
     load,
     note,
     print_json,
@@ -48,10 +49,15 @@ def report_command(
     Example: loopq-compile report my-program other-program --model bundled --out report.html
     """
     from loopq_compile.evaluate import tokenize
+    from loopq_compile.folders import check_file
     from loopq_compile.report import measure, trajectory, write, write_page
     from loopq_compile.report.measure import check_names
 
     check_names(programs)
+    check_text(text)
+    for file in (out, svg):
+        if file:
+            check_file(file)
     if svg and model is None:
         raise LoopQError("--svg draws errors, which need the model: give --model.")
     last = [Path(program).name for program in programs]
@@ -68,7 +74,7 @@ def report_command(
         if source.kind != "model":
             raise LoopQError(f"{model} is quantized already; --model takes the model in floating point.")
         base, tokenizer = source.model, source.tokenizer
-        ids = tokenize(tokenizer, text_source(text)[0], max_tokens)
+        ids = tokenize(tokenizer, text_source(text, max_tokens)[0], max_tokens)
         batches = [row.view(1, -1) for row in ids.split(min(64, len(ids))) if len(row) == min(64, len(ids))]
     found = {
         name: measure(one.model, base, batches, tokenizer=tokenizer, samples=samples) for name, one in loaded.items()

@@ -47,9 +47,11 @@ def _verify(directory: Path) -> list[Verified]:
     """What is found in a folder with a program, an export, or both."""
     from loopq_compile import artifact
     from loopq_compile.backends.onnx import folder
+    from loopq_compile.folders import settle
 
     if directory.suffix == ".onnx" and directory.is_file():
         directory = directory.parent
+    settle(directory)
     exported = (directory / folder.MODEL_FILE).exists() or (directory / folder.KIND.file).exists()
     saved = (directory / artifact.GRAPH_FILE).exists() or not exported
     checks = ([artifact.verify] if saved else []) + ([folder.verify] if exported else [])

@@ -12,6 +12,7 @@ from typing import TypeGuard
 import jinja2
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.folders import write_text
 from loopq_compile.report.measure import Values
 from loopq_compile.summary import short_names
 
@@ -74,16 +75,7 @@ def write_page(file: str | os.PathLike[str], text: str) -> Path:
     Raises:
         LoopQError: the file cannot be written.
     """
-    path = Path(file).expanduser()
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise LoopQError(f"Cannot write {path}: {error.strerror or error}.") from error
-    return path
+    return write_text(file, text)
 
 
 def short(value: float | None) -> str:

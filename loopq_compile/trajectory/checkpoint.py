@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.folders import writing_file
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -23,17 +23,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
     Raises:
         LoopQError: the file cannot be written; an older one is still there.
     """
-    beside = path.with_name(path.name + ".tmp")
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(whole, beside, {"facts": json.dumps({**facts, "digest": _digest(whole)})})
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
-        raise LoopQError(f"Cannot write the checkpoint {path}: {error}.") from error
+        with writing_file(path) as made:
+            save_file(whole, made, {"facts": json.dumps({**facts, "digest": _digest(whole)})})
+    except (LoopQError, SafetensorError) as error:
+        raise LoopQError(f"Cannot write the checkpoint {path}: {error}") from error
 
 
 def read(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

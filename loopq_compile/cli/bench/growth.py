@@ -26,6 +26,7 @@ from loopq_compile.cli.common import (
     TextFile,
     TrustRemoteCode,
     calibration_batches,
+    check_text,
     names,
     note,
     whole_numbers,
@@ -86,6 +87,7 @@ def beyond_command(
     def with_loops(count: int | None) -> Any:
         return _with_loops(load_model(model, None, trust_remote_code, None, allow_pickle).model, model, count)
 
+    check_text(text)
     loaded = load_model(model, None, trust_remote_code, None, allow_pickle)
     tokens, source = text_tokens(loaded, text, max_tokens)
     batches = calibration_batches("docs", loaded.tokenizer, samples, 128, 0)
@@ -124,6 +126,7 @@ def exit_command(
         thresholds = [float(value) for value in names(values)]
     except ValueError as error:
         raise LoopQError(f"--values takes numbers, comma-separated; got {values!r}.") from error
+    check_text(text)
     loaded = load_model(model, None, trust_remote_code, None, allow_pickle)
     tokens, source = text_tokens(loaded, text, max_tokens)
     report = exits(loaded.model, tokens, names(schemes), thresholds, length, say=note(True))
@@ -148,6 +151,7 @@ def cache_command(
     """Perplexity and bytes a token of key-value caches in floating point, 8 and 4 bits."""
     from loopq_compile.bench.cache import caches
 
+    check_text(text)
     loaded = load_model(model, None, trust_remote_code, repeat, allow_pickle)
     tokens, source = text_tokens(loaded, text, max_tokens)
     bits = [number or None for number in whole_numbers("--values", values)]

@@ -40,9 +40,27 @@ Numbers = Annotated[
         "--values", metavar="LIST", help="Points of fig4 (groups), fig5 (loops) or fig6 (samples), comma-separated."
     ),
 ]
+
+
+def _check_out(context: typer.Context, out: Path | None) -> Path | None:
+    """Refuses a folder for results before hours of measuring; a command's files are called like the command."""
+    from loopq_compile.folders import check_folder
+    from loopq_compile.manifest import RESULTS
+
+    if out is not None:
+        check_folder(out, RESULTS, [f"{context.info_name}.{ending}" for ending in ("json", "md", "png")])
+    return out
+
+
 Out = Annotated[
     Path | None,
-    typer.Option("--out", "-o", metavar="DIR", help="Folder for JSON, Markdown, PNG, and for finished cells."),
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="DIR",
+        callback=_check_out,
+        help="Folder for JSON, Markdown, PNG, and for finished cells; what else is in it stays.",
+    ),
 ]
 Fresh = Annotated[
     bool,
@@ -82,5 +100,5 @@ def text_tokens(loaded: Loaded, file: str | None, count: int) -> tuple[Tensor, s
     """The first `count` token ids `[n]` of the text to score (0: all), and a sentence about where it is from."""
     from loopq_compile.evaluate import tokenize
 
-    content, source = text_source(file)
+    content, source = text_source(file, count)
     return tokenize(loaded.tokenizer, content, count), source

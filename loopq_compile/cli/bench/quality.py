@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +11,7 @@ from loopq_compile.cli.bench.options import (
     GroupSize,
     Methods,
     Model,
+    Out,
     SampleLength,
     Samples,
     Schemes,
@@ -31,6 +31,7 @@ from loopq_compile.cli.common import (
     TokenizerFile,
     TrustRemoteCode,
     calibration_batches,
+    check_text,
     console,
     names,
     note,
@@ -52,9 +53,7 @@ def quality_command(
     samples: Samples = 32,
     sample_length: SampleLength = 128,
     seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder for quality.json and quality.md.")
-    ] = None,
+    out: Out = None,
     repeat: RepeatLayers = None,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -70,6 +69,7 @@ def quality_command(
 
     say = note(json)
     runs = bench.variants(names(methods), names(schemes), names(activations), group_size=group_size)
+    check_text(text, calibration)
     loaded = load_model(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
     tokens, source = text_tokens(loaded, text, max_tokens)
     batches = calibration_batches(calibration, loaded.tokenizer, samples, sample_length, seed, loaded.model)

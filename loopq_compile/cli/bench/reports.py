@@ -37,6 +37,7 @@ from loopq_compile.cli.common import (
     TextFile,
     TokenizerFile,
     TrustRemoteCode,
+    check_text,
     names,
     note,
     text_source,
@@ -113,7 +114,8 @@ def _command(name: str, about: str, own_methods: str, own_schemes: str, own_acti
         from loopq_compile.bench.settings import Selection, Settings
 
         kinds = variants(["symmetric"], names(schemes), names(activations), group_size=group_size)
-        content, source = text_source(text)
+        check_text(None, calibration)
+        content, source = text_source(text, max_tokens)
         settings = Settings(
             model=f"{model}@{repeat}" if repeat else model,
             text=source,

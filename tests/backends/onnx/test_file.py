@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -110,13 +111,13 @@ def test_overwrite_is_a_choice(program, tmp_path) -> None:
     assert (tmp_path / "model.onnx").read_text() == "mine"
 
 
-@pytest.mark.parametrize("fails", ["save", "check", "replace"])
+@pytest.mark.parametrize("fails", ["save", "check", "rename"])
 def test_a_failed_write_leaves_nothing(fails: str, file, tmp_path, monkeypatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     model = ir.load(file)
-    target = {"save": (write.ir, "save"), "check": (write, "_check"), "replace": (write.os, "replace")}[fails]
+    target = {"save": (write.ir, "save"), "check": (write, "_check"), "rename": (Path, "rename")}[fails]
     monkeypatch.setattr(*target, full)
     with pytest.raises(LoopQError, match="No space left"):
         write.write_model(model, tmp_path / "new" / "folder", threshold=10**9)

@@ -17,7 +17,7 @@ from torch import Tensor
 import loopq_compile as lq
 from loopq_compile import bundled
 from loopq_compile.backends.onnx import OnnxExecutable, export, write_genai_config
-from loopq_compile.loading import save_tokenizer
+from loopq_compile.loading import Loaded, save_beside
 from tests.decoding import captured, ids, quantized
 
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.loops = 2
     program = lq.compile(model, ids(), scheme="w4a8", method="symmetric")
     program.export_onnx(path, target="onnxruntime", cache=True, last_token=True)
-    save_tokenizer(bundled.load_tokenizer(), path)
+    save_beside(Loaded(None, bundled.load_tokenizer()), path)
     write_genai_config(path, eos_token_id=0)
     return path
 
