@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopq_compile.decoding import text_inputs
 from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.signature import Signature
 from loopq_compile.surroundings import plain
@@ -34,7 +35,7 @@ def calibration_batches(calibration: Any, signature: Signature, vocabulary: int 
     number = -1
     for number, batch in enumerate(guarded(calibration)):
         try:
-            yield _bind(batch, signature, vocabulary)
+            yield bind_batch(batch, signature, vocabulary)
         except LoopQError as error:
             raise LoopQError(f"Calibration batch {number}: {error}") from error
     if number < 0:
@@ -105,13 +106,35 @@ def _known_part(batch: Mapping[str, Any], signature: Signature) -> dict[str, Any
     return {name: value for name, value in batch.items() if name in inputs or name in signature.constants}
 
 
-def _bind(batch: Any, signature: Signature, vocabulary: int | None) -> list[Tensor]:
+def _beside(ids: Any, signature: Signature, mask: Any = None) -> dict[str, Any]:
+    """Token ids with the mask, positions and token types of a text without padding, where the program takes them."""
+    named = {signature.parameters[0]: ids}
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or signature.parameters[0] != signature.inputs[0].name:
+        return named
+    return dict(text_inputs(signature, ids, mask))
+
+
+def bind_batch(batch: Any, signature: Signature, vocabulary: int | None = None) -> list[Tensor]:
+    """The graph's inputs for one batch: token ids, a tuple of positional or a dict of keyword inputs.
+
+    A mask, positions and token types that are left out are those of a text without padding.
+
+    Args:
+        vocabulary: as in `calibration_batches`.
+
+    Raises:
+        LoopQError: the batch does not fit the program.
+    """
     if isinstance(batch, Mapping):
-        tensors = signature.bind((), _known_part(batch, signature))
+        known = _known_part(batch, signature)
+        ids = known.get(signature.inputs[0].name)
+        tensors = signature.bind(
+            (), known if ids is None else _beside(ids, signature, known.get("attention_mask")) | known
+        )
     elif isinstance(batch, tuple | list) and all(isinstance(item, Tensor) for item in batch):
         tensors = signature.bind(batch, {})
     else:
-        tensors = signature.bind((batch,), {})
+        tensors = signature.bind((), _beside(batch, signature))
     tensors = [plain(tensor) for tensor in tensors]
     for spec, tensor in zip(signature.inputs, tensors, strict=True):
         if tensor.is_floating_point():

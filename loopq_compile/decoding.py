@@ -5,6 +5,7 @@ One reads the whole text again for every token; the other keeps keys and values 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -83,6 +84,76 @@ class RecomputingDecoder:
         return logits_of(output)
 
 
+def read_texts(run: Callable[..., Any], signature: Signature, **extra: Any) -> RecomputingDecoder:
+    """A decoder that calls a program with token ids, and with what follows from an attention mask.
+
+    Args:
+        run: the program or file, called by keyword.
+        signature: its calling convention.
+        extra: further arguments of every call.
+
+    Raises:
+        LoopQError: the program takes more than token ids, an attention mask, position ids and token types.
+    """
+    inputs = [spec for spec in signature.inputs if spec.name not in extra]
+    first, *others = inputs
+    if {spec.name for spec in others} - set(_MADE_OF_MASK) or first.dtype.is_floating_point:
+        raise LoopQError(
+            "generate feeds token ids, an attention mask, position ids and token types; this program takes "
+            f"{[spec.name for spec in inputs]}."
+        )
+    if wide := [spec for spec in others if len(spec.shape) > 2]:
+        raise LoopQError(f"generate feeds masks and positions [batch, sequence]; this program takes {wide[0]}.")
+
+    def call(ids: Tensor, mask: Tensor | None = None) -> Any:
+        return run(**text_inputs(signature, ids, mask), **extra)
+
+    return RecomputingDecoder(call, takes_mask=bool(others))
+
+
+def text_inputs(signature: Signature, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Inputs of a program by name, from token ids `[batch, sequence]`: whatever stands beside them follows.
+
+    Args:
+        signature: the program's calling convention.
+        ids: its first input.
+        mask: `[batch, sequence]`, 0 on padding; without it there is none. Positions count what is not padding.
+    """
+    first, *others = signature.inputs
+    mask = torch.ones(ids.shape[:2], dtype=torch.int64, device=ids.device) if mask is None else mask
+    return {first.name: ids} | {spec.name: _made_of(spec, mask) for spec in others if spec.name in _MADE_OF_MASK}
+
+
+def with_text_inputs(model: Callable[..., Any]) -> Callable[[Tensor], Any]:
+    """`model` as a function of token ids `[batch, sequence]` of texts without padding.
+
+    A program or file that takes an attention mask, position ids or token types gets ones, `0, 1, 2, ...` and zeros; any
+    other is called with the ids only.
+    """
+    signature = getattr(model, "signature", None)
+    if not isinstance(signature, Signature) or not set(_MADE_OF_MASK) & {spec.name for spec in signature.inputs[1:]}:
+        return model
+    return model if has_cache(signature) or has_early_exit(signature) else read_texts(model, signature).model
+
+
+_MADE_OF_MASK: dict[str, Callable[[Tensor], Tensor]] = {
+    "attention_mask": lambda mask: mask,
+    "position_ids": lambda mask: (mask.cumsum(1) - 1).clamp_min(0),
+    "token_type_ids": torch.zeros_like,
+}
+"""What may stand beside token ids, made of the attention mask."""
+
+
+def _made_of(spec: InputSpec, mask: Tensor) -> Tensor:
+    """One row stands for all where the program was captured so, such as with positions `[1, sequence]`."""
+    value = _MADE_OF_MASK[spec.name](mask).to(spec.dtype)
+    if len(spec.shape) == 1 or spec.shape[0] == 1:
+        if not bool((value == value[:1]).all()):
+            raise LoopQError(f"This program was captured with {spec}, one row for all: rows cannot be padded unlike.")
+        value = value[0] if len(spec.shape) == 1 else value[:1]
+    return value
+
+
 class CachedDecoder:
     """Runs new tokens alone, and hands on the keys and values of those before.
 
@@ -138,24 +209,36 @@ class Chosen:
 
 
 class Variants(Generic[T]):
-    """Programs made of another one for decoding, by name, until a pass changes its graph or tensors."""
+    """Programs made of another one for decoding, by name, until a pass changes its graph or tensors.
+
+    Threads that ask at once wait for one that makes it.
+    """
 
     def __init__(self) -> None:
         self.key: Any = None
         self.made: dict[str, T | None] = {}
+        self.lock = threading.RLock()
 
     def get(self, graph_module: fx.GraphModule, name: str, make: Callable[[], T]) -> T | None:
         """What `make` made when it was first asked for; None where it says that it cannot."""
         tensors = [*graph_module.parameters(), *graph_module.buffers()]
         key = (graph_module.code, tuple(map(id, tensors)))
-        if self.key != key:
-            self.key, self.made = key, {}
-        if name not in self.made:
-            try:
-                self.made[name] = make()
-            except LoopQError:
-                self.made[name] = None
-        return self.made[name]
+        with self.lock:
+            if self.key != key:
+                self.key, self.made = key, {}
+            if name not in self.made:
+                try:
+                    self.made[name] = make()
+                except LoopQError:
+                    self.made[name] = None
+            return self.made[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start empty; a lock has neither."""
+        return {}
+
+    def __setstate__(self, _: Any) -> None:
+        self.__init__()  # type: ignore[misc]
 
 
 class TokenByToken:

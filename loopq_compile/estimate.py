@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from loopq_compile.bench.trajectory import reference_graph
+from loopq_compile.calibration import bind_batch, count_tokens
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.passes.calibrate import KEPT_BYTES, Calibrate, activation_bytes, find_learnables
 from loopq_compile.passes.calibrate_blocks import CalibrateBlocks
@@ -178,9 +179,9 @@ class _Work:
         if learnables:
             self._time(Calibrate().training(graph_module, learnables, options, 1, 0), learnables)
         else:
-            tensors = state.signature.bind((rows[0],), {})
+            tensors = bind_batch(rows[0], state.signature)
             with torch.no_grad():
-                self.token = _timed(lambda: graph_module(*tensors)) / rows[0].numel()
+                self.token = _timed(lambda: graph_module(*tensors)) / count_tokens(tensors)
 
     def _time(self, training: Training, learnables: list[Learnable]) -> None:
         training.report.steps = 1  # the first step also sets shares of the loss

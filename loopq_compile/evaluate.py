@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loopq_compile.decoding import logits_of, with_text_inputs
 from loopq_compile.errors import LoopQError
-from loopq_compile.generation import logits_of
 from loopq_compile.progress import progress
 
 LENGTH, STRIDE, BATCH = 256, 128, 8
@@ -110,7 +110,7 @@ def evaluate(
     tokens = _checked(tokens)
     start = time.perf_counter()
     spans = windows(len(tokens), length, stride)
-    student_call, teacher_call = _caller(model), None if teacher is None else _caller(teacher)
+    student_call, teacher_call = logits_caller(model), None if teacher is None else logits_caller(teacher)
     vocabulary = _check_vocabulary(student_call, tokens)
     if teacher_call is not None and _check_vocabulary(teacher_call, tokens) != vocabulary:
         raise LoopQError("Teacher and student have vocabularies of different size; their distance has no meaning.")
@@ -149,7 +149,7 @@ class Remembered:
     """
 
     def __init__(self, model: Callable[[Tensor], Any], limit: int = 1 << 29) -> None:
-        self._call = _caller(model)
+        self._call = logits_caller(model)
         self._limit = limit
         self._kept: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
 
@@ -164,11 +164,25 @@ class Remembered:
         return self._kept[key]
 
 
+def without_limits(tokenizer: Any) -> Any:
+    """`tokenizer` without the truncation and padding that a `tokenizer.json` may hold, which transformers ignores, too.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`; it stays as it is, and is returned itself if it has neither.
+    """
+    if tokenizer is None or (tokenizer.truncation is None and tokenizer.padding is None):
+        return tokenizer
+    copied = type(tokenizer).from_str(tokenizer.to_str())
+    copied.no_truncation()
+    copied.no_padding()
+    return copied
+
+
 def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None) -> Tensor:
     """Token ids of `text`, `[n]`, cut to `max_tokens`.
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer`.
+        tokenizer: a `tokenizers.Tokenizer`; truncation and padding stored in it do not apply.
         text: any text.
         max_tokens: None or 0 keeps all.
 
@@ -179,7 +193,7 @@ def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None) -> Tensor
         raise LoopQError("This model came without a tokenizer; name a tokenizer.json with --tokenizer.")
     if max_tokens:
         text = text[: max_tokens * 64]  # no tokenizer makes tokens that long; saves encoding a long rest
-    ids = tokenizer.encode(text).ids[: max_tokens or None]
+    ids = without_limits(tokenizer).encode(text).ids[: max_tokens or None]
     if not ids:
         raise LoopQError("The text is empty: it has no token.")
     return torch.tensor(ids, dtype=torch.int64)
@@ -196,13 +210,19 @@ def _checked(tokens: Tensor) -> Tensor:
     return tokens.to("cpu", torch.int64)
 
 
-def _caller(model: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-    """`model` as a function from ids to float32 logits, both on the CPU."""
+def logits_caller(model: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """`model` as a function from ids to float32 logits, both on the CPU.
+
+    A program or a file that was captured with an attention mask, position ids or token types gets those of a text
+    without padding.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu")) if isinstance(model, nn.Module) else None
+
+    read = with_text_inputs(model)
 
     def call(ids: Tensor) -> Tensor:
         with torch.no_grad():
-            return logits_of(model(ids.to(device) if device else ids)).float().cpu()
+            return logits_of(read(ids.to(device) if device else ids)).float().cpu()
 
     return call
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from loopq_compile.decoding import Decoder, RecomputingDecoder, logits_of
 from loopq_compile.errors import LoopQError
 
 __all__ = ["generate", "logits_of", "stream"]
+_LEAST_TEMPERATURE = 1e-300
+"""Below it, quotients of logits leave the range of double precision; the most likely token is certain long before."""
 
 
 def stream(
@@ -33,16 +37,26 @@ def stream(
     where it can; any other reads the whole text again for every token. Arguments are checked by the call itself, before
     the first token is asked for.
     """
-    _check(input_ids, max_new_tokens, temperature, top_k, top_p)
+    _check_ids(input_ids)
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
+    temperature = number("temperature", temperature)
+    top_k = None if top_k is None else whole_number("top_k", top_k, 1)
+    top_p = None if top_p is None else number("top_p", top_p)
+    if not (0 < temperature < math.inf):
+        raise LoopQError(
+            f"temperature must be positive and finite; got {temperature!r} (for greedy text leave out do_sample)."
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise LoopQError(f"top_p must lie in (0, 1]; got {top_p!r}.")
     mask = _checked_mask(input_ids, attention_mask)
     decoder: Decoder = model.decoder() if hasattr(model, "decoder") else RecomputingDecoder(model)
-    generator = torch.Generator().manual_seed(seed)
-    ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ()))
+    generator = torch.Generator().manual_seed(whole_number("seed", seed, -(2**63), 2**64 - 1))
+    ends = torch.tensor(_ends(eos_token_id), dtype=torch.int64)
 
     def choose(logits: Tensor) -> Tensor:
         if not do_sample:
             return logits.argmax(-1)
-        return torch.multinomial(_filtered(logits / temperature, top_k, top_p), 1, generator=generator)[:, 0]
+        return torch.multinomial(_filtered(_scaled(logits, temperature), top_k, top_p), 1, generator=generator)[:, 0]
 
     return _steps(decoder, choose, input_ids, mask, ends, max_new_tokens)
 
@@ -97,23 +111,68 @@ def _checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return mask
 
 
-def _check(input_ids: Any, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check_ids(input_ids: Any) -> None:
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         shape = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise LoopQError(f"input_ids must be integer token ids [batch, sequence]; got {shape}.")
     if 0 in input_ids.shape:
         raise LoopQError("input_ids is empty: give at least one token to continue.")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise LoopQError(f"max_new_tokens must be at least 1; got {max_new_tokens!r}.")
-    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise LoopQError(f"{name} must be a number; got {value!r}.")
-    if not temperature > 0:
-        raise LoopQError(f"temperature must be positive; got {temperature!r} (for greedy text leave out do_sample).")
-    if top_k is not None and top_k < 1:
-        raise LoopQError(f"top_k must be at least 1; got {top_k!r}.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise LoopQError(f"top_p must lie in (0, 1]; got {top_p!r}.")
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a Python number; scalars of NumPy and PyTorch are taken as what they hold.
+
+    Raises:
+        LoopQError: it is not one number.
+    """
+    held = _held(value)
+    if isinstance(held, bool) or not isinstance(held, int | float):
+        raise LoopQError(f"{name} must be a number; got {value!r}.")
+    try:
+        return float(held)
+    except OverflowError:
+        return math.copysign(math.inf, held)
+
+
+def whole_number(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
+    """`value` as a Python integer from `least` to `most`; `2.0` counts as 2, and scalars as what they hold.
+
+    Raises:
+        LoopQError: it is not a whole number, or out of range.
+    """
+    held = _held(value)
+    if isinstance(held, float) and held.is_integer():
+        held = int(held)
+    if isinstance(held, bool) or not isinstance(held, int):
+        raise LoopQError(f"{name} must be a whole number; got {value!r}.")
+    if held < least:
+        raise LoopQError(f"{name} must be at least {least}; got {value!r}.")
+    if held > most:
+        raise LoopQError(f"{name} must be at most {most}; got {value!r}.")
+    return held
+
+
+def _held(value: Any) -> Any:
+    """The one element of a scalar of NumPy or PyTorch, or of a tensor with one."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return value.item() if math.prod(value.shape) == 1 else value
+    return value
+
+
+def _ends(eos_token_id: Any) -> list[int]:
+    """Ids of the tokens that end a text: none, one, or several in any sequence, array or tensor."""
+    if eos_token_id is None:
+        return []
+    if isinstance(eos_token_id, Tensor | np.ndarray):
+        eos_token_id = eos_token_id.tolist()
+    several = list(eos_token_id) if isinstance(eos_token_id, Iterable) else [eos_token_id]
+    return [whole_number("eos_token_id", token, -(2**63)) for token in several]
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, less their largest, which changes no probability and keeps them finite."""
+    scaled = (logits.double() - logits.max(-1, keepdim=True).values.double()) / max(temperature, _LEAST_TEMPERATURE)
+    return scaled.to(logits.dtype)
 
 
 def _filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Types that weights can be loaded in, and their bytes."""
-SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+SOURCE_CONFIG = "source_config.json"
+"""The configuration of the model that a program or file was made from: how long its texts may be, for instance."""
+SETTINGS = (
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", SOURCE_CONFIG,
+)  # fmt: skip
 """Files beside weights and tokenizer.json that say how a model is used; they travel with what is made of it."""
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
@@ -74,6 +78,7 @@ def load_hugging_face(name: str, options: LoadOptions, **more: Any) -> tuple[Any
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         settings[SETTINGS[0]] = generation.to_json_string()
+    settings[SOURCE_CONFIG] = model.config.to_json_string(use_diff=False)
     return model.eval(), tokenizer, settings
 
 

@@ -32,7 +32,8 @@ class Loaded(NamedTuple):
     """A model and the tokenizer that came with it, None if there was none.
 
     `model` is an `nn.Module`, a `Program`, or an `OnnxExecutable`; all three map token ids to logits. `settings` are
-    text files by name, such as `generation_config.json`, that say how it is used.
+    text files by name, such as `generation_config.json`, that say how it is used; `tokenizer.json` is among them where
+    the tokenizer is exactly that file, which then travels along byte by byte.
     """
 
     model: Any
@@ -54,6 +55,14 @@ class Loaded(NamedTuple):
         """What travels along with a program or an export: text by file name."""
         tokenizer = {TOKENIZER_FILE: self.tokenizer.to_str(pretty=True)} if self.tokenizer is not None else {}
         return {**tokenizer, **self.settings}
+
+    def with_tokenizer(self, file: str | Path) -> Loaded:
+        """This model with the tokenizer of a `tokenizer.json`, or of the folder that holds one.
+
+        Raises:
+            LoopQError: the file is missing or holds no tokenizer.
+        """
+        return self._replace(tokenizer=read_tokenizer(file), settings={**self.settings, **_tokenizer_text(file)})
 
 
 def load_model(
@@ -100,7 +109,7 @@ def load_model(
         raise LoopQError(f"There is no file or folder {name}. Did you mean {close[0]!r}?")
     if cached := _cached_output(name):
         return _load_folder(cached, options)
-    return Loaded(*load_hugging_face(name, options))
+    return _load_hugging_face(name, options)
 
 
 def repeat_in(loaded: Loaded, layers: str) -> Loaded:
@@ -185,23 +194,41 @@ def _load_folder(path: Path, options: LoadOptions) -> Loaded:
     if (path / ONNX_FILE).is_file() or len(onnx_files) == 1:
         return _load_onnx(path / ONNX_FILE if (path / ONNX_FILE).is_file() else onnx_files[0])
     if (path / "config.json").is_file():
-        return Loaded(*load_hugging_face(str(path), options))
+        return _load_hugging_face(str(path), options)
     raise LoopQError(
         f"Folder {path} holds no model: expected {PROGRAM_FILE} (a saved program), {ONNX_FILE} (an export) or "
         "config.json (a Hugging Face model)."
     )
 
 
+def _load_hugging_face(name: str, options: LoadOptions) -> Loaded:
+    """The folder's own tokenizer.json travels along where transformers adds nothing to it."""
+    from loopq_compile.evaluate import without_limits
+
+    model, tokenizer, settings = load_hugging_face(name, options)
+    own = find_tokenizer(Path(name)) if tokenizer is not None else None
+    if own is not None and without_limits(own).to_str() == without_limits(tokenizer).to_str():
+        settings |= _tokenizer_text(name)
+    return Loaded(model, tokenizer, settings)
+
+
+def _tokenizer_text(file: str | Path) -> dict[str, str]:
+    path = Path(file)
+    path = path / TOKENIZER_FILE if path.is_dir() else path
+    return {TOKENIZER_FILE: path.read_bytes().decode("utf-8")} if path.is_file() else {}
+
+
 def _load_program(folder: Path) -> Loaded:
     from loopq_compile.driver import load
 
-    return Loaded(load(folder), find_tokenizer(folder), read_settings(folder))
+    return Loaded(load(folder), find_tokenizer(folder), read_settings(folder) | _tokenizer_text(folder))
 
 
 def _load_onnx(path: Path) -> Loaded:
     from loopq_compile.backends.onnx import OnnxExecutable
 
-    return Loaded(OnnxExecutable(path), find_tokenizer(path.parent), read_settings(path.parent))
+    settings = read_settings(path.parent) | _tokenizer_text(path.parent)
+    return Loaded(OnnxExecutable(path), find_tokenizer(path.parent), settings)
 
 
 def _load_smollm2(dtype: str) -> Loaded:

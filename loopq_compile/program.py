@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from loopq_compile.decoding import CachedDecoder, Chosen, Decoder, RecomputingDecoder, Variants, complete, has_cache
+from loopq_compile.decoding import (
+    CachedDecoder,
+    Chosen,
+    Decoder,
+    RecomputingDecoder,
+    Variants,
+    complete,
+    has_cache,
+    read_texts,
+)
 from loopq_compile.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import LoopStructure
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
     from loopq_compile.backends.onnx import OnnxExport
     from loopq_compile.passes.base import Pass
     from loopq_compile.pretrained import ProgramForCausalLM
+    from loopq_compile.signature import Signature
 
 
 class Program:
@@ -294,24 +304,15 @@ class Program:
         """Logits of whole texts, from token ids and an attention mask.
 
         Raises:
-            LoopQError: the program takes more than these and position ids.
+            LoopQError: the program takes more than these, position ids and token types.
         """
-        signature = get_state(self.graph_module).signature
-        extra = {EXIT_THRESHOLD: exit_threshold} if has_early_exit(signature) else {}
-        inputs = [spec for spec in signature.inputs if spec.name not in extra]
-        first, *others = [spec.name for spec in inputs]
-        if not set(others) <= {"attention_mask", "position_ids"} or inputs[0].dtype.is_floating_point:
-            raise LoopQError(
-                "generate feeds token ids, an attention mask and position ids; this program takes "
-                f"{[spec.name for spec in inputs]}."
-            )
+        signature = self.signature
+        return read_texts(self, signature, **({EXIT_THRESHOLD: exit_threshold} if has_early_exit(signature) else {}))
 
-        def run(ids: Tensor, mask: Tensor | None = None) -> Any:
-            mask = torch.ones_like(ids) if mask is None else mask
-            known = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
-            return self(**{first: ids}, **{name: known[name].to(ids) for name in others}, **extra)
-
-        return RecomputingDecoder(run, takes_mask=bool(others))
+    @property
+    def signature(self) -> Signature:
+        """Parameters, tensor inputs and outputs of a call."""
+        return get_state(self.graph_module).signature
 
     def cached(self, last_token: bool = False) -> Program | None:
         """`with_cache`, kept for further calls; None if the program cannot have one.

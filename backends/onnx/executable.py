@@ -16,7 +16,7 @@ from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
 from loopq_compile.backends.onnx.decoder import PREFILL_CHUNK, OnnxDecoder
 from loopq_compile.backends.onnx.folder import check_references
 from loopq_compile.backends.onnx.loop import LOOPS
-from loopq_compile.decoding import Chosen, Decoder, RecomputingDecoder, complete, has_cache
+from loopq_compile.decoding import Chosen, Decoder, complete, has_cache, read_texts
 from loopq_compile.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
 from loopq_compile.errors import LoopQError
 from loopq_compile.folders import settle
@@ -141,14 +141,7 @@ class OnnxExecutable:
         extra: dict[str, Any] = {} if loops is None else {LOOPS: loops}
         if has_early_exit(self.signature):
             extra[EXIT_THRESHOLD] = exit_threshold
-        first, *others = [spec.name for spec in self.signature.inputs if spec.name != EXIT_THRESHOLD]
-        if others not in ([], ["attention_mask"]):
-            raise LoopQError(f"generate feeds token ids and an attention mask; this file also takes {others}.")
-
-        def run(ids: Tensor, *mask: Tensor) -> Any:
-            return self(**{first: ids}, **dict(zip(others, mask, strict=True)), **extra)
-
-        return RecomputingDecoder(run, takes_mask=bool(others))
+        return read_texts(self, self.signature, **extra)
 
     @property
     def _is_rolled(self) -> bool:

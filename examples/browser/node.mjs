@@ -16,7 +16,7 @@ const ort = await import("onnxruntime-node").catch(() => import("onnxruntime-web
 ort.env.wasm.numThreads = 1; // WebAssembly in Node cannot start threads from its bundle
 const json = async (file) => JSON.parse(await readFile(join(folder, file), "utf8"));
 const session = await ort.InferenceSession.create(await readFile(join(folder, "model.onnx")));
-const model = new TextModel(ort, session, new Tokenizer(await json("tokenizer.json"), {}), await json("model.json"));
+const model = new TextModel(ort, session, new Tokenizer({ ...(await json("tokenizer.json")), truncation: null, padding: null }, {}), await json("model.json"));
 
 process.stdout.write(prompt);
 const start = performance.now();

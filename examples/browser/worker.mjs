@@ -36,7 +36,7 @@ async function load() {
   const bytes = await download("model.onnx", settings.bytes);
   postMessage({ kind: "loading", text: "Opening the model …" });
   const session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
-  const model = new TextModel(ort, session, new Tokenizer(tokenizer, {}), settings);
+  const model = new TextModel(ort, session, new Tokenizer({ ...tokenizer, truncation: null, padding: null }, {}), settings);
   postMessage({ kind: "ready", settings, seconds: (performance.now() - start) / 1000 });
   return model;
 }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.calibration import bind_batch
 from loopq_compile.loops import get_tag
 from loopq_compile.passes.annotate_linears import AnnotateLinears
 from loopq_compile.passes.canonicalize_linears import CanonicalizeLinears
@@ -134,7 +135,7 @@ def errors(
 
 def _values(graph_module: fx.GraphModule, wanted: set[str], batch: Tensor) -> Mapping[str, Any]:
     recorder = _Recorder(graph_module, wanted)
-    recorder.run(*get_state(graph_module).signature.bind((batch,), {}))
+    recorder.run(*bind_batch(batch, get_state(graph_module).signature))
     return recorder.values
 
 

@@ -159,10 +159,11 @@ def load(
     """`load_model`, with the tokenizer of `tokenizer_file` if one is given, and layers repeated as `repeat` says."""
     from loopq_compile.loading import load_model, read_tokenizer, repeat_in
 
-    tokenizer = read_tokenizer(tokenizer_file) if tokenizer_file else None
+    if tokenizer_file:
+        read_tokenizer(tokenizer_file)  # which may fail; loading a model takes long
     loaded = load_model(name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, dtype=dtype)
     loaded = repeat_in(loaded, repeat) if repeat else loaded
-    return loaded._replace(tokenizer=tokenizer or loaded.tokenizer)
+    return loaded.with_tokenizer(tokenizer_file) if tokenizer_file else loaded
 
 
 def check_text(text: str | None = None, calibration: str | None = None) -> None:

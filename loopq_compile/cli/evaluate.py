@@ -152,7 +152,7 @@ def _run_tasks(models: list[str], load: Callable[[str], Loaded], json: bool, **o
     results = {}
     for name in models:
         loaded = load(name)
-        results[name] = run_tasks(LanguageModel(loaded.model, loaded.tokenizer), **options)
+        results[name] = run_tasks(LanguageModel(loaded.model, loaded.tokenizer, settings=loaded.settings), **options)
     if json:
         print_json({"tasks": options["tasks"], "results": results})
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
@@ -60,10 +61,12 @@ def generate_command(
     import torch
 
     from loopq_compile.evaluate import tokenize
-    from loopq_compile.generation import stream
+    from loopq_compile.generation import stream, whole_number
     from loopq_compile.loading import end_tokens
 
     _check_sampling(do_sample, temperature, top_k, top_p)
+    whole_number("--seed", seed, -(2**63), 2**64 - 1)
+    _check_text("--prompt", prompt)
     stops = [unescaped(text) for text in stop or ()]
     loaded = load(model, tokenizer, trust_remote_code, None, allow_pickle, dtype)
     ids = tokenize(loaded.tokenizer, prompt).unsqueeze(0)
@@ -83,22 +86,28 @@ def generate_command(
         )
         tokens: list[int] = []
         if not json:
-            typer.echo(prompt, nl=False)
+            say(prompt)
         made = ""
         for piece in pieces(loaded.tokenizer, ids[0].tolist(), (int(step[0]) for step in steps), tokens):
             made += piece
             if not json:
-                typer.echo(piece, nl=False)
+                say(piece)
             if any(text in made for text in stops):
                 break
     if json:
-        text = loaded.tokenizer.decode(tokens)  # type: ignore[union-attr]
         seconds = round(time.perf_counter() - start, 3)
-        print_json({"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds, **_spent(chosen)})
+        print_json({"prompt": prompt, "text": made, "tokens": tokens, "seconds": seconds, **_spent(chosen)})
     else:
         typer.echo()
         if spent := _spent(chosen):
             typer.echo(f"{spent['mean_loops']:.2f} loops a call in the mean", err=True)
+
+
+def say(text: str) -> None:
+    """Prints without a line break; characters that the terminal or file cannot hold become `\\u732b`."""
+    stream: Any = sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    typer.echo(text.encode(encoding, "backslashreplace").decode(encoding), nl=False)
 
 
 def _chosen(loaded: Any, loops: int | None, exit_threshold: float | None) -> Any:
@@ -131,10 +140,21 @@ def _check_sampling(do_sample: bool, temperature: float, top_k: int | None, top_
         raise LoopQError(f"{' and '.join(idle)} would change nothing: the most likely token is taken. Add --do-sample.")
 
 
+def _check_text(option: str, text: str) -> None:
+    """Bytes of an argument that are not UTF-8 reach Python as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start])
+        shown = f"byte {byte - 0xDC00:#04x}" if 0xDC80 <= byte <= 0xDCFF else f"a lone surrogate, {byte:#06x}"
+        raise LoopQError(f"{option} is not UTF-8 text: character {error.start} is {shown}.") from error
+
+
 def unescaped(text: str) -> str:
     r"""`text` with `\n`, `\t` and `\\`, as shells hand them on, turned into what they stand for."""
     if not text:
         raise LoopQError("--stop is empty: give the text to end behind.")
+    _check_text("--stop", text)
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
 
 

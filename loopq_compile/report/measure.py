@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from loopq_compile.bench import parameters, trajectory
+from loopq_compile.calibration import bind_batch
 from loopq_compile.capture import capture
+from loopq_compile.decoding import text_inputs, with_text_inputs
 from loopq_compile.errors import LoopQError
 from loopq_compile.generation import generate, logits_of
 from loopq_compile.loops import get_tag
@@ -74,7 +76,7 @@ def measure(
     }
     if model is None or not tokens:
         return found
-    captured = capture(model, tokens[0])
+    captured = capture(model, text_inputs(state.signature, tokens[0]))
     found["parameters"] = parameters.by_part(captured, program.graph_module)
     with torch.no_grad():
         found |= _compare(program, captured, tokens)
@@ -120,7 +122,7 @@ def carry(reference: fx.GraphModule, program: fx.GraphModule, batch: Tensor) -> 
     here = {node.name for node in program.graph.nodes}
     if not set(names) <= here:
         return []
-    inputs = get_state(program).signature.bind((batch,), {})
+    inputs = bind_batch(batch, get_state(program).signature)
     exact = _Run(reference, names)
     exact.run(*inputs)
     free, forced = _Run(program, names), _Run(program, names, exact.values)
@@ -156,7 +158,7 @@ def drift(reference: fx.GraphModule, batch: Tensor) -> dict[str, Values]:
             if tag is not None and tag.loops == (0,) and isinstance(x, fx.Node):
                 nodes[site.group][tag.index[0]] = x.name
     run = _Run(reference, [name for rows in nodes.values() for name in rows.values()])
-    run.run(*get_state(reference).signature.bind((batch,), {}))
+    run.run(*bind_batch(batch, get_state(reference).signature))
     found = {}
     for group, rows in nodes.items():
         flat = [run.values[rows[t]].float().flatten(0, -2) for t in sorted(rows)]
@@ -203,7 +205,7 @@ def _predictions(
     total, agreed, count = 0.0, 0, 0
     for row in _rows(tokens):
         y = logits_of(model(row)).float().log_softmax(-1)[0]
-        x = logits_of(program(row)).float().log_softmax(-1)[0]
+        x = logits_of(with_text_inputs(program)(row)).float().log_softmax(-1)[0]
         divergence = (y.exp() * (y - x)).sum(-1)
         total, count = total + float(divergence.sum()), count + len(divergence)
         agreed += int((y.argmax(-1) == x.argmax(-1)).sum())
