@@ -1,4 +1,4 @@
-"""What mixes tokens and what does not: the first kind gets one clear refusal, the second a cache that changes nothing."""
+"""What mixes tokens is refused by one clear line; what does not gets a cache that changes nothing."""
 
 from __future__ import annotations
 
