@@ -39,8 +39,9 @@ class AddCache(Pass):
     Before: `(input_ids [batch, sequence], attention_mask?) -> (logits, ...)`. After: `(input_ids [batch, sequence],
     attention_mask [batch, past + sequence], past_key_values.N.key, .value, ...) -> {logits, ..., present.N.key,
     .value, ...}`: one pair for every attention that runs, so for every loop and layer, `[batch, heads, past, size]`.
-    The new keys and values are appended to the past ones in front of each attention; what is computed from positions
+    The new keys and values are appended to the past ones where they are computed; what is computed from positions
     alone (masks, rotary tables, learned positions) is computed for past and new tokens, and the new ones' share taken.
+    An attention that reads keys of several passes reads the cache of each.
     A call with `past` = 0 reads a prompt.
 
     Without a mask of its own a model gets one: padding, which stands on the left, is not attended to. Learned positions
@@ -192,7 +193,9 @@ class _Cacher:
             return self.total if total else self.new
         if (node, total) not in self.variants:
             if node.target is _aten.sym_size.int:
-                raise LoopQError(f"This size is no plain sequence length, which a cache needs: {where(node)}.")
+                if node.args[0] in self.regions.tokens and not total:
+                    return node  # of a tensor that has the new tokens only
+                raise LoopQError(f"This size is not the plain sequence length, which a cache needs: {where(node)}.")
             args = map_arg(node.args, lambda argument: self._size(argument, total))
             with self.graph.inserting_after(node):
                 made = self.graph.create_node("call_function", node.target, args, name=node.name)
@@ -309,6 +312,8 @@ def _keep_last(regions: Regions) -> None:
     graph = regions.graph_module.graph
     output = next(node for node in graph.nodes if node.op == "output")
     head: Any = output.args[0][0]  # type: ignore[index]
+    if isinstance(head, fx.Node) and not regions.axes(head):
+        return  # the model does so itself
     while isinstance(head, fx.Node) and is_pointwise(head) and len(head.users) == 1:
         tokens = [argument for argument in head.all_input_nodes if argument in regions.tokens]
         head = tokens[0] if len(tokens) == 1 else None

@@ -157,7 +157,7 @@ def _climb(regions: Regions, attention: Attention, node: fx.Node, source: Source
         chain.append(above)
     fitting = [place for place, found in enumerate(chain) if _is_stem(regions, found)]
     if fitting:
-        best = min(fitting, key=lambda place: (_width(chain[place]), len(shape_of(chain[place])), place))
+        best = min(fitting, key=lambda place: (_width(chain[place]), len(shape_of(chain[place])) != 4, place))
         source.stems.append(chain[best])
         source.between.update(chain[:best])
         return

@@ -67,12 +67,13 @@ def _plain(regions: Regions, node: fx.Node) -> fx.Node | None:
 
 
 def _sizes(regions: Regions, node: fx.Node) -> list[Any]:
-    """The sizes of a node's tensor, as nodes where they vary."""
-    shape = node.meta["val"].shape
-    return [
-        size if isinstance(size, int) else node.graph.call_function(_aten.sym_size.int, (node, axis))
-        for axis, size in enumerate(shape)
-    ]
+    """The sizes of a node's tensor, as nodes where they vary; those of the tokens' input are read there."""
+    inputs = {str(size): axis for axis, size in enumerate(regions.ids.meta["val"].shape)}
+    found: list[Any] = []
+    for axis, size in enumerate(node.meta["val"].shape):
+        read = (regions.ids, inputs[str(size)]) if str(size) in inputs else (node, axis)
+        found.append(size if isinstance(size, int) else node.graph.call_function(_aten.sym_size.int, read))
+    return found
 
 
 def _product(regions: Regions, node: fx.Node) -> fx.Node | None:

@@ -82,12 +82,22 @@ class TokenFlow:
             if node not in self.regions.tokens or node.op != "call_function":
                 continue
             if node in self.attention:
+                self._check_attention(node)
                 self.places[node] = Place(len(shape_of(node)) - 2) if node in self.results else None
                 continue
+            if any(argument in self.attention - self.results for argument in node.all_input_nodes):
+                raise _refused(node, "reads the scores of an attention")
             if any(argument in self.last for argument in node.all_input_nodes):
                 self._check_last(node)
                 continue
             self.places[node] = self._place(node)
+
+    def _check_attention(self, node: fx.Node) -> None:
+        """Queries, keys and values hold one token in each row."""
+        for argument in node.all_input_nodes:
+            place = self.places.get(argument)
+            if argument in self.last or (isinstance(place, Place) and place.inner != 1):
+                raise _refused(node, f"reads {argument.name!r}, which does not hold one token in each row")
 
     def _place(self, node: fx.Node) -> Places:
         if node.target is operator.getitem:
