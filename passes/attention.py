@@ -19,9 +19,8 @@ _PRODUCTS = {_aten.matmul.default, _aten.bmm.default}
 _COPIES = {_aten.clone.default, _aten.contiguous.default}
 _REPEATS = {_aten.repeat_interleave.self_int}
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default}
-_MOVES = {*_COPIES, *_REPEATS, *_VIEWS, _aten.transpose.int, _aten.permute.default, _aten.expand.default}
-_MOVES |= {_aten.unsqueeze.default, _aten.flatten.using_ints, _aten.unflatten.int, _aten.to.dtype}
-"""What may stand between what a cache holds and attention: it is computed anew from the cache."""
+_MOVES = {*_COPIES, *_REPEATS, *_VIEWS, _aten.repeat.default, _aten.to.dtype}
+"""What may, beside views, stand between a cache and attention: it is computed anew from the cache."""
 
 
 @dataclass
@@ -150,7 +149,7 @@ def find_source(regions: Regions, attention: Attention, entry: tuple[fx.Node, in
 
 def _climb(regions: Regions, attention: Attention, node: fx.Node, source: Source) -> None:
     chain = [node]
-    while chain[-1].target in _MOVES or _is_scaling(chain[-1]):
+    while _is_view(chain[-1]) or chain[-1].target in _MOVES or _is_scaling(chain[-1]):
         above = chain[-1].args[0]
         if not isinstance(above, fx.Node) or above not in regions.tokens:
             break
@@ -193,6 +192,13 @@ def _width(node: fx.Node) -> int:
     for size in shape_of(node):
         total *= size if isinstance(size, int) else 1
     return total
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether an operator gives the numbers of its argument in another shape, as its schema says."""
+    schema = getattr(node.target, "_schema", None)
+    aliases = [result.alias_info for result in schema.returns] if schema is not None else []
+    return len(aliases) == 1 and aliases[0] is not None and not aliases[0].is_write
 
 
 def _is_scaling(node: fx.Node) -> bool:

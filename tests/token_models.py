@@ -230,3 +230,70 @@ def prefix_mask(length: int) -> Tensor:
 
 def float_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weighted(q @ k.mT + torch.full((q.shape[2],) * 2, -math.inf).triu(1), v)
+
+
+class Layer(nn.Module):
+    """Causal attention with a float mask, over its own keys and, where given, those of an earlier pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.query, self.kv = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+        self.out, self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+
+    def forward(
+        self, x: Tensor, past: tuple[Tensor, ...] = (), joined: bool = True
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        b, t, _ = x.shape
+        h = self.norm(x)
+        q, *own = (part.view(b, t, HEADS, SIZE).transpose(1, 2) for part in (self.query(h), *self.kv(h).chunk(2, -1)))
+        mask = torch.full((t, t), -math.inf).triu(1)
+        read = own
+        if past:
+            read = [torch.cat(pair, 2) for pair in zip(past, own, strict=True)] if joined else list(past)
+            mask = torch.cat([mask, mask], -1) if joined else mask
+        mixed = F.scaled_dot_product_attention(q, *read, mask)
+        x = x + self.out(mixed.transpose(1, 2).reshape(b, t, WIDTH))
+        return x + self.down(F.silu(self.up(x))), tuple(own)
+
+
+class Order(nn.Module):
+    """Two layers, run in the order that `kind` names."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layers = kind, nn.ModuleList([Layer(), Layer()])
+        self.embed, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.mix = nn.Parameter(torch.tensor([0.6, 0.4]))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = start = self.embed(input_ids)
+        if self.kind == "each layer":
+            for layer, count in zip(self.layers, (3, 2), strict=True):
+                for _ in range(count):
+                    x, _ = layer(x)
+        elif self.kind == "skips":
+            skips: list[Tensor] = []
+            for t in range(4):
+                for layer in self.layers:
+                    x = x + 0.5 * skips.pop() if t >= 2 else x
+                    x, _ = layer(self.mix[0] * x + self.mix[1] * start)
+                    if t < 2:
+                        skips.append(x)
+        else:
+            first: list[tuple[Tensor, ...]] = []
+            for t in range(3):
+                if self.kind == "cast" and t == 0:
+                    x = x.to(torch.float32).expand(x.shape)
+                for number, layer in enumerate(self.layers):
+                    reads = t > 0 and self.kind in ("joined", "shared")
+                    x = self.mix[0] * x + self.mix[1] * start if self.kind == "start" else x
+                    x, own = layer(x, first[number] if reads else (), self.kind == "joined")
+                    first += [own] if t == 0 else []
+        return 30 * torch.tanh(self.head(x) / 30)
+
+
+ORDERS = {
+    kind: (lambda kind=kind: Order(kind)) for kind in ("each layer", "skips", "joined", "shared", "start", "cast")
+}
+"""Each layer looped before the next; skips across loops; a second pass that reads the first pass' keys and values, with
+its own or without; the input in every layer; an iteration with a cast that changes nothing."""
