@@ -21,6 +21,7 @@ from loopq_compile.passes.constants import constant_nodes, evaluate
 BATCH = 2
 """Rows of a batch in a probe."""
 _TOLERANCE = 1e-5
+_LARGE = 1 << 20
 _DOUBLE = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64}
 _DOUBLE[torch.complex64] = torch.complex128
 
@@ -64,6 +65,9 @@ class Probe:
             return dict(evaluate(self.regions.graph_module, [node]))[node]
         shape = [self.number(size, length) for size in value.shape]
         dtype = _DOUBLE.get(value.dtype, value.dtype)
+        if node in self.constants and value.numel() > _LARGE:
+            # Weights of many experts, for instance: alike, so that they take no memory.
+            return torch.randn(shape[-2:], generator=self.generator, dtype=dtype).expand(shape)
         if value.is_floating_point() or value.is_complex():
             return torch.randn(shape, generator=self.generator, dtype=dtype)
         return torch.randint(0, 2, shape, generator=self.generator).to(dtype)

@@ -31,10 +31,10 @@ from loopq_compile.passes.probing import Place, Probe, last_tokens, same
 _aten = torch.ops.aten
 _ALL, _SOME, _ONE = 7, 3, 1
 """Tokens of a probe, and how many of them the later calls have."""
+_NORMS = {_aten.rms_norm.default, _aten.layer_norm.default}
 _ROWS = {
+    *_NORMS,
     _aten.linear.default,
-    _aten.rms_norm.default,
-    _aten.layer_norm.default,
     ops.quantize.default,
     ops.dequantize.default,
     ops.dynamic_scale.default,
@@ -115,11 +115,12 @@ class TokenFlow:
             return self._aligned(node, pairs)
         if node.target is _aten.embedding.default and pairs:
             return pairs[0][1]
-        if node.target in _ROWS or (node.target is _aten.matmul.default and _is_product_with_constant(node, pairs)):
-            first, place = pairs[0] if len(pairs) == 1 else (None, None)
-            shape = node.args[1] if node.target in (_aten.rms_norm.default, _aten.layer_norm.default) else [0]
-            if first is node.args[0] and place is not None and place.axis < len(shape_of(first)) - len(shape):  # type: ignore[arg-type]
-                return place
+        if node.target in _ROWS or _is_product_with_constant(node, pairs):
+            shape = node.args[1] if node.target in _NORMS else [0]
+            found = {place for _, place in pairs}
+            rank = len(shape_of(node.args[0])) - len(shape)  # type: ignore[arg-type]
+            if len(found) == 1 and pairs[0][0] is node.args[0] and pairs[0][1].axis < rank:
+                return found.pop()
         return self._probed(node, pairs)
 
     def _placed(self, nodes: Iterable[fx.Node]) -> list[tuple[fx.Node, Place]]:
@@ -221,7 +222,7 @@ class TokenFlow:
 
 
 def _is_product_with_constant(node: fx.Node, pairs: Sequence[tuple[fx.Node, Place]]) -> bool:
-    return len(pairs) == 1 and pairs[0][0] is node.args[0] and len(shape_of(node.args[1])) == 2
+    return node.target is _aten.matmul.default and len(pairs) == 1 and len(shape_of(node.args[1])) == 2
 
 
 def _product(sizes: Iterable[Any]) -> Any:
