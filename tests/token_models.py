@@ -17,20 +17,20 @@ class Model(nn.Module):
     """A block of causal attention and a feed-forward layer, run three times.
 
     Args:
-        attend: `(model, query, key, value)`, `[batch, heads, sequence, size]` each, to the same.
+        attend: `(model, query, key, value)`, `[batch, heads, sequence, size]` each, to the same; one for every loop.
         step: what else every loop does to `[batch, sequence, width]`.
         end: what happens to the logits.
     """
 
     def __init__(
         self,
-        attend: Callable[..., Tensor] | None = None,
+        *attend: Callable[..., Tensor],
         step: Step | None = None,
         end: Callable[[Tensor], Tensor] | None = None,
         groups: int = HEADS,
     ) -> None:
         super().__init__()
-        self.attend, self.step, self.end, self.groups = attend or fused, step, end, groups
+        self.attend, self.step, self.end, self.groups = attend or (fused,), step, end, groups
         self.embed, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.query, self.kv = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, 2 * groups * SIZE, bias=False)
         self.out, self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
@@ -42,12 +42,12 @@ class Model(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
-        for _ in range(3):
+        for attend in (self.attend * 3)[:3]:
             b, t, _ = x.shape
             h = self.norm(x)
             q = self.query(h).view(b, t, HEADS, SIZE).transpose(1, 2)
             k, v = (part.view(b, t, self.groups, SIZE).transpose(1, 2) for part in self.kv(h).chunk(2, -1))
-            x = x + self.out(self.attend(self, q, k, v).transpose(1, 2).reshape(b, t, WIDTH))
+            x = x + self.out(attend(self, q, k, v).transpose(1, 2).reshape(b, t, WIDTH))
             x = x + self.down(self.up(x).relu().square())
             if self.step is not None:
                 x = self.step(self, x)
@@ -152,10 +152,6 @@ def complex_rotary(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return fused(model, q, k, v)
 
 
-def gather_last(logits: Tensor) -> Tensor:
-    return logits.index_select(1, torch.tensor([-1]) % logits.shape[1])
-
-
 def sequence_first(model: Model, x: Tensor) -> Tensor:
     """`[sequence, batch, width]`, and all tokens of all rows in one axis."""
     y = x.transpose(0, 1)
@@ -168,32 +164,25 @@ def heads_repeated(model: Model, x: Tensor) -> Tensor:
     return parts.repeat_interleave(2, 1)[:, ::2].repeat(1, 1, 2)[..., :SIZE].reshape(b, t, d)
 
 
+def layouts(model: Model, x: Tensor) -> Tensor:
+    x = sequence_first(model, x) + heads_repeated(model, x) + model.start.expand_as(x)
+    return torch.einsum("btd,fd->btf", x, model.up.weight)
+
+
 GOOD: dict[str, Callable[[], nn.Module]] = {
-    "float mask": lambda: Model(float_mask),
-    "cast mask": lambda: Model(cast_mask),
-    "window": lambda: Model(bool_mask),
-    "alibi": lambda: Model(alibi),
-    "nanogpt": lambda: Model(nanogpt, end=lambda y: y[:, [-1]]),
-    "multiplied mask": lambda: Model(multiplied, end=lambda y: y[:, -1:]),
-    "mask like scores": lambda: Model(like_scores),
-    "sinks": lambda: Model(sinks),
-    "relative bias": lambda: Model(relative),
-    "einsum attention": lambda: Model(einsums),
-    "grouped einsum": lambda: Model(grouped_einsums, groups=2),
-    "merged heads": lambda: Model(merged_heads),
-    "expanded groups": lambda: Model(expanded_groups, groups=2),
-    "complex rotary": lambda: Model(complex_rotary),
-    "grouped": lambda: Model(groups=2, step=lambda m, x: x + m.start.expand_as(x)),
-    "einsum": lambda: Model(step=lambda m, x: torch.einsum("btd,fd->btf", x, m.up.weight)),
-    "sequence first": lambda: Model(step=sequence_first),
-    "repeated heads": lambda: Model(step=heads_repeated),
+    "masks": lambda: Model(float_mask, cast_mask, bool_mask),
+    "scores": lambda: Model(nanogpt, multiplied, like_scores, end=lambda y: y[:, [-1]]),
+    "biases": lambda: Model(alibi, sinks, relative, end=lambda y: y[:, -1:]),
+    "products": lambda: Model(einsums, merged_heads, complex_rotary),
+    "groups": lambda: Model(grouped_einsums, expanded_groups, fused, groups=2),
+    "layouts": lambda: Model(step=layouts),
 }
 BAD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "roll": (lambda: Model(step=lambda m, x: x + x.roll(1, 1)), r"roll.*mixes tokens|roll.*works along"),
     "shift": (lambda: Model(step=lambda m, x: x + F.pad(x, (0, 0, 1, 0))[:, :-1]), "pad"),
     "last everywhere": (lambda: Model(step=lambda m, x: x + x[:, -1:]), "last token with those before it"),
     "first": (lambda: Model(step=lambda m, x: x + x[:, :1]), "works along the sequence"),
-    "second to last": (lambda: Model(end=lambda y: y[:, [-2, -1]]), "mixes tokens"),
+    "second to last": (lambda: Model(end=lambda y: y[:, [-2, -1]]), "may mix tokens"),
     "wrong view": (lambda: Model(step=lambda m, x: x.reshape(x.shape[0], WIDTH, -1).transpose(1, 2)), "with channels"),
     "wrong order": (
         lambda: Model(step=lambda m, x: x.transpose(0, 1).reshape(-1, WIDTH).view(x.shape)),
