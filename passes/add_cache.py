@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,22 +14,18 @@ from torch.utils import _pytree as pytree
 from loopq_compile.decoding import PAST_PREFIX, PRESENT_PREFIX, has_cache
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import get_tag, set_tag
-from loopq_compile.passes.attention import Attention, find_attention, find_stem
+from loopq_compile.passes.attention import Attention, Source, find_attention, find_source
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.cache_masks import Masks
-from loopq_compile.passes.cache_regions import (
-    ATTENTION_MASK,
-    Regions,
-    check_tokens,
-    find_regions,
-    is_pointwise,
-    shape_of,
-    where,
-)
+from loopq_compile.passes.cache_regions import ATTENTION_MASK, Regions, is_pointwise, shape_of, where
+from loopq_compile.passes.cache_slots import Pair, Slot, find_pairs, find_slots
 from loopq_compile.passes.cache_store import CacheStore, cache_shape
+from loopq_compile.passes.causality import check_causal
 from loopq_compile.passes.insert import inserting
 from loopq_compile.passes.last_rows import LastRows
 from loopq_compile.passes.learned_positions import find_tables, read_by_token
+from loopq_compile.passes.plain_reads import write_plainly
+from loopq_compile.passes.token_flow import TokenFlow
 from loopq_compile.shapes import infer_shapes
 from loopq_compile.signature import LOOPS_AXIS, PAST, TOTAL, InputSpec, named_results
 from loopq_compile.state import CompilerState
@@ -44,8 +39,9 @@ class AddCache(Pass):
     Before: `(input_ids [batch, sequence], attention_mask?) -> (logits, ...)`. After: `(input_ids [batch, sequence],
     attention_mask [batch, past + sequence], past_key_values.N.key, .value, ...) -> {logits, ..., present.N.key,
     .value, ...}`: one pair for every attention that runs, so for every loop and layer, `[batch, heads, past, size]`.
-    The new keys and values are appended to the past ones in front of each attention; what is computed from positions
+    The new keys and values are appended to the past ones where they are computed; what is computed from positions
     alone (masks, rotary tables, learned positions) is computed for past and new tokens, and the new ones' share taken.
+    An attention that reads keys of several passes reads the cache of each.
     A call with `past` = 0 reads a prompt.
 
     Without a mask of its own a model gets one: padding, which stands on the left, is not attended to. Learned positions
@@ -74,18 +70,21 @@ class AddCache(Pass):
         state = self.state(graph_module)
         if has_cache(state.signature):
             return PassResult(graph_module, False)
-        regions = find_regions(graph_module)
+        regions = write_plainly(graph_module)
         attention = find_attention(regions)
+        for found in attention:
+            check_causal(regions, found)
         inside = {node for found in attention for node in (found.node, *found.inside)}
-        check_tokens(regions, inside)
-        _Cacher(state, regions, attention, self.stacked, self.kv_bits).run()
+        TokenFlow(regions, inside, {found.node for found in attention}).check()
+        cacher = _Cacher(state, regions, attention, self.stacked, self.kv_bits)
+        cacher.run()
         if self.last_token:
             _keep_last(regions)
         graph_module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         for node in graph_module.graph.nodes:
             node.meta.pop("val", None)
         infer_shapes(graph_module)
-        state.note(f"{len(attention)} pairs of keys and values")
+        state.note(f"{len(cacher.pairs)} pairs of keys and values")
         return PassResult(graph_module, True)
 
 
@@ -96,22 +95,24 @@ class _Cacher:
         self.state, self.regions, self.attention, self.bits = state, regions, attention, bits
         self.graph = regions.graph_module.graph
         self.inside = {node for found in attention for node in found.inside}
-        self.slots = _slots(attention) if stacked else [[found] for found in attention]
-        self.stacks = {found.node for found in attention if stacked and _loop_of(found) is not None}
+        self.sources = {
+            (found.node, kind): find_source(regions, found, entry)
+            for found in attention
+            for kind, entry in (("key", found.key), ("value", found.value))
+        }
+        self.pairs = find_pairs(attention, self.sources)
+        self.slots = find_slots(self.pairs, [loop.count for loop in state.loops.loops], stacked)
         self.inputs: dict[tuple[int, str], list[fx.Node]] = {}
-        self.pasts: dict[tuple[fx.Node, str], list[fx.Node]] = {}
-        self.stores: dict[tuple[fx.Node, str], CacheStore] = {}
+        self.pasts: dict[tuple[Pair, str], list[fx.Node]] = {}
+        self.stores: dict[tuple[int, str], CacheStore] = {}
+        self.presents: dict[tuple[Pair, str], list[fx.Node]] = {}
+        self.cached: dict[fx.Node, fx.Node] = {}
         self.variants: dict[tuple[fx.Node, bool], fx.Node] = {}
 
     def run(self) -> None:
-        stems = {
-            (found.node, kind): find_stem(self.regions, found, entry)
-            for found in self.attention
-            for kind, entry in (("key", found.key), ("value", found.value))
-        }
         self._check_meetings()
         tables = find_tables(self.regions)
-        mask = self._add_inputs(stems)
+        mask = self._add_inputs()
         self.rows = LastRows(self.regions, self.past, self.new, self.total)
         self._resize()
         read_by_token(tables, self.rows, mask)
@@ -119,13 +120,16 @@ class _Cacher:
         masks = Masks(self.regions, self.rows, mask)
         for found in self.attention:
             masks.apply(found)
-        presents: dict[tuple[fx.Node, str], list[fx.Node]] = {}
+        for number, slot in enumerate(self.slots):
+            for pair in slot.pairs:
+                for kind in ("key", "value"):
+                    self._append(pair, kind, self.stores[number, kind], slot.loop is not None)
         for found in self.attention:
             for kind, entry in (("key", found.key), ("value", found.value)):
-                presents[found.node, kind] = self._append(found, entry, kind, stems[found.node, kind])
-        self._add_outputs(presents)
+                self._read(found, entry, self.sources[found.node, kind])
+        self._add_outputs()
 
-    def _add_inputs(self, stems: dict[tuple[fx.Node, str], tuple[fx.Node, list[fx.Node]]]) -> fx.Node:
+    def _add_inputs(self) -> fx.Node:
         """The mask and caches as placeholders, and how many tokens there are; returns the mask."""
         signature, ids = self.state.signature, self.regions.ids
         specs = list(signature.inputs)
@@ -141,9 +145,9 @@ class _Cacher:
             spot = self.graph.call_function(_aten.sym_size.int, (ids, 1))
         self.new = spot
         spot.name = "new_tokens"
-        for number, group in enumerate(self.slots):
+        for number, slot in enumerate(self.slots):
             for kind in ("key", "value"):
-                specs += self._add_cache(number, kind, group, stems[group[0].node, kind][0])
+                specs += self._add_cache(number, kind, slot)
         past = self.inputs[len(self.slots) - 1, "value"][-1]
         axis = next(index for index, size in enumerate(specs[-1].shape) if size == PAST)
         with self.graph.inserting_before(spot):
@@ -158,25 +162,27 @@ class _Cacher:
         )
         return mask
 
-    def _add_cache(self, number: int, kind: str, group: list[Attention], stem: fx.Node) -> list[InputSpec]:
+    def _add_cache(self, number: int, kind: str, slot: Slot) -> list[InputSpec]:
         """Placeholders for the keys or values of one slot."""
-        *leading, size = cache_shape(self.regions, stem, group[0])
+        stem = slot.pairs[0].part(kind)
+        *leading, size = cache_shape(self.regions, stem)
         assert isinstance(size, int)
-        store = CacheStore(size, stem.meta["val"].dtype, self.bits)
-        specs, is_stack = [], group[0].node in self.stacks
+        store = self.stores[number, kind] = CacheStore(size, stem.meta["val"].dtype, self.bits)
+        # The first loop's count is chosen at run time, that of others is fixed.
+        loops = [] if slot.loop is None else [len(slot.pairs) if slot.loop else LOOPS_AXIS]
+        specs = []
         nodes = self.inputs[number, kind] = []
         for suffix, dtype, last in store.parts:
             name = f"{PAST_PREFIX}{number}.{kind}{suffix}"
-            specs.append(InputSpec(name, dtype, (*[LOOPS_AXIS][:is_stack], *leading, last)))
+            specs.append(InputSpec(name, dtype, (*loops, *leading, last)))
             with self.graph.inserting_before(self.new):
                 nodes.append(self.graph.placeholder(name.replace(".", "_")))
-        for row, found in enumerate(group):
-            self.stores[found.node, kind] = store
-            self.pasts[found.node, kind] = list(nodes)
-            if is_stack:
+        for row, pair in enumerate(slot.pairs):
+            self.pasts[pair, kind] = list(nodes)
+            if slot.loop is not None:
                 with self.graph.inserting_after(self.new):
                     reads = [self.graph.call_function(_aten.select.int, (node, 0, row)) for node in nodes]
-                self.pasts[found.node, kind] = reads
+                self.pasts[pair, kind] = reads
         return specs
 
     def _size(self, node: Any, total: bool) -> Any:
@@ -187,7 +193,9 @@ class _Cacher:
             return self.total if total else self.new
         if (node, total) not in self.variants:
             if node.target is _aten.sym_size.int:
-                raise LoopQError(f"This size is no plain sequence length, which a cache needs: {where(node)}.")
+                if node.args[0] in self.regions.tokens and not total:
+                    return node  # of a tensor that has the new tokens only
+                raise LoopQError(f"This size is not the plain sequence length, which a cache needs: {where(node)}.")
             args = map_arg(node.args, lambda argument: self._size(argument, total))
             with self.graph.inserting_after(node):
                 made = self.graph.create_node("call_function", node.target, args, name=node.name)
@@ -218,11 +226,11 @@ class _Cacher:
     def _check_meetings(self) -> None:
         for node, argument in self._meetings():
             axes = self.regions.axes(argument)
-            known = is_pointwise(node) or node.target is _aten.cat.default
-            if node not in self.inside and (len(axes) > 1 or (axes and not known)):
+            plain = not axes or shape_of(argument)[axes[0]].node.expr == self.regions.symbol
+            if node not in self.inside and (len(axes) > 1 or not plain):
                 raise LoopQError(
                     f"This model cannot have a key-value cache: {where(node)} combines tokens with {argument.name!r}, "
-                    "which runs over the sequence, in a way that is not known here."
+                    "which runs over the sequence, in a way that is not known here. Use cache=False."
                 )
             if not axes:
                 short, longer = (self.regions.compute([argument], n)[argument] for n in (5, 7))
@@ -241,38 +249,44 @@ class _Cacher:
             if axes:
                 node.replace_input_with(argument, self.rows.take(argument, axes[0]))
 
-    def _append(
-        self, found: Attention, entry: tuple[fx.Node, int], kind: str, stem: tuple[fx.Node, list[fx.Node]]
-    ) -> list[fx.Node]:
-        """Puts `cat(past, new)` in front of an attention; returns what is cached, for stacks the new part."""
-        source, between = stem
-        reader, position = entry
-        tag, store, axis = get_tag(found.node), self.stores[found.node, kind], len(shape_of(source)) - 2
-        with inserting(self.graph, before=reader, tag=tag):
-            pieces = store.write(self.graph, source)
+    def _append(self, pair: Pair, kind: str, store: CacheStore, stacked: bool) -> None:
+        """Joins past and new keys or values where the new ones are computed."""
+        stem = pair.part(kind)
+        with inserting(self.graph, before=stem.next, tag=get_tag(stem)):
+            pieces = store.write(self.graph, stem)
+            axis = len(shape_of(stem)) - 2
             joined = [
-                self.graph.create_node("call_function", _aten.cat.default, (pair, axis), name=f"present_{kind}")
-                for pair in map(list, zip(self.pasts[found.node, kind], pieces, strict=True))
+                self.graph.create_node("call_function", _aten.cat.default, (both, axis), name=f"present_{kind}")
+                for both in map(list, zip(self.pasts[pair, kind], pieces, strict=True))
             ]
-            copies = {source: store.read(self.graph, joined)}
-            for node in between:
-                args = map_arg(node.args, lambda a: self.total if a is self.new else copies.get(a, a))
-                copies[node] = self.graph.create_node("call_function", node.target, args, dict(node.kwargs), node.name)
-        last = between[-1] if between else source
-        reader.args = (*reader.args[:position], copies[last], *reader.args[position + 1 :])
-        return pieces if found.node in self.stacks else joined
+            self.cached[stem] = store.read(self.graph, joined)
+        self.presents[pair, kind] = pieces if stacked else joined
 
-    def _add_outputs(self, presents: dict[tuple[fx.Node, str], list[fx.Node]]) -> None:
+    def _read(self, found: Attention, entry: tuple[fx.Node, int], source: Source) -> None:
+        """Lets an attention read what is cached, through copies of the nodes between."""
+        reader, position = entry
+        copies = {stem: self.cached[stem] for stem in source.stems}
+        sizes = {made: node for (node, _), made in self.variants.items()} | {self.new: self.new}
+        between = [node for node in self.graph.nodes if node in source.between]
+        for size in {a for node in between for a in node.all_input_nodes if a in sizes}:
+            copies[size] = self.total if size is self.new else self._size(sizes[size], True)
+        with inserting(self.graph, before=reader, tag=get_tag(found.node)):
+            for node in between:
+                args, kwargs = map_arg((node.args, node.kwargs), lambda a: copies.get(a, a))
+                copies[node] = self.graph.create_node("call_function", node.target, args, kwargs, node.name)
+        end = copies[source.end]
+        reader.args = (*reader.args[:position], end, *reader.args[position + 1 :])
+
+    def _add_outputs(self) -> None:
         output = next(node for node in self.graph.nodes if node.op == "output")
         values = list(output.args[0])  # type: ignore[arg-type]
         names = named_results(self.state.signature.outputs, [_value(value) for value in values])
-        for number, group in enumerate(self.slots):
+        for number, slot in enumerate(self.slots):
             for kind in ("key", "value"):
-                store = self.stores[group[0].node, kind]
-                for part, (suffix, _, _) in enumerate(store.parts):
-                    rows = [presents[found.node, kind][part] for found in group]
-                    stacked, past = group[0].node in self.stacks, self.inputs[number, kind][part]
-                    values.append(self._stack(rows, past, output) if stacked else rows[0])
+                for part, (suffix, _, _) in enumerate(self.stores[number, kind].parts):
+                    rows = [self.presents[pair, kind][part] for pair in slot.pairs]
+                    past = self.inputs[number, kind][part]
+                    values.append(rows[0] if slot.loop is None else self._stack(rows, past, output))
                     names.append(f"{PRESENT_PREFIX}{number}.{kind}{suffix}")
         output.args = (tuple(values),)
         structure = pytree.tree_structure(dict.fromkeys(names, 0))
@@ -293,31 +307,13 @@ def _map_sizes(node: fx.Node, size: Any) -> None:
     node.args, node.kwargs = map_arg(node.args, size), map_arg(node.kwargs, size)
 
 
-def _loop_of(found: Attention) -> int | None:
-    tag = get_tag(found.node)
-    return tag.loops[0] if tag else None
-
-
-def _slots(attention: list[Attention]) -> list[list[Attention]]:
-    """Attention by layer: what stands at the same place of a loop's iterations shares a slot, in order."""
-    slots: dict[Any, list[Attention]] = {}
-    seen: dict[Any, int] = defaultdict(int)
-    for number, found in enumerate(attention):
-        tag = get_tag(found.node)
-        key: Any = ("outside", number)
-        if tag is not None:
-            iteration = (tag.loops[0], tag.index[0])
-            key = (tag.loops[0], seen[iteration])
-            seen[iteration] += 1
-        slots.setdefault(key, []).append(found)
-    return list(slots.values())
-
-
 def _keep_last(regions: Regions) -> None:
     """Cuts the tensor in front of the head to its last token, where nothing but the logits is behind."""
     graph = regions.graph_module.graph
     output = next(node for node in graph.nodes if node.op == "output")
     head: Any = output.args[0][0]  # type: ignore[index]
+    if isinstance(head, fx.Node) and not regions.axes(head):
+        return  # the model does so itself
     while isinstance(head, fx.Node) and is_pointwise(head) and len(head.users) == 1:
         tokens = [argument for argument in head.all_input_nodes if argument in regions.tokens]
         head = tokens[0] if len(tokens) == 1 else None

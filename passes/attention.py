@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from loopq_compile.errors import LoopQError
 from loopq_compile.passes.cache_regions import Regions, is_pointwise, shape_of, where
@@ -18,8 +19,8 @@ _PRODUCTS = {_aten.matmul.default, _aten.bmm.default}
 _COPIES = {_aten.clone.default, _aten.contiguous.default}
 _REPEATS = {_aten.repeat_interleave.self_int}
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default}
-_BLOCKED = -1e4
-"""An additive mask blocks what it lowers by more than this."""
+_MOVES = {*_COPIES, *_REPEATS, *_VIEWS, _aten.repeat.default, _aten.to.dtype}
+"""What may, beside views, stand between a cache and attention: it is computed anew from the cache."""
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Attention:
         inside: nodes on `[new, total]` scores, in order, when it is spelled out; `node` among them.
         masks: nodes of the region of positions that run over the sequence twice.
         softmax: the node that normalizes the scores; `node` where it is fused.
+        passes: how many sequences of keys stand one behind the other: 2 where a second pass reads those of the first.
     """
 
     node: fx.Node
@@ -40,6 +42,7 @@ class Attention:
     softmax: fx.Node
     inside: list[fx.Node] = field(default_factory=list)
     masks: list[fx.Node] = field(default_factory=list)
+    passes: int = 1
 
     @property
     def is_fused(self) -> bool:
@@ -54,14 +57,14 @@ class Attention:
 
 
 def find_attention(regions: Regions) -> list[Attention]:
-    """All attention of new tokens among themselves, in the order of the graph; causality is proven.
+    """All attention of new tokens among themselves, in the order of the graph.
 
     Raises:
-        LoopQError: there is none, or one lets a token see later ones.
+        LoopQError: there is none, or one has another form than those that are known.
     """
     found = []
     for node in regions.graph_module.graph.nodes:
-        if node.target is SDPA and node in regions.tokens:
+        if node.target is SDPA and node in regions.tokens and regions.axes(node.args[1]):
             mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
             found.append(Attention(node, (node, 1), (node, 2), node, masks=[mask] if mask is not None else []))
         elif node.target in _SOFTMAX and node in regions.tokens and len(regions.axes(node)) == 2:
@@ -69,8 +72,22 @@ def find_attention(regions: Regions) -> list[Attention]:
     if not found:
         raise LoopQError("This model has no attention, so there are no keys and values to cache: use cache=False.")
     for attention in found:
-        _check_causal(regions, attention)
+        attention.passes = _passes(regions, attention)
     return found
+
+
+def _passes(regions: Regions, attention: Attention) -> int:
+    values: Any = attention.value[0].args[attention.value[1]]
+    axes = regions.axes(values)
+    size = shape_of(values)[axes[0]].node.expr if axes == [len(shape_of(values)) - 2] else None
+    count = sympy.cancel(size / regions.symbol) if size is not None else None
+    if count is None or not count.is_Integer or (count > 1 and attention.is_causal):
+        raise LoopQError(
+            f"This model cannot have a key-value cache: {where(attention.node)} reads values "
+            f"{list(shape_of(values))}; they must be [batch, heads, sequence, size], or several such sequences one "
+            "behind the other under a mask. Use cache=False."
+        )
+    return int(count)
 
 
 def _spelled_out(regions: Regions, softmax: fx.Node) -> Attention:
@@ -103,75 +120,89 @@ def _spelled_out(regions: Regions, softmax: fx.Node) -> Attention:
     return Attention(product, (scores, 1), (product, 1), softmax, inside, masks)
 
 
-def _check_causal(regions: Regions, attention: Attention) -> None:
-    if attention.is_causal:
-        return
-    masks = [mask for mask in attention.masks if mask in regions.positions]
-    if len(masks) != len(attention.masks):
-        raise LoopQError(f"The mask of this attention depends on tokens: {where(attention.node)}.")
-    values = regions.compute(masks, 5)
-    blocked = torch.zeros(5, 5, dtype=torch.bool)
-    for mask in masks:
-        blocked = blocked | _blocked(values[mask], fills=not attention.is_fused)
-    if not blocked.expand(*blocked.shape[:-2], 5, 5)[..., ~torch.ones(5, 5, dtype=torch.bool).tril()].all():
-        raise LoopQError(
-            f"This attention lets tokens see later ones, which a key-value cache cannot serve: {where(attention.node)}."
-        )
+@dataclass
+class Source:
+    """Where keys or values come from.
+
+    Args:
+        stems: what a cache holds, `[batch, heads, sequence, size]`: one node, or one for each pass.
+        between: the nodes between these and the attention.
+        end: the node that the attention reads.
+    """
+
+    stems: list[fx.Node]
+    between: set[fx.Node]
+    end: fx.Node
 
 
-def _blocked(mask: Tensor, *, fills: bool) -> Tensor:
-    """What a mask takes away; one that fills (`masked_fill`) may mean True for blocked, so both readings are tried."""
-    if mask.is_floating_point():
-        return mask < _BLOCKED
-    later = ~torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
-    allowed = mask != 0
-    return allowed if fills and bool(allowed[..., later].all()) else ~allowed
-
-
-def find_stem(regions: Regions, attention: Attention, entry: tuple[fx.Node, int]) -> tuple[fx.Node, list[fx.Node]]:
-    """Where a cache goes: the node `[batch, heads, sequence, size]` above the copies that grouped queries ask for, and
-    the nodes between it and the attention, in order.
+def find_source(regions: Regions, attention: Attention, entry: tuple[fx.Node, int]) -> Source:
+    """Finds it: the smallest tensor above copies that grouped queries ask for, views and casts.
 
     Raises:
         LoopQError: keys or values have another layout.
     """
-    node: Any = entry[0].args[entry[1]]
-    between: list[fx.Node] = []
-    while True:
-        rank = len(shape_of(node))
-        turned = regions.axes(node) != [rank - 2]
-        copies = node.target in (*_COPIES, *_REPEATS)
-        turns = node.target in (_aten.transpose.int, _aten.permute.default) or _is_scaling(node)
-        above = [node] if copies or (turned and turns) else _repeat(node)
-        if not above:
+    end: Any = entry[0].args[entry[1]]
+    source = Source([], set(), end)
+    _climb(regions, attention, end, source)
+    return source
+
+
+def _climb(regions: Regions, attention: Attention, node: fx.Node, source: Source) -> None:
+    chain = [node]
+    while _is_view(chain[-1]) or chain[-1].target in _MOVES or _is_scaling(chain[-1]):
+        above = chain[-1].args[0]
+        if not isinstance(above, fx.Node) or above not in regions.tokens:
             break
-        between += above
-        node = above[-1].args[0]
-    if node not in regions.tokens or regions.axes(node) != [len(shape_of(node)) - 2]:
+        chain.append(above)
+    fitting = [place for place, found in enumerate(chain) if _is_stem(regions, found)]
+    if fitting:
+        best = min(fitting, key=lambda place: (_width(chain[place]), len(shape_of(chain[place])) != 4, place))
+        source.stems.append(chain[best])
+        source.between.update(chain[:best])
+        return
+    top = chain[-1]
+    parts: Any = top.args[0] if top.target is _aten.cat.default else []
+    dim = int(top.args[1]) % len(shape_of(top)) if parts and len(top.args) > 1 else 0  # type: ignore[call-overload]
+    if not parts or regions.axes(top) != [dim] or any(part not in regions.tokens for part in parts):
         raise LoopQError(
             f"Keys and values must be [batch, heads, sequence, size] to be cached: {where(attention.node)} reads "
-            f"{node.name!r} {list(shape_of(node))}."
+            f"{node.name!r} {list(shape_of(node))}. Use cache=False."
         )
-    return node, between[::-1]
+    source.between.update(chain)
+    for part in parts:
+        _climb(regions, attention, part, source)
+
+
+def _is_stem(regions: Regions, node: fx.Node) -> bool:
+    shape = shape_of(node)
+    rank = len(shape)
+    if rank < 3 or node not in regions.tokens or regions.axes(node) != [rank - 2] or not isinstance(shape[-1], int):
+        return False
+    sequence = shape[-2].node.expr == regions.symbol
+    return (
+        sequence
+        and not isinstance(shape[0], int)
+        and shape[0].node.expr.is_Symbol
+        and all(isinstance(size, int) for size in shape[1:-2])
+    )
+
+
+def _width(node: fx.Node) -> int:
+    total = 1
+    for size in shape_of(node):
+        total *= size if isinstance(size, int) else 1
+    return total
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether an operator gives the numbers of its argument in another shape, as its schema says."""
+    schema = getattr(node.target, "_schema", None)
+    aliases = [result.alias_info for result in schema.returns] if schema is not None else []
+    return len(aliases) == 1 and aliases[0] is not None and not aliases[0].is_write
 
 
 def _is_scaling(node: fx.Node) -> bool:
     return is_pointwise(node) and len(node.all_input_nodes) == 1
-
-
-def _repeat(node: fx.Node) -> list[fx.Node]:
-    """`reshape(expand(unsqueeze(x)))`, which repeats heads, from the last to the first; [] for anything else."""
-    if node.target not in _VIEWS:
-        return []
-    chain = [node]
-    while isinstance(chain[-1].args[0], fx.Node):
-        above = chain[-1].args[0]
-        chain.append(above)
-        if above.target is _aten.unsqueeze.default:
-            return chain if any(part.target is _aten.expand.default for part in chain) else []
-        if above.target not in (*_COPIES, _aten.expand.default):
-            return []
-    return []
 
 
 def ungrouped(node: Any) -> fx.Node:

@@ -13,7 +13,7 @@ the graph belongs to one of these regions:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch.fx.node import map_arg
 
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import get_tag
-from loopq_compile.operators import ops
 from loopq_compile.shapes import infer_shapes
 from loopq_compile.signature import InputSpec
 from loopq_compile.state import get_state, get_tensor
@@ -37,29 +36,6 @@ _POINTWISE = {
     *(_aten.__and__.Tensor, _aten.__or__.Tensor, _aten.__xor__.Tensor),
 }
 """What PyTorch forgot to mark as such."""
-_CONTRACTIONS = {_aten.matmul.default, _aten.bmm.default, _aten.mm.default, _aten.addmm.default}
-_LAST_AXIS = {
-    *_CONTRACTIONS,
-    _aten.linear.default,
-    _aten.rms_norm.default,
-    _aten.layer_norm.default,
-    ops.quantize.default,
-    ops.dequantize.default,
-    ops.dynamic_scale.default,
-    ops.kronecker.default,
-    ops.transition_adapter.default,
-}
-"""What works on the last axis, each row by itself."""
-_LAYOUT = {
-    *(getattr(_aten, name).default for name in ["view", "reshape", "permute", "expand", "clone", "contiguous", "t"]),
-    *(_aten.transpose.int, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.default, _aten.flatten.using_ints),
-    *(_aten.unflatten.int, _aten.alias.default, _aten.detach.default, _aten._unsafe_view.default),
-    *(_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other, _aten._to_copy.default),
-    _aten.type_as.default,
-    *(_aten.embedding.default, _aten.dropout.default, _aten.zeros_like.default, _aten.ones_like.default),
-    *(_aten.full_like.default, _aten.new_ones.default, _aten.new_zeros.default, _aten.new_full.default),
-}
-"""What moves numbers or makes new ones, and mixes none."""
 
 
 def is_pointwise(node: fx.Node) -> bool:
@@ -178,65 +154,3 @@ def _inputs(graph_module: fx.GraphModule) -> tuple[fx.Node, fx.Node | None]:
 def _is_tokens(spec: InputSpec) -> bool:
     named = len(spec.shape) == 2 and isinstance(spec.shape[1], str)
     return named and spec.shape[1] == "sequence" and not spec.dtype.is_floating_point
-
-
-def check_tokens(regions: Regions, attention: set[fx.Node]) -> None:
-    """Proves that outside `attention` no position of the token region reads another one.
-
-    Raises:
-        LoopQError: one does; names the node, its loop and its source line.
-    """
-    for node in regions.graph_module.graph.nodes:
-        if node in regions.tokens and node.op == "call_function" and node not in attention:
-            reason = _mixes(regions, node)
-            if reason:
-                raise LoopQError(
-                    f"This model cannot have a key-value cache: {where(node)}. It {reason}, and is no attention that "
-                    "is known here (scaled_dot_product_attention, or softmax(q k + mask) v)."
-                )
-
-
-def _mixes(regions: Regions, node: fx.Node) -> str:
-    if (
-        is_pointwise(node)
-        or _fills_by_mask(node)
-        or node.target in _LAYOUT
-        or getattr(node.target, "__name__", "") == "getitem"
-    ):
-        return ""
-    tensors = [argument for argument in node.all_input_nodes if regions.axes(argument)]
-    if node.target in _LAST_AXIS:
-        if node.target in _CONTRACTIONS and len(tensors) > 1:
-            return "multiplies two tensors that run over the sequence"
-        last = [t for t in tensors if len(shape_of(t)) - 1 in regions.axes(t)]
-        return "sums over the sequence" if last else ""
-    axes = _named_axes(node)
-    if axes is None:
-        return "may mix positions of the sequence"
-    for tensor in tensors:
-        rank = len(shape_of(tensor))
-        if not axes or any(axis % rank in regions.axes(tensor) for axis in axes if rank):
-            return "works along the sequence"
-    return ""
-
-
-def _fills_by_mask(node: fx.Node) -> bool:
-    """`x[mask] = number`, with a mask of the shape of `x`, as code that chooses a loop for every token has it."""
-    if node.target not in (_aten.index_put.default, _aten._unsafe_index_put.default):
-        return False
-    indices: Any = node.args[1]
-    value = node.args[2].meta.get("val") if isinstance(node.args[2], fx.Node) else None
-    mask = indices[0].meta.get("val") if len(indices) == 1 and isinstance(indices[0], fx.Node) else None
-    is_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool and shape_of(indices[0]) == shape_of(node.args[0])
-    return is_mask and isinstance(value, Tensor) and value.ndim == 0
-
-
-def _named_axes(node: fx.Node) -> Sequence[int] | None:
-    """The argument `dim` of a node; None if it has none."""
-    schema = getattr(node.target, "_schema", None)
-    for position, argument in enumerate(schema.arguments if schema else ()):
-        if argument.name in ("dim", "dims"):
-            value = node.kwargs.get(argument.name, argument.default_value)
-            value = node.args[position] if position < len(node.args) else value
-            return [value] if isinstance(value, int) else list(value or ())  # type: ignore[arg-type]
-    return None

@@ -11,7 +11,6 @@ from torch import fx
 from loopq_compile.errors import LoopQError
 from loopq_compile.operators import ops
 from loopq_compile.operators.cache import BITS
-from loopq_compile.passes.attention import Attention
 from loopq_compile.passes.cache_regions import Regions, shape_of, where
 from loopq_compile.passes.insert import call
 from loopq_compile.signature import PAST
@@ -65,7 +64,7 @@ class CacheStore:
         return parts[0] if self.bits is None else call(graph, ops.dequantize_cache.default, *parts, self.bits)
 
 
-def cache_shape(regions: Regions, stem: fx.Node, found: Attention) -> tuple[int | str, ...]:
+def cache_shape(regions: Regions, stem: fx.Node) -> tuple[int | str, ...]:
     """The dimensions of a cache for what `stem` computes, by name where they vary.
 
     Raises:
@@ -83,7 +82,7 @@ def cache_shape(regions: Regions, stem: fx.Node, found: Attention) -> tuple[int 
             shape.append(size)
         else:
             raise LoopQError(
-                f"Keys and values must be [batch, heads, sequence, size] to be cached: {where(found.node)} reads "
-                f"{stem.name!r} {list(shape_of(stem))}."
+                f"Keys and values must be [batch, heads, sequence, size] to be cached: {where(stem)} is "
+                f"{list(shape_of(stem))}."
             )
     return tuple(shape)

@@ -11,7 +11,6 @@ from loopq_compile.decoding import PAST_PREFIX
 from loopq_compile.errors import LoopQError
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.rolled import RolledLoop
-from loopq_compile.signature import LOOPS_AXIS
 
 _aten = torch.ops.aten
 POSITION = "position"
@@ -49,7 +48,7 @@ class FixCache(Pass):
         for node in list(graph_module.graph.nodes):
             if node.target is _aten.cat.default:
                 past = node.args[0][0]  # type: ignore[index]
-                stacked = past in caches and LOOPS_AXIS in caches[past]
+                stacked = past in caches and caches[past][0] != "batch"
                 if stacked:
                     node.replace_all_uses_with(past)
                 elif past in caches or (past.target is _aten.select.int and past.args[0] in caches):
