@@ -15,6 +15,7 @@ from torch import Tensor
 from loopq_compile import bench, bundled
 from loopq_compile.artifact import FILES, save
 from loopq_compile.backends.onnx.folder import KIND, MODEL_FILE
+from loopq_compile.demo_figures import check_document, figures, rewrite
 from loopq_compile.evaluate import Remembered, evaluate, tokenize
 from loopq_compile.folders import check_folder, write_results
 from loopq_compile.generation import generate
@@ -48,6 +49,7 @@ class Demo:
         samples, sample_length: size of the calibration data.
         steps: optimizer steps of `loopq`.
         new_tokens: length of the generated texts.
+        readme: a document whose figures this run rewrites, see `demo_figures`; None for none.
         console: where the story is told.
     """
 
@@ -55,8 +57,9 @@ class Demo:
     max_tokens: int = 16384
     samples: int = 512
     sample_length: int = 128
-    steps: int = 150
+    steps: int = 120
     new_tokens: int = 40
+    readme: Path | None = None
     console: Console = field(default_factory=Console)
     written: list[tuple[Path, str]] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
@@ -65,12 +68,14 @@ class Demo:
         """Takes all steps, and returns the figures.
 
         Raises:
-            LoopQError: the output folder cannot be written, or the package data is damaged.
+            LoopQError: the output folder or the document cannot be written, or the package data is damaged.
         """
         start = time.perf_counter()
         check_folder(self.out, RESULTS, ("program.py", "quality.json", "quality.md"))
         check_folder(self.out / "program", PROGRAM, (*FILES, TOKENIZER_FILE))
         check_folder(self.out / "onnx", KIND, (MODEL_FILE, TOKENIZER_FILE))
+        if self.readme is not None:
+            check_document(self.readme)
         model, tokenizer = bundled.load_model(), bundled.load_tokenizer()
         weights = sum(parameter.numel() for parameter in model.parameters())
         self._say(f"The bundled looped language model: {weights / 1e6:.2f} million parameters, {type(model).__name__}.")
@@ -149,7 +154,7 @@ class Demo:
         about = {"text": source, "length": LENGTH, "stride": STRIDE, "samples": self.samples, "steps": self.steps}
         for path in bench.write_results(rows, self.out, "Quality of the bundled model", **about):
             self.written.append((path, "the table above"))
-        self.results |= {"text": source, "quality": [row.__dict__ for row in rows]}
+        self.results |= {"quality": [row.__dict__ for row in rows], **about}
         assert kept is not None
         return kept
 
@@ -185,7 +190,7 @@ class Demo:
 
         self._step("4. The ONNX file beside the program")
         executable = OnnxExecutable(report.path)
-        part = tokens[: max(2, len(tokens) // 2)]
+        part = tokens[: max(2, len(tokens) // 4)]
         reference = Remembered(program)
         scores = {"program (PyTorch)": evaluate(reference, part, length=LENGTH, stride=STRIDE, title="program")}
         scores["ONNX Runtime"] = evaluate(
@@ -214,11 +219,19 @@ class Demo:
             self.console.print(f"[bold]{name}[/]")
             self._say("  " + tokenizer.decode(result[0].tolist()).replace("\n", "\n  "))
         self._say(f"Of the {count} greedy tokens, the first {same} are the same as the program's in PyTorch.")
-        self.results |= {"greedy_same": same, "greedy": greedy[0].tolist(), "sampled": sampled[0].tolist()}
+        self.results |= {
+            "greedy_same": same,
+            "greedy_count": count,
+            "greedy": greedy[0].tolist(),
+            "sampled": sampled[0].tolist(),
+        }
 
     def _close(self, seconds: float) -> None:
         self._step(f"Done in {seconds:.0f} s")
         self.results["seconds"] = round(seconds, 1)
+        if self.readme is not None:
+            rewrite(self.readme, figures(self.results))
+            self.written.append((self.readme, "its figures are those of this run"))
         self._table(("written", "what"), [(str(path), what) for path, what in self.written], 2)
         self._say("\nTo try next:")
         self._say(f"  loopq-compile inspect {self.out / 'program'} --loop 1 --dot loop.dot")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -216,10 +218,20 @@ def test_bench_quality_writes_its_table(tmp_path: Path) -> None:
 
 
 def test_demo_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loopq_compile import demo
+    from loopq_compile import demo, demo_figures
 
     monkeypatch.setattr(demo, "PROMPT", "w1 w2 w3")
-    shown = run("demo", "--out", tmp_path / "d", "--max-tokens", 64, "--samples", 8, "--steps", 3).output
+    document = tmp_path / "README.md"
+    document.write_text(f"before\n{demo_figures.BEGIN}\nold\n{demo_figures.END}\nafter\n")
+    sizes = ["--max-tokens", 64, "--samples", 8, "--steps", 3]
+    shown = run("demo", "--out", tmp_path / "d", *sizes, "--readme", document).output
+    rows = json.loads((tmp_path / "d" / "quality.json").read_text())["rows"]
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
+    assert f"| loopq | w4a4 | dynamic | {rows[-1]['perplexity']:.3f} |" in text and "`loopq` took 3 steps" in text
+    (nodes,) = re.findall(r"([\d,]+) nodes and", text)
+    graph = onnx.load(tmp_path / "d" / "onnx" / "model.onnx", load_external_data=False).graph
+    assert int(nodes.replace(",", "")) == len(graph.node)
     for expected in ("2 x (model.layers", "0 -> 1", "loop=1", "full precision", "ONNX Runtime", "greedy", "1 of 2"):
         assert expected in shown
     assert "the first 40 are the same as the program" in shown
@@ -387,6 +399,7 @@ def test_outputs_that_cannot_be_written(program: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "file" in fails("export", program, "--out", tmp_path / "file")
     assert "Cannot write" in fails("demo", "--out", tmp_path / "file" / "below")
+    assert "lacks the lines" in fails("demo", "--out", tmp_path / "d", "--readme", tmp_path / "file")
     assert "Cannot write" in run("inspect", program, "--dot", tmp_path / "file" / "a.dot", status=1).stderr
 
 

@@ -185,9 +185,6 @@ def _open(path: Path, threads: int | None, optimize: bool, providers: Sequence[s
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Where a 4-bit weight has one reader, ONNX Runtime fuses the product and by default rounds activations to 8 bits
-    # on the way (level 4). Level 1 computes in single precision, as the file says.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     if not optimize:

@@ -120,8 +120,7 @@ def _decoder(graph: onnx.GraphProto) -> dict[str, Any]:
     _, heads, _, size = next(iter(shapes))
     return {
         "filename": "model.onnx",
-        # As `OnnxExecutable` opens files: products that ONNX Runtime fuses itself are in single precision.
-        "session_options": {"session.qdq_matmulnbits_accuracy_level": "1", "provider_options": []},
+        "session_options": {"provider_options": []},
         "num_hidden_layers": len(caches) // 2,
         "num_key_value_heads": heads,
         "head_size": size,

@@ -4,9 +4,14 @@ What is replaced is `x * cos + concat(-second half of x, first half of x) * sin`
 The operator takes tables `[sequence, size / 2]`, so both halves of a table must be the same: that is read off its
 making, `cos(concat(angles, angles))`. Where it cannot be, or where tables differ from row to row of a batch, the nodes
 stay. A decoding step is made of many small nodes, each of which costs more to start than to compute.
+
+Positions are spelled out, `[batch, sequence]`, once for all nodes. The operator also takes the first position only, but
+OpenVINO reads that as the position of every token.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +27,7 @@ _PASSED = {"Unsqueeze", "Cast", "Cos", "Sin", "Identity"}
 def fuse_rotary(graph: ir.Graph) -> int:
     """Replaces rotary positions in place; returns how many there were."""
     tables: dict[ir.Value, ir.Value] = {}
+    positions: dict[tuple[Any, ...], ir.Value] = {}
     found = 0
     for node in [node for node in graph if node.op_type == "Add" and node.domain == ""]:
         parts = _match(node)
@@ -30,9 +36,8 @@ def fuse_rotary(graph: ir.Graph) -> int:
         x, cos, sin = parts
         emitter = Emitter(graph, node)
         halves = [_half_table(emitter, tables, table) for table in (cos, sin)]
-        start = constant(graph, "first_position", np.array([0], dtype=np.int64))
         result = node.outputs[0]
-        inputs = [x, start, *halves]
+        inputs = [x, _positions(emitter, positions, x, cos), *halves]
         emitter.finish(
             emitter.node("RotaryEmbedding", inputs, result.dtype, result.shape, {"interleaved": 0}, domain=CONTRIB)
         )
@@ -131,6 +136,36 @@ def _half_table(emitter: Emitter, tables: dict[ir.Value, ir.Value], table: ir.Va
         first = constant(graph, "start_of_half", [0])
         tables[table] = spot.node("Slice", [rows, first, *ends], table.dtype, [None, size // 2])
     return tables[table]
+
+
+def _positions(emitter: Emitter, made: dict[tuple[Any, ...], ir.Value], x: ir.Value, table: ir.Value) -> ir.Value:
+    """0, 1, ... for every row of the batch, `[batch, sequence]`.
+
+    Both sizes are read off inputs of the graph where those tell them, so that nothing of it lands in a loop.
+    """
+    graph, kind, size = emitter.graph, ir.DataType.INT64, [sizes(x)[0], sizes(table)[-2]]
+    sources = [_input_with(graph, wanted) for wanted in size]
+    everywhere = None not in sources
+    key = (*map(str, size),) if everywhere else (x, table)
+    if key not in made:
+        spot = Emitter(graph, next(iter(graph))) if everywhere else emitter
+        parts = [
+            spot.node("Shape", [value], kind, [1], {"start": axis, "end": axis + 1})
+            for value, axis in (sources[0] or (x, 0), sources[1] or (table, len(sizes(table)) - 2))
+        ]
+        shape = spot.node("Concat", parts, kind, [2], {"axis": 0})
+        ones = spot.node("ConstantOfShape", [shape], kind, size, {"value": ir.tensor(np.array([1], dtype=np.int64))})
+        axis = constant(graph, "axis_of_sequence", np.int64(1))
+        made[key] = spot.node("CumSum", [ones, axis], kind, size, {"exclusive": 1})
+    return made[key]
+
+
+def _input_with(graph: ir.Graph, size: Any) -> tuple[ir.Value, int] | None:
+    """An input of the graph, and the axis of it, that has the symbolic size `size`."""
+    if isinstance(size, int) or size.value is None:
+        return None
+    found = ((value, axis) for value in graph.inputs for axis, other in enumerate(value.shape or ()) if other == size)
+    return next(found, None)
 
 
 def _behind(graph: ir.Graph, maker: ir.Node) -> list[ir.Node]:

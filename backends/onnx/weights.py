@@ -1,9 +1,11 @@
 """Linear layers and their weights for target `qdq`.
 
 A quantized weight arrives as `Dequantize(codes [N, K], scale [N, groups])`, read by the `Linear` of every loop. It
-leaves as one INT4 or INT8 initializer `[K, N]` with block-wise scales and one `DequantizeLinear`, whose result `MatMul`
-takes as it is. Weights that stay in floating point are turned round too, without a second copy: a tied one, which an
-embedding reads as well, keeps its place and gets a `Transpose` node that all loops share.
+leaves as one INT4 or INT8 initializer `[K, N]` with block-wise scales and one `DequantizeLinear`. Between it and
+`MatMul` stands a `Reshape` to the same shape, which costs nothing: ONNX Runtime fuses a `DequantizeLinear` right before
+its only `MatMul` and then rounds the activations to 8 bits, which no file asks for. Weights that stay in floating point
+are turned round too, without a second copy: a tied one, which an embedding reads as well, keeps its place and gets a
+`Transpose` node that all loops share.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ def lower_weight(graph: ir.Graph, node: ir.Node, bits: int | None) -> None:
         scales = constant(graph, f"{scale_value.name}.blocks", scale.T)
         attributes = {"axis": 0, "block_size": features // groups}
     weight = emitter.node("DequantizeLinear", [packed, scales], scale_value.dtype, [features, outputs], attributes)
+    weight = emitter.reshape(weight, [features, outputs], 0)
     turned = emitter.node("Transpose", [weight], scale_value.dtype, [outputs, features], {"perm": [1, 0]})
     producer = turned.producer()
     assert producer is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from loopq_compile.cli import bench, bisect, compile, demo, evaluate, export, generate, inspect, report, verify
@@ -54,6 +56,21 @@ def _root(
     pass
 
 
+WAIT_POLICY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Environment variables that say how OpenMP threads wait."""
+
+
+def wait_passively() -> None:
+    """Lets OpenMP threads sleep while they wait, unless the user chose how they wait.
+
+    On a busy machine threads that wait actively take the processor from the one that they wait for. OpenMP reads the
+    environment when its library loads: call this before anything imports torch. Processes started later inherit it.
+    """
+    if not any(name in os.environ for name in WAIT_POLICY):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def main() -> None:
     """Entry point of the `loopq-compile` program."""
+    wait_passively()
     app(prog_name="loopq-compile")

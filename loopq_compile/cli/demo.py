@@ -18,7 +18,11 @@ def demo(
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples of 128 tokens.")] = 512,
     steps: Annotated[
         int, typer.Option(min=1, help="Optimizer steps of loopq; more take longer and serve quality.")
-    ] = 150,
+    ] = 120,
+    readme: Annotated[
+        Path | None,
+        typer.Option("--readme", metavar="FILE", help="Rewrite the figures of this document with those of the run."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Take the bundled looped language model all the way: a few minutes on two cores.
@@ -28,6 +32,7 @@ def demo(
     """
     from loopq_compile.demo import Demo
 
-    results = Demo(out=out, max_tokens=max_tokens, samples=samples, steps=steps, console=console(stderr=json)).run()
+    told = console(stderr=json)
+    results = Demo(out, max_tokens=max_tokens, samples=samples, steps=steps, readme=readme, console=told).run()
     if json:
         print_json(results)
