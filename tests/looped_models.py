@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loopq_compile.models import HuginnConfig, LoopFormerConfig, OuroConfig, ParcaeConfig
+from loopq_compile.models import HuginnConfig, LoopFormerConfig, NanbeigeConfig, OuroConfig, ParcaeConfig
 
 VOCABULARY = 64
 LOOPFORMER = LoopFormerConfig(block_size=32, vocab_size=VOCABULARY, n_layer=1, n_head=2, n_embd=32, intermediate_dim=64)
@@ -23,6 +23,12 @@ OURO = OuroConfig(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
     total_ut_steps=3,
 )  # fmt: skip
+
+NANBEIGE = NanbeigeConfig(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, rope_theta=10_000.0,
+)  # fmt: skip
+"""Queries are twice as wide as the state, as in the published model."""
 
 
 def with_random_weights(model: nn.Module) -> nn.Module:
