@@ -104,7 +104,7 @@ def test_the_w4a4_program_has_the_loop_and_its_onnx_files_agree(model: tuple[str
         "parcae-370m",
         "parcae-770m",
         "parcae-1.3b",
-    ],  # fmt: skip
+    ],
 )
 def test_published_sizes(make: Callable[[], nn.Module], billions: float) -> None:
     with torch.device("meta"):
