@@ -1,7 +1,7 @@
 """A tiny model with everything that is odd in the depth-recurrent records of the public parameter-golf challenge.
 
-Weights are cast at every use, rotary tables are kept from one call to the next, every layer mixes the embedding back in,
-skips of a U-Net lead from the first half of all visits to the second and so across the loops, every head has a gain,
+Weights are cast at every use, rotary tables are kept from one call to the next, every layer mixes the embedding back
+in, skips of a U-Net lead from the first half of all visits to the second and so across the loops, heads have gains,
 values are taken out of what attention says of them, and the head is the embedding, with its logits capped.
 """
 
@@ -63,7 +63,7 @@ def turn(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped queries of unit size with a gain for every head; the output is made orthogonal to the token's own value."""
+    """Grouped queries of unit size, a gain for every head; what points along the token's own value is taken out."""
 
     def __init__(self) -> None:
         super().__init__()
