@@ -13,10 +13,10 @@ from torch.nn import functional as F
 import loopq_compile as lq
 from loopq_compile.capture import capture
 from loopq_compile.generation import logits_of
-from loopq_compile.models import Huginn, LoopFormer, LoopFormerConfig, Ouro, OuroConfig, Parcae, repeat_layers
+from loopq_compile.models import Huginn, LoopFormer, LoopFormerConfig, Nanbeige, Ouro, OuroConfig, Parcae, repeat_layers
 from loopq_compile.passes.tag_loops import TagLoops
 from loopq_compile.signature import Signature
-from tests.looped_models import HUGINN, PARCAE, UniversalTransformer, with_random_weights
+from tests.looped_models import HUGINN, NANBEIGE, PARCAE, UniversalTransformer, with_random_weights
 from tests.tiny import TinyLoopedLM, tiny_model
 
 VOCABULARY = 64
@@ -108,6 +108,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "llama-eager": (functools.partial(llama, "eager"), True),
     "parcae": (lambda: with_random_weights(Parcae(PARCAE)), False),
     "huginn": (lambda: with_random_weights(Huginn(HUGINN)), False),
+    "nanbeige": (lambda: with_random_weights(Nanbeige(NANBEIGE)), False),
     "encoder-layer": (UniversalTransformer, False),
     "sliced": (SlicedPositions, False),
     "exits": (ExitByThreshold, False),

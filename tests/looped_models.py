@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loopq_compile.models import HuginnConfig, LoopFormerConfig, OuroConfig, ParcaeConfig
+from loopq_compile.models import HuginnConfig, LoopFormerConfig, NanbeigeConfig, OuroConfig, ParcaeConfig
 
 VOCABULARY = 64
 LOOPFORMER = LoopFormerConfig(block_size=32, vocab_size=VOCABULARY, n_layer=1, n_head=2, n_embd=32, intermediate_dim=64)
@@ -23,6 +23,12 @@ OURO = OuroConfig(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
     total_ut_steps=3,
 )  # fmt: skip
+
+NANBEIGE = NanbeigeConfig(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, rope_theta=10_000.0,
+)  # fmt: skip
+"""Queries are twice as wide as the state, as in the published model."""
 
 
 def with_random_weights(model: nn.Module) -> nn.Module:
@@ -66,3 +72,29 @@ def zamba2(chunk_size: int) -> nn.Module:
         chunk_size=chunk_size, max_position_embeddings=64, pad_token_id=0,
     )  # fmt: skip
     return transformers.Zamba2ForCausalLM(config).eval()
+
+
+def dory(**sizes: object) -> nn.Module:
+    """Layers before and after the loop, of full and of sliding attention within it; the sliding window is short."""
+    transformers = pytest.importorskip("transformers", minversion="5.24", reason="has Dory")
+    torch.manual_seed(0)
+    config = transformers.DoryConfig(**{
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64,
+        "n_input_layers": 1, "n_output_layers": 1, "n_recurrent_loops": 3, "sliding_window": 8,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"], **sizes,
+    })  # fmt: skip
+    return transformers.DoryForCausalLM(config).eval()
+
+
+def hrm_text(**sizes: object) -> nn.Module:
+    """Two stacks in nested cycles: the low one twice, then the high one, and all that twice."""
+    transformers = pytest.importorskip("transformers", minversion="5.24", reason="has HRM-Text")
+    torch.manual_seed(0)
+    config = transformers.HrmTextConfig(**{
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "H_cycles": 2, "L_cycles": 2, **sizes,
+    })  # fmt: skip
+    model = transformers.HrmTextForCausalLM(config).eval()
+    torch.nn.init.normal_(model.model.z_L_init)
+    return model

@@ -20,12 +20,23 @@ from loopq_compile import LoopQError
 from loopq_compile.backends.onnx import OnnxExecutable
 from loopq_compile.capture import capture
 from loopq_compile.driver import quantize
-from loopq_compile.models import Huginn, LoopFormer, Parcae, repeat_layers
+from loopq_compile.models import Huginn, LoopFormer, Nanbeige, Parcae, repeat_layers
 from loopq_compile.pipelines import get_pipeline
 from loopq_compile.program import Program
 from loopq_compile.scheme import Scheme
 from tests.cli_models import tiny_llama, tiny_ouro
-from tests.looped_models import HUGINN, LOOPFORMER, PARCAE, UniversalTransformer, with_random_weights, zamba2
+from tests.golf import GolfLM
+from tests.looped_models import (
+    HUGINN,
+    LOOPFORMER,
+    NANBEIGE,
+    PARCAE,
+    UniversalTransformer,
+    dory,
+    hrm_text,
+    with_random_weights,
+    zamba2,
+)
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
 
@@ -66,6 +77,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "loopformer": lambda: LoopFormer(LOOPFORMER, (0.6, 0.4)).eval(),
     "parcae": lambda: with_random_weights(Parcae(PARCAE, 2)),
     "huginn": huginn,
+    "nanbeige": lambda: with_random_weights(Nanbeige(NANBEIGE)),
+    "dory": lambda: dory(n_recurrent_loops=2),
+    "hrm-text": hrm_text,
+    "golf": GolfLM,
     "encoder-layer": lambda: UniversalTransformer(2).eval(),
 }
 
@@ -116,19 +131,15 @@ FORMS: dict[str, Form] = {
 }  # fmt: skip
 CASES = [
     *((name, form) for name in ("llama", "albert") for form in FORMS if form not in ("right-mask", "all")),
-    *((name, "mask") for name in ("ouro", "parcae", "huginn")),
-    ("zamba2", "all"),
+    *((name, "mask") for name in ("ouro", "parcae", "huginn", "nanbeige")),
+    *((name, "all") for name in ("zamba2", "dory", "hrm-text")),
     ("encoder-layer", "right-mask"),
 ]
+_NOT_OURS = ("position_ids", "inputs_embeds", "labels", "return_dict", "output_hidden_states")
 NOT_THERE = {
-    "ouro": ("position_ids", "inputs_embeds", "labels", "return_dict", "output_hidden_states"),
-    "parcae": ("position_ids", "inputs_embeds", "labels", "return_dict", "output_hidden_states"),
-    "huginn": ("position_ids", "inputs_embeds", "labels", "return_dict", "output_hidden_states"),
-    "loopformer": (
-        "attention_mask", "position_ids", "inputs_embeds", "labels", "return_dict", "output_hidden_states",
-    ),
-    "encoder-layer": ("position_ids", "inputs_embeds", "labels", "return_dict", "output_hidden_states"),
-}  # fmt: skip
+    **dict.fromkeys(("ouro", "parcae", "huginn", "nanbeige", "encoder-layer"), _NOT_OURS),
+    **dict.fromkeys(("loopformer", "golf"), ("attention_mask", *_NOT_OURS)),
+}
 """Arguments that a model does not have."""
 
 

@@ -5,6 +5,7 @@ Examples, tests and the demo import from here. Passes and backends never do: a p
 
 from loopq_compile.models.huginn import Huginn, HuginnConfig
 from loopq_compile.models.loopformer import LoopFormer, LoopFormerConfig
+from loopq_compile.models.nanbeige import Nanbeige, NanbeigeConfig
 from loopq_compile.models.ouro import LoopedLMOutput, Ouro, OuroConfig, exit_distribution
 from loopq_compile.models.parcae import Parcae, ParcaeConfig
 from loopq_compile.models.parts import read_config
@@ -16,6 +17,8 @@ __all__ = [
     "LoopFormer",
     "LoopFormerConfig",
     "LoopedLMOutput",
+    "Nanbeige",
+    "NanbeigeConfig",
     "Ouro",
     "OuroConfig",
     "Parcae",

@@ -16,19 +16,22 @@ from loopq_compile.models import (
     HuginnConfig,
     LoopFormer,
     LoopFormerConfig,
+    Nanbeige,
+    NanbeigeConfig,
     Ouro,
     OuroConfig,
     Parcae,
     ParcaeConfig,
 )
 from loopq_compile.program import Program
-from tests.looped_models import HUGINN, LOOPFORMER, OURO, PARCAE, VOCABULARY, with_random_weights
+from tests.looped_models import HUGINN, LOOPFORMER, NANBEIGE, OURO, PARCAE, VOCABULARY, with_random_weights
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "ouro": (lambda: Ouro(OURO), "3 x (model.layers, model.norm, model.early_exit_gate)"),
     "loopformer": (lambda: LoopFormer(LOOPFORMER, (0.5, 0.3, 0.2)), "3 x (dt_embedder, transformer.h)"),
     "parcae": (lambda: Parcae(PARCAE), "3 x (transformer.adapter, transformer.core_block)"),
     "huginn": (lambda: Huginn(HUGINN), "3 x (transformer.adapter, transformer.core_block)"),
+    "nanbeige": (lambda: Nanbeige(NANBEIGE), "2 x (model.layers, model.norm)"),
 }
 """Tiny models, with the structure that must be found."""
 
@@ -85,12 +88,23 @@ def test_the_w4a4_program_has_the_loop_and_its_onnx_files_agree(model: tuple[str
         (lambda: Ouro(OuroConfig.ouro_2_6b()), 2.668),
         (lambda: Huginn(HuginnConfig()), 3.565),
         (lambda: LoopFormer(LoopFormerConfig()), 0.278),
+        (lambda: Nanbeige(NanbeigeConfig()), 4.172),
         (lambda: Parcae(ParcaeConfig.published("140m")), 0.144),
         (lambda: Parcae(ParcaeConfig.published("370m")), 0.388),
         (lambda: Parcae(ParcaeConfig.published("770m")), 0.777),
         (lambda: Parcae(ParcaeConfig.published("1.3b")), 1.339),
     ],
-    ids=["ouro-1.4b", "ouro-2.6b", "huginn", "loopformer", "parcae-140m", "parcae-370m", "parcae-770m", "parcae-1.3b"],
+    ids=[
+        "ouro-1.4b",
+        "ouro-2.6b",
+        "huginn",
+        "loopformer",
+        "nanbeige",
+        "parcae-140m",
+        "parcae-370m",
+        "parcae-770m",
+        "parcae-1.3b",
+    ],
 )
 def test_published_sizes(make: Callable[[], nn.Module], billions: float) -> None:
     with torch.device("meta"):

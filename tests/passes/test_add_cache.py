@@ -21,11 +21,11 @@ from tests.decoding import MODELS, SlicedPositions, captured, check_decoding, de
 def test_decoding_equals_recomputation(name: str, stacked: bool) -> None:
     model, program = captured(name)
     cached = program.with_cache(stacked=stacked)
-    loops = 2 if name.startswith(("llama", "sliced")) else 3
+    loops = 2 if name.startswith(("llama", "sliced", "nanbeige")) else 3
     check_decoding(model, cached, get_state(cached.graph_module).signature, loops=loops)
 
 
-@pytest.mark.parametrize("name", ["ouro", "loopformer", "parcae", "huginn", "encoder-layer"])
+@pytest.mark.parametrize("name", ["ouro", "loopformer", "parcae", "huginn", "nanbeige", "encoder-layer"])
 def test_hugging_faces_generate(name: str) -> None:
     """The cache brings a mask where the model has none; where row 1 is padded it says what it says alone."""
     program, given = captured(name)[1], left_padded()
