@@ -32,6 +32,7 @@ _SHAPES = {
     *(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.view_as.default),
     *(_aten.expand.default, _aten.expand_as.default, _aten.reshape_as.default),
     _aten.flatten.using_ints,
+    _aten.slice.Tensor,
 }
 _TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default}
 _WEIGHT_OPERANDS = {

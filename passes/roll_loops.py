@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.fold_weights import returns_its_input
 from loopq_compile.loops import get_tag, set_tag
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.insert import add_constant, call
@@ -20,10 +21,6 @@ from loopq_compile.shapes import infer_shapes
 from loopq_compile.state import free_name
 
 _aten = torch.ops.aten
-_CASTS = {_aten.to.dtype, _aten.to.other, _aten.to.dtype_layout, _aten.type_as.default, _aten._to_copy.default}
-_CASTS |= {_aten.expand.default, _aten.expand_as.default, _aten.alias.default, _aten.detach.default}
-_CASTS |= {_aten.view.default, _aten.reshape.default, _aten.slice.Tensor}
-"""What may give back the very tensor it was given, where types and sizes are the same."""
 
 
 class RollLoops(Pass):
@@ -67,19 +64,10 @@ class RollLoops(Pass):
 
 def _drop_what_changes_nothing(graph_module: fx.GraphModule) -> None:
     """Removes casts and expansions to what a tensor is already: often one iteration has them, and the others do not."""
-    casts = [node for node in graph_module.graph.nodes if node.target in _CASTS and get_tag(node) is not None]
-    if casts:
-        infer_shapes(graph_module)
-    for node in casts:
-        source = node.args[0]
-        before, after = source.meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
-        if not isinstance(before, Tensor) or not isinstance(after, Tensor):
-            continue
-        types, shapes = {(x.dtype, x.device) for x in (before, after)}, {str(tuple(x.shape)) for x in (before, after)}
-        alike = len(types) == len(shapes) == 1
-        if alike and "memory_format" not in node.kwargs and True not in (node.kwargs.get("copy"), *node.args[3:]):
-            node.replace_all_uses_with(source)
-            graph_module.graph.erase_node(node)
+    infer_shapes(graph_module)
+    for node in [node for node in graph_module.graph.nodes if get_tag(node) is not None and returns_its_input(node)]:
+        node.replace_all_uses_with(node.args[0])
+        graph_module.graph.erase_node(node)
 
 
 def _match(graph_module: fx.GraphModule, number: int, count: int) -> tuple[Match, int]:
