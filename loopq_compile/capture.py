@@ -108,7 +108,12 @@ def _check_weights(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise LoopQError(f"Weight {name!r} has no data (it is on the meta device); load the checkpoint first.")
-        if tensor.is_floating_point() and tensor.ndim and not torch.isfinite(tensor.min() + tensor.max()):
+        if (
+            tensor.is_floating_point()
+            and tensor.ndim
+            and tensor.numel()
+            and not torch.isfinite(tensor.min() + tensor.max())
+        ):
             infinite_mask = isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
             if infinite_mask and not torch.isnan(tensor).any():
                 continue  # a causal mask kept as a buffer
