@@ -139,7 +139,7 @@ class ModelState:
             self.tensors[id(value)] = value
             return []
         if isinstance(value, dict):
-            return self._add(lambda: dict.copy(value), lambda before: _refill(value, before))
+            return self._add(lambda: _entries(value), lambda before: _refill(value, before))
         if isinstance(value, list | collections.deque):
             return self._add(lambda: dict(enumerate(value)), lambda before: _refill_sequence(value, before))
         if isinstance(value, set):
@@ -218,6 +218,12 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
     """Names that a function and those defined inside may look up in their file."""
     inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _global_names(part)]
     return tuple(dict.fromkeys([*code.co_names, *inner]))
+
+
+def _entries(value: dict[Any, Any]) -> dict[Any, Any]:
+    """What a dictionary holds, in its order; a class of its own may make entries when it is asked for them."""
+    ordered = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+    return {key: dict.__getitem__(value, key) for key in ordered.__iter__(value)}
 
 
 def _refill(target: dict[Any, Any], before: Mapping[Any, Any]) -> None:

@@ -1,8 +1,8 @@
 """Conditions on sizes: at which batches and lengths a captured graph is the model.
 
 A model may branch on sizes (`if ids.shape[1] > 16`). A graph holds one way only, so the condition stays with it, as
-text over the names of dimensions, and every call is checked. Saved programs carry it: the text is data from anywhere, and is
-read by a small evaluator of arithmetic, never by Python.
+text over the names of dimensions, and every call is checked. Saved programs carry it. Files are data from anywhere, so
+the text is read by a small evaluator of arithmetic, never by Python.
 """
 
 from __future__ import annotations
