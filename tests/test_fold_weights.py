@@ -187,3 +187,39 @@ def test_a_weight_is_quantized_in_the_type_of_the_product():
     assert float((program(IDS) - expected).norm() / expected.norm()) < 0.05
     assert model.qkv.weight.dtype == torch.float32
     assert program.cached() is not None
+
+
+class Adapted(nn.Module):
+    """A linear of 32 features, an adapter of rank 4, an empty parameter, and experts in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.fc = nn.Embedding(64, 32), nn.Linear(32, 32)
+        self.down, self.up = nn.Linear(32, 12), nn.Linear(12, 32)
+        self.empty = nn.Parameter(torch.zeros(0, 32))
+        self.experts = nn.Parameter(torch.randn(2, 32, 32))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        x = self.fc(x) + self.up(self.down(x)) + F.linear(x, self.empty).sum(-1, keepdim=True)
+        return torch.einsum("bsd,edf->bsf", x, self.experts)
+
+
+def test_what_cannot_be_quantized_stays_in_floating_point_and_is_named():
+    model = Adapted().eval()
+    program = compiled(model, group_size=32)
+    reasons = {site.name: site.reason for site in program.graph_module.meta["loopq"].sites.values()}
+    assert reasons["fc"] is None
+    assert reasons["up"] == "group_size=32 does not divide its 12 inputs"
+    assert reasons["empty"] == "its weight is empty"
+    notes = "\n".join(note for entry in program.log for note in entry.notes)
+    line = "experts stays in floating point: aten.einsum.default is not a linear layer (2 x 32 x 32: 2,048 parameters)"
+    assert line in notes
+    assert line in program.summary()
+
+
+@pytest.mark.parametrize("options", [{"quantize": ("up",)}, {"skip": ("fc", "down")}])
+def test_a_group_size_that_fits_nothing_or_not_the_layer_named_is_an_error(options):
+    with pytest.raises(lq.LoopQError, match="does not divide the 12 inputs of 'up'"):
+        compiled(Adapted(), group_size=32, **options)
