@@ -59,6 +59,12 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
             self.generation_config.use_cache = False
         self.eval()
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. A program without a cache reads prompts at once, whatever `prefill_chunk_size` says."""
+        if not self.takes_cache and kwargs.get("prefill_chunk_size") is not None:
+            kwargs["prefill_chunk_size"] = None
+        return super().generate(*args, **kwargs)
+
     @property
     def device(self) -> torch.device:
         """Where the program's tensors are."""

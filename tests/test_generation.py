@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -52,7 +55,9 @@ def test_sampling_leaves_the_global_random_state_alone() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+@pytest.mark.parametrize(
+    "options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}, {"temperature": 1e-40}, {"temperature": 5e-324}]
+)
 def test_narrow_sampling_is_greedy(options: dict[str, float]) -> None:
     sampled = generate(model, PROMPT, 8, do_sample=True, **options)
     assert torch.equal(sampled, generate(model, PROMPT, 8))
@@ -105,11 +110,46 @@ def test_logits_are_found_in_every_kind_of_output() -> None:
         (PROMPT, {"do_sample": True, "temperature": 0.0}, "leave out do_sample"),
         (PROMPT, {"do_sample": True, "top_k": 0}, "top_k"),
         (PROMPT, {"do_sample": True, "top_p": 1.5}, "top_p"),
+        (PROMPT, {"do_sample": True, "top_p": float("nan")}, "top_p"),
+        (PROMPT, {"do_sample": True, "temperature": float("nan")}, "temperature"),
+        (PROMPT, {"do_sample": True, "temperature": float("inf")}, "temperature"),
+        (PROMPT, {"do_sample": True, "temperature": torch.ones(2)}, "temperature must be a number"),
+        (PROMPT, {"top_k": 2.5}, "top_k must be a whole number"),
+        (PROMPT, {"seed": 10**20}, "seed must be at most"),
+        (PROMPT, {"max_new_tokens": 1.5}, "max_new_tokens must be a whole number"),
+        (PROMPT, {"max_new_tokens": True}, "max_new_tokens must be a whole number"),
+        (PROMPT, {"eos_token_id": "5"}, "eos_token_id must be a whole number"),
+        (PROMPT, {"eos_token_id": 10**20}, "eos_token_id must be at most"),
     ],
 )
 def test_bad_options(ids: Tensor, options: dict[str, float], message: str) -> None:
     with pytest.raises(LoopQError, match=message):
         generate(model, ids, **options)
+
+
+def test_scalars_of_numpy_and_pytorch_are_numbers() -> None:
+    plain = {"do_sample": True, "temperature": 2.0, "top_k": 5, "top_p": 0.75, "seed": 3, "eos_token_id": 4}
+    expected = generate(model, PROMPT, 8, **plain)  # type: ignore[arg-type]
+    arrays = {"temperature": np.float32(2), "top_k": np.int64(5), "top_p": np.float64(0.75), "seed": np.uint8(3)}
+    tensors = {name: torch.tensor(value) for name, value in plain.items() if name != "do_sample"}
+    ends = ({"eos_token_id": end} for end in (np.int32(4), np.array([4]), torch.tensor([4]), (4,), {4}, 4.0))
+    for given in (arrays, tensors, {"top_k": 5.0}, *ends):
+        assert torch.equal(generate(model, PROMPT, 8, **(plain | given)), expected)  # type: ignore[arg-type]
+    assert torch.equal(generate(model, PROMPT, np.int64(8), **plain), expected)  # type: ignore[arg-type]
+    for seed in (-1, 2**63, 2**64 - 1):
+        assert generate(model, PROMPT, 2, do_sample=True, seed=seed, temperature=1e38).shape == (2, 7)
+
+
+def test_threads_that_begin_at_once_generate_alike() -> None:
+    program, start = Program(copy_graph(tiny_program().graph_module)), threading.Barrier(8)
+
+    def work(_: int) -> Tensor:
+        start.wait()
+        return program.generate(PROMPT, 5)
+
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(work, range(8)))
+    assert all(torch.equal(one, tiny_program().generate(PROMPT, 5)) for one in made)
 
 
 def test_several_tokens_end_a_sequence() -> None:

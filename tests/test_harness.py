@@ -1,4 +1,4 @@
-"""lm-eval on tasks with local data; it is an optional dependency."""
+"""lm-eval on tasks with local data."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ import loopq_compile as lq
 from loopq_compile import bundled
 from loopq_compile.backends.onnx import OnnxExecutable
 from loopq_compile.errors import LoopQError
-from tests.cli_models import tiny_ouro, tokenizer
-
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'loopq-compile[eval]'")
-
 from loopq_compile.harness import LanguageModel, run_tasks
+from tests.cli_models import tiny_ouro, tokenizer
 
 CHOICE = """
 task: tiny_choice

@@ -104,6 +104,9 @@ class Commands(TyperGroup):
     """Commands whose errors reach the user as one message on standard error and exit status 1."""
 
     def invoke(self, ctx: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # what a terminal cannot hold appears as \\u732b
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:

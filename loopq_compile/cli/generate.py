@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
@@ -86,12 +85,12 @@ def generate_command(
         )
         tokens: list[int] = []
         if not json:
-            say(prompt)
+            typer.echo(prompt, nl=False)
         made = ""
         for piece in pieces(loaded.tokenizer, ids[0].tolist(), (int(step[0]) for step in steps), tokens):
             made += piece
             if not json:
-                say(piece)
+                typer.echo(piece, nl=False)
             if any(text in made for text in stops):
                 break
     if json:
@@ -101,13 +100,6 @@ def generate_command(
         typer.echo()
         if spent := _spent(chosen):
             typer.echo(f"{spent['mean_loops']:.2f} loops a call in the mean", err=True)
-
-
-def say(text: str) -> None:
-    """Prints without a line break; characters that the terminal or file cannot hold become `\\u732b`."""
-    stream: Any = sys.stdout
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    typer.echo(text.encode(encoding, "backslashreplace").decode(encoding), nl=False)
 
 
 def _chosen(loaded: Any, loops: int | None, exit_threshold: float | None) -> Any:
