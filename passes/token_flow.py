@@ -171,9 +171,8 @@ class TokenFlow:
 
     def _run(self, node: fx.Node, places: dict[fx.Node, Place]) -> Places:
         probe, inputs = self.probe, node.all_input_nodes
-        crowded = [a for a in inputs if a in self.regions.positions and len(self.regions.axes(a)) > 1]
-        if crowded:
-            raise _refused(node, f"combines tokens with {crowded[0].name!r}, which runs over the sequence twice")
+        if any(len(self.regions.axes(a)) > 1 for a in inputs if a in self.regions.positions):
+            raise _refused(node, _reason(self.regions, node))
 
         def values(given: dict[fx.Node, Any], count: int) -> dict[fx.Node, Any]:
             found = {}
@@ -237,6 +236,9 @@ def _reason(regions: Regions, node: fx.Node) -> str:
     tensors = [argument for argument in node.all_input_nodes if regions.axes(argument)]
     if node.target in (_aten.matmul.default, _aten.bmm.default, _aten.einsum.default) and len(tensors) > 1:
         return "multiplies two tensors that run over the sequence"
+    twice = [argument for argument in tensors if len(regions.axes(argument)) > 1]
+    if twice:
+        return f"combines tokens with {twice[0].name!r}, which runs over the sequence twice"
     if any(argument in regions.sizes for argument in node.all_input_nodes) and is_pointwise(node):
         return "depends on the length of the text, so what is cached would change with every token"
     schema = getattr(node.target, "_schema", None)

@@ -112,7 +112,7 @@ def test_zamba2(zamba2_program: Program, tmp_path: Path) -> None:
     assert torch.equal(program.as_hugging_face().generate(ids(2, 5), **given), program.generate(ids(2, 5), 3))
     with pytest.raises(LoopQError, match=r"loop 1 is not like the others.*use form='unrolled'"):
         program.export_onnx(tmp_path / "rolled", form="rolled")
-    with pytest.raises(LoopQError, match=r"node 'conv1d' .* may mix positions of the sequence"):
+    with pytest.raises(LoopQError, match=r"node 'conv1d' .* mixes tokens of the sequence"):
         program.with_cache()
 
 
