@@ -41,8 +41,8 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "golf": Family(GolfLM, ids(2, 11), "3 x (layers.1, layers.2)", 3, "is not like the others"),
-    "dory": Family(dory, None, "3 x (model.layers, model.norm)", 3, ""),
-    "hrm-text": Family(hrm_text, None, "2 x (2 x (model.L_module), model.H_module)", 2, ""),
+    "dory": Family(dory, None, "3 x (model.layers.1, model.layers.2)", 3, ""),
+    "hrm-text": Family(hrm_text, None, "2 x (model.H_module, 2 x (model.L_module))", 2, ""),
 }
 
 
