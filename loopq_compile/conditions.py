@@ -71,7 +71,8 @@ class SizeCondition:
 
     def numbers(self) -> set[int]:
         """The whole numbers in it."""
-        return {node.value for node in ast.walk(_parse(self.text)) if isinstance(node, ast.Constant)}
+        values = (node.value for node in ast.walk(_parse(self.text)) if isinstance(node, ast.Constant))
+        return {value for value in values if isinstance(value, int)}
 
     def names(self) -> set[str]:
         """The dimensions it speaks of."""

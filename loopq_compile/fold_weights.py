@@ -138,7 +138,7 @@ def _is_end(graph_module: fx.GraphModule, node: fx.Node, constant: set[fx.Node])
         products = [user for user in products if not _takes_turned(user)]
     if products:
         return True
-    source = node.args[0] if node.target in _CASTS else None
+    source: Any = node.args[0] if node.target in _CASTS else None
     is_parameter = isinstance(source, fx.Node) and source.op == "get_attr"
     return is_parameter and bool(readers) and isinstance(get_tensor(graph_module, str(source.target)), nn.Parameter)
 
@@ -149,7 +149,7 @@ def _takes_turned(node: fx.Node) -> bool:
 
 def _weight_of(node: fx.Node) -> Any:
     """The argument that is the weight of a product or the table of a look-up."""
-    place = _WEIGHT_OPERANDS.get(node.target)
+    place = _WEIGHT_OPERANDS.get(node.target)  # type: ignore[call-overload]
     return node.args[place] if place is not None and len(node.args) > place else None
 
 

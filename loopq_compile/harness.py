@@ -84,7 +84,7 @@ class LanguageModel(TemplateLM):
             raise LoopQError("lm-eval needs a model and its tokenizer; name a tokenizer.json with --tokenizer.")
         self.model, self._call = model, logits_caller(model)
         self._settings = {name: json.loads(text) for name, text in (settings or {}).items() if name.endswith(".json")}
-        self.tokenizer = _tokenizer(without_limits(tokenizer), settings or {})
+        self.tokenizer: Any = _tokenizer(without_limits(tokenizer), settings or {})
         self.max_length = int(max_length or self._known_length())
         self.batch_size = int(batch_size or 8) if batch_size != "auto" else 8
 
@@ -232,7 +232,8 @@ class LanguageModel(TemplateLM):
             )
         ids = self.tok_encode(context)[new - self.max_length :] or [self.prefix_token_id]
         made: list[int] = []
-        for token in stream(_Sized(self.model, self._call), torch.tensor([ids]), new, **self._sampling(options)):
+        sized: Any = _Sized(self.model, self._call)
+        for token in stream(sized, torch.tensor([ids]), new, **self._sampling(options)):
             made.append(int(token))
             if any(stop in self.tokenizer.decode(made[-tokens:]) for stop, tokens in stops):
                 break

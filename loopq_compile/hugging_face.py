@@ -163,12 +163,13 @@ def _from_pretrained(name: str, options: LoadOptions, **more: Any) -> Any:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error says what came of them
     disable_progress_bar()
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=options.torch_dtype, trust_remote_code=options.trust_remote_code, output_loading_info=True,
             ignore_mismatched_sizes=True, **more,
         )  # fmt: skip
     except Exception as error:  # transformers raises many kinds, all of them about what it was asked to load
         raise LoopQError(_explain(name, str(error))) from error
+    model, found = loaded
     _check_complete(name, found)
     return model
 

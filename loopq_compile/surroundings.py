@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +61,11 @@ def plain(tensor: Tensor) -> Tensor:
 def with_plain_tensors(model: nn.Module) -> Iterator[None]:
     """Inside, `model` holds ordinary tensors in place of those made in inference mode, on the same memory."""
     aliases: dict[int, Tensor] = {}  # tensors that are shared stay shared
-    replaced: list[tuple[dict, str, Tensor]] = []
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for module in model.modules():
-            for store in (module._parameters, module._buffers, module.__dict__):
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)  # type: ignore[assignment]
+            for store in stores:
                 for name, tensor in list(store.items()):
                     if isinstance(tensor, Tensor) and tensor.is_inference():
                         alias = aliases.setdefault(id(tensor), _alias(tensor))

@@ -162,7 +162,7 @@ def _climb(regions: Regions, attention: Attention, node: fx.Node, source: Source
         return
     top = chain[-1]
     parts: Any = top.args[0] if top.target is _aten.cat.default else []
-    dim = int(top.args[1]) % len(shape_of(top)) if parts and len(top.args) > 1 else 0  # type: ignore[call-overload]
+    dim = int(top.args[1]) % len(shape_of(top)) if parts and len(top.args) > 1 else 0  # type: ignore[call-overload, arg-type]
     if not parts or regions.axes(top) != [dim] or any(part not in regions.tokens for part in parts):
         raise LoopQError(
             f"Keys and values must be [batch, heads, sequence, size] to be cached: {where(attention.node)} reads "

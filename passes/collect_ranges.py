@@ -109,7 +109,7 @@ class _Observer(fx.Interpreter):
         if not torch.isfinite(value).all():
             tag = get_tag(node)
             where = f"{group!r}{f' in {tag}' if tag else ''} (node {node.name!r})"
-            reason = cause(self.graph_module, self.inputs)  # type: ignore[arg-type]
+            reason = cause(self.module, self.inputs)  # type: ignore[arg-type]
             raise LoopQError(
                 reason
                 or f"The input of {where} becomes NaN or infinite on the calibration data, before any quantization."

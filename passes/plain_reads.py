@@ -78,7 +78,7 @@ def _sizes(regions: Regions, node: fx.Node) -> list[Any]:
 
 def _product(regions: Regions, node: fx.Node) -> fx.Node | None:
     """An `einsum` of two tensors as `permute(matmul(permute(x), permute(y)))`; None if it is something else."""
-    operands: Any = list(node.args[1])  # type: ignore[call-overload]
+    operands: Any = list(node.args[1])  # type: ignore[call-overload, arg-type]
     letters = _letters(str(node.args[0]), [len(operand.meta["val"].shape) for operand in operands])
     if letters is None:
         return None

@@ -141,9 +141,9 @@ class _Timed(Pipeline):
         super().__init__(pipeline.passes, pipeline.name)
         self.timed = timed
 
-    def _apply(self, item: Any, graph_module: fx.GraphModule, done: list[str]) -> fx.GraphModule:
+    def _apply(self, item: Any, graph_module: fx.GraphModule, *state: Any) -> fx.GraphModule:
         with self.timed(pass_name(item)):
-            return super()._apply(item, graph_module, done)
+            return super()._apply(item, graph_module, *state)
 
 
 def _model(layers: int, loops: int) -> torch.nn.Module:
