@@ -158,7 +158,7 @@ def _from_pretrained(name: str, options: LoadOptions, **more: Any) -> Any:
         from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise LoopQError(
-            f"{name!r} is taken for a Hugging Face model, and those need transformers: pip install 'loopq-compile[hf]'."
+            f"{name!r} is taken for a Hugging Face model, and those need transformers: pip install transformers."
         ) from error
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error says what came of them
     disable_progress_bar()
