@@ -26,6 +26,7 @@ from loopq_compile.backends.onnx.storage import FLOAT_BITS, store_half
 from loopq_compile.backends.onnx.translate import DOMAIN, translate
 from loopq_compile.backends.onnx.write import EXTERNAL_DATA_THRESHOLD, check_destination, write_model
 from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.names import shown_name
 from loopq_compile.passes.add_cache import AddCache
 from loopq_compile.passes.base import Pass
 from loopq_compile.passes.exit_early import ExitEarly
@@ -180,6 +181,9 @@ def _check_products(target: str, form: str, products: str, head_bits: int | None
         raise LoopQError("products='both' is for form='unrolled'; rolled files have 'packed' or 'int8' ones.")
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
+
 def _check_options(graph_module: Any, directory: Any, **chosen: str) -> None:
     if not isinstance(graph_module, fx.GraphModule):
         raise LoopQError(f"export takes the graph module of a program; got {type(graph_module).__name__}.")
@@ -188,15 +192,15 @@ def _check_options(graph_module: Any, directory: Any, **chosen: str) -> None:
     for option, value in chosen.items():
         if value not in _CHOICES[option]:
             raise LoopQError(f"Unknown ONNX {option} {value!r}.{did_you_mean(str(value), _CHOICES[option])}")
-    half = [
-        str(node.target)
-        for node in graph_module.graph.nodes
-        if node.op == "get_attr" and get_tensor(graph_module, str(node.target)).dtype in (torch.float16, torch.bfloat16)
-    ]
-    if half:
-        raise LoopQError(
-            f"{half[0]!r} is in half precision; ONNX files of this version are float32: compile model.float()."
-        )
+    for node in graph_module.graph.nodes:
+        dtype = getattr(node.meta.get("val"), "dtype", None)
+        if node.op == "get_attr":
+            dtype = get_tensor(graph_module, str(node.target)).dtype
+        if dtype in _HALF or (dtype is torch.float64 and node.target is torch.ops.aten.linear.default):
+            raise LoopQError(
+                f"{shown_name(str(node.target))!r} is in {str(dtype).removeprefix('torch.')}; ONNX files of this version "
+                "are float32: compile model.float()."
+            )
 
 
 def _clean_up(model: ir.Model) -> None:
