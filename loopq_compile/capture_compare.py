@@ -78,7 +78,7 @@ class Comparison:
 
 
 def _without_padding(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The call with a mask that hides nothing: a part of an example may hold padding only, whose results say nothing."""
+    """The call with a mask that hides nothing: a part of an example may be padding only, which says nothing."""
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point():
         return {**arguments, "attention_mask": torch.ones_like(mask)}

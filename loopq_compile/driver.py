@@ -15,7 +15,7 @@ from loopq_compile.artifact import read
 from loopq_compile.calibration import guarded
 from loopq_compile.capture import capture
 from loopq_compile.errors import LoopQError, did_you_mean
-from loopq_compile.model_checks import check_model
+from loopq_compile.model_checks import check_deterministic, check_model
 from loopq_compile.options import CalibrationOptions
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.pipelines import get_pipeline
@@ -102,6 +102,8 @@ def _quantize(
     graph_module: Any, scheme: Scheme, pipeline: Pipeline, calibration: Any, options: CalibrationOptions
 ) -> Program:
     check(graph_module, options)
+    if calibration is not None:
+        check_deterministic(graph_module.graph)
     state = get_state(graph_module)
     state.scheme, state.method, state.options = scheme, pipeline.name, options
     state.calibration = _repeatable(calibration)

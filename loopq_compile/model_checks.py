@@ -84,7 +84,7 @@ def check_weights(model: nn.Module) -> None:
 
 
 def check_deterministic(graph: fx.Graph) -> None:
-    """Refuses graphs that draw random numbers: teacher and student would disagree by chance, and so would two calls.
+    """Refuses to calibrate graphs that draw random numbers: teacher and student would disagree by chance.
 
     Raises:
         CaptureError: names the operator and the model's line.
@@ -93,8 +93,8 @@ def check_deterministic(graph: fx.Graph) -> None:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _draws(node):
             lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()[-2:]]
             raise CaptureError(
-                f"The model draws random numbers ({node.target}) at {' '.join(lines) or 'an unknown source line'}. A "
-                "program is a function of its inputs: switch the noise off, use a fixed tensor, or make it an input."
+                f"The model draws random numbers ({node.target}) at {' '.join(lines) or 'an unknown source line'}. "
+                "Calibration compares two runs, which must agree: switch the noise off, or make it an input."
             )
 
 

@@ -413,7 +413,7 @@ def test_commands_refuse_the_wrong_kind_of_model(program: Path, exported: Path, 
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", "is empty"), (b"\xff\xfe", "not UTF-8"), (b"w1", "at least two")]
+    ("content", "message"), [(b"", "is empty"), (b"\xff\xfa", "not UTF-8"), (b"w1", "at least two")]
 )
 def test_bad_text_files(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "text.txt").write_bytes(content)

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from loopq_compile import LoopQError
 from loopq_compile.capture import capture
+from loopq_compile.driver import quantize
+from loopq_compile.pipelines import get_pipeline
+from loopq_compile.scheme import Scheme
 from tests.small_models import IDS, Small, captured, ids, same
 
 
@@ -28,10 +31,8 @@ from tests.small_models import IDS, Small, captured, ids, same
     ids=["randn", "rand", "bernoulli", "dropout", "attention"],
 )
 def test_random_numbers_are_refused_with_the_line_that_draws_them(draw: Callable[[Small, Tensor], Tensor]) -> None:
-    with pytest.raises(
-        LoopQError, match=r"draws random numbers .*forward return self.lm_head.* function of its inputs"
-    ):
-        capture(Small(draw), IDS)
+    with pytest.raises(LoopQError, match=r"draws random numbers .*forward return self.lm_head.* make it an input"):
+        quantize(capture(Small(draw), IDS), Scheme.parse("w8a8"), get_pipeline("smoothquant"), [IDS])
 
 
 @pytest.mark.parametrize(
