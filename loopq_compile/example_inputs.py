@@ -130,6 +130,15 @@ def name_dimensions(arguments: Mapping[str, Any]) -> Dimensions:
     return named
 
 
+def separate(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The example with a tensor of its own for each input.
+
+    The exporter takes one tensor object for one value: an input that is another input, or a weight of the model, would
+    be merged with it. Nor may inputs share memory, in which the model might write.
+    """
+    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
 def widen(arguments: dict[str, Any], named: Dimensions) -> dict[str, Any]:
     """Repeats the example until neither batch nor sequence is 1 and the two differ."""
     batch, length = arguments[main_input(arguments)].shape[:2]

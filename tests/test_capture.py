@@ -100,6 +100,18 @@ def test_float_inputs(shape):
         same(program, model, torch.randn(sizes))
 
 
+def test_inputs_that_share_memory_with_each_other_or_the_model_stay_inputs_of_their_own():
+    model = Small()
+    model.forward = lambda input_ids, a, b: model.embed(input_ids) * a + b * model.scale
+    row, wide = torch.rand(16), torch.rand(40)
+    parameter = nn.Parameter(torch.rand(16))
+    for a, b in ((row, row), (model.scale, row), (wide[:16], wide[4:20]), (parameter, parameter[:1].expand(16))):
+        program = captured(model, (IDS, a, b))
+        same(program, model, ids(3, 4), torch.rand(16), torch.rand(16))
+    torch.testing.assert_close(model.scale, torch.full((16,), 2.0))
+    assert parameter.requires_grad
+
+
 @dataclass
 class Result:
     logits: Tensor
