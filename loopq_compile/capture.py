@@ -95,9 +95,13 @@ def _capture(
     sizes = captured_sizes(arguments, found.shapes)
     conditions = tuple(found.relations)
     if found.conditions:
+        named = {
+            name: {i: dim for i, dim in named[name].items() if isinstance(shape[i], str)}
+            for name, shape in found.shapes.items()
+        }
         compare = Comparison(model, graph_module, signature, arguments, named, state)
         conditions += necessary(found.conditions, sizes, compare)
-    if conditions:
+    if conditions or set(sizes) - {"batch", "sequence"}:
         signature = replace(signature, conditions=conditions, captured=sizes)
     return graph_module, signature
 

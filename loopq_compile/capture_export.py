@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from loopq_compile.capture_errors import explain, quiet_exporter
-from loopq_compile.capture_sizes import Watch, conditions_of, dimension_names, watch_sizes
+from loopq_compile.capture_sizes import Watch, conditions_of, dimension_names, tied_sizes, watch_sizes
 from loopq_compile.capture_state import ModelState, hashable_sizes
 from loopq_compile.conditions import SizeCondition
 from loopq_compile.errors import CaptureError, LoopQError
@@ -126,6 +126,7 @@ def _run(model: nn.Module, arguments: Mapping[str, Any], named: Dimensions, stat
     symbols, relations = dimension_names(values, shapes)
     result = Export(program, values, shapes, relations=relations)
     if env is not None:
+        result.relations += tied_sizes(env, symbols, shapes[main_input(arguments)])
         result.conditions = conditions_of(watch, env, symbols, captured_sizes(arguments, shapes))
     return result
 

@@ -51,8 +51,9 @@ class Place:
 
     def changed(self) -> dict[Any, tuple[Any, Any]]:
         """Old and new value of every entry that is another object now."""
-        now, found = self.read(), {}
+        found = {}
         with hashable_sizes():
+            now = self.read()
             for key in [*self.before, *(key for key in now if key not in self.before)]:
                 old, new = self.before.get(key, _ABSENT), now.get(key, _ABSENT)
                 if old is not new:
