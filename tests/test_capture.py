@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+import loopq_compile as lq
 from loopq_compile import CaptureError, LoopQError
 from tests import zoo
 from tests.small_models import IDS, Masked, Small, additive, captured, ids, padding, same
@@ -251,6 +252,17 @@ def test_an_autocast_block_computes_in_low_precision():
     model = Small(low)
     program = captured(model)
     torch.testing.assert_close(program(IDS), model.eval()(IDS), rtol=1e-2, atol=1e-2)
+
+
+def test_layers_in_an_autocast_block_are_quantized():
+    def low(self: Small, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.linear(torch.tanh(self.linear(x))).float()
+
+    model = Small(low).eval()
+    program = lq.compile(model, IDS, scheme=lq.Scheme(8, 16, group_size=16), method="symmetric")
+    assert "Small: 2 x (linear)\nw8a16" in program.summary()
+    torch.testing.assert_close(program(ids(3, 4)), model(ids(3, 4)), rtol=5e-2, atol=5e-2)
 
 
 def test_the_model_is_left_as_it_was():
