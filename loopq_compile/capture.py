@@ -21,7 +21,7 @@ from loopq_compile.capture_export import captured_sizes, export
 from loopq_compile.capture_sizes import necessary
 from loopq_compile.capture_state import ModelState
 from loopq_compile.errors import CaptureError, LoopQError
-from loopq_compile.example_inputs import Dimensions, bind_example, name_dimensions, widen
+from loopq_compile.example_inputs import Dimensions, bind_example, name_dimensions, separate, widen
 from loopq_compile.fold_weights import fold_weights, returns_its_input
 from loopq_compile.model_checks import check_model, check_weights
 from loopq_compile.names import safe_argument, safe_name
@@ -57,7 +57,7 @@ def _capture_model(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     names, arguments = bind_example(model, example_inputs)
     _check_input_names(arguments)
     named = name_dimensions(arguments)
-    arguments = widen(arguments, named)
+    arguments = separate(widen(arguments, named))
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -95,9 +95,13 @@ def _capture(
     sizes = captured_sizes(arguments, found.shapes)
     conditions = tuple(found.relations)
     if found.conditions:
+        named = {
+            name: {i: dim for i, dim in named[name].items() if isinstance(shape[i], str)}
+            for name, shape in found.shapes.items()
+        }
         compare = Comparison(model, graph_module, signature, arguments, named, state)
         conditions += necessary(found.conditions, sizes, compare)
-    if conditions:
+    if conditions or set(sizes) - {"batch", "sequence"}:
         signature = replace(signature, conditions=conditions, captured=sizes)
     return graph_module, signature
 

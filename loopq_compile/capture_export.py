@@ -16,11 +16,19 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from loopq_compile.capture_errors import explain, quiet_exporter
-from loopq_compile.capture_sizes import Watch, conditions_of, dimension_names, watch_sizes
+from loopq_compile.capture_sizes import Watch, conditions_of, dimension_names, tied_sizes, watch_sizes
 from loopq_compile.capture_state import ModelState, hashable_sizes
 from loopq_compile.conditions import SizeCondition
 from loopq_compile.errors import CaptureError, LoopQError
-from loopq_compile.example_inputs import Dimensions, dynamic_shapes, main_input, read_shapes, resize, split_call
+from loopq_compile.example_inputs import (
+    Dimensions,
+    dynamic_shapes,
+    main_input,
+    read_shapes,
+    resize,
+    separate,
+    split_call,
+)
 
 _LONGEST = 1 << 17
 """Longest example that is tried to make a model renew its caches."""
@@ -48,11 +56,56 @@ class Export:
 def export(model: nn.Module, arguments: Mapping[str, Any], named: Dimensions, state: ModelState) -> Export:
     """The graph of `model` with the fewest conditions on sizes.
 
-    Caches of earlier calls (`if self.length != n`) make a model look as if it took one length only. So where a first
-    run is refused or finds conditions, and the model has such caches, it runs again from stale ones.
+    A model that is refused since it makes buffers on its first call is captured as it is after a call.
 
     Raises:
         CaptureError: `torch.export` cannot capture the model.
+    """
+    try:
+        return _with_fewest_conditions(model, arguments, named, state)
+    except CaptureError:
+        if not state.made_tensors or not _call_once(model, arguments, state):
+            raise
+        try:
+            return _with_fewest_conditions(model, arguments, named, ModelState(model))
+        finally:
+            state.restore()
+
+
+def _call_once(model: nn.Module, arguments: Mapping[str, Any], state: ModelState) -> bool:
+    """Runs `model` with real values, so that it has what its first call makes; False where it does not run.
+
+    Raises:
+        CaptureError: it makes weights or draws random values, which would not be those of the user's first call.
+    """
+    state.protect_values()
+    args, _, kwargs = split_call(model, separate(arguments))
+    devices = sorted({value.device.index or 0 for value in kwargs.values() if getattr(value, "is_cuda", False)})
+    weights = [name for name, _ in model.named_parameters()]
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            before = torch.get_rng_state()
+            model(*args.values(), **kwargs)
+            drawn = not torch.equal(torch.get_rng_state(), before)
+    except Exception:  # whatever a model says of an example it does not take
+        state.restore()
+        return False
+    if drawn or [name for name, _ in model.named_parameters()] != weights:
+        state.restore()
+        raise CaptureError(
+            f"{type(model).__name__} makes weights or draws random values on its first call. Run it once with "
+            "the example inputs, and compile again."
+        )
+    return True
+
+
+def _with_fewest_conditions(
+    model: nn.Module, arguments: Mapping[str, Any], named: Dimensions, state: ModelState
+) -> Export:
+    """The best of several runs of the exporter.
+
+    Caches of earlier calls (`if self.length != n`) make a model look as if it took one length only. So where a first
+    run is refused or finds conditions, and the model has such caches, it runs again from stale ones.
     """
     best: Export | None = None
     error: CaptureError | None = None
@@ -126,6 +179,7 @@ def _run(model: nn.Module, arguments: Mapping[str, Any], named: Dimensions, stat
     symbols, relations = dimension_names(values, shapes)
     result = Export(program, values, shapes, relations=relations)
     if env is not None:
+        result.relations += tied_sizes(env, symbols, shapes[main_input(arguments)])
         result.conditions = conditions_of(watch, env, symbols, captured_sizes(arguments, shapes))
     return result
 

@@ -206,3 +206,28 @@ def dimension_names(
             named = expression.xreplace({symbol: sympy.Symbol(names[symbol]) for symbol in expression.free_symbols})
             relations.append(SizeCondition(f"{dim} == {PythonPrinter().doprint(named)}"))
     return names, relations
+
+
+def tied_sizes(env: ShapeEnv, names: Mapping[Any, str], main: Sequence[int | str]) -> list[SizeCondition]:
+    """How sizes follow from those of the main input where operators need it: flattened targets, one shorter than ids.
+
+    Args:
+        env: the exporter's shapes.
+        names: of the dimensions, by the exporter's symbol.
+        main: names of the main input's dimensions.
+    """
+    found: dict[str, SizeCondition] = {}
+    symbols = {symbol: sympy.Symbol(name, integer=True, positive=True) for symbol, name in names.items()}
+    for guard in env.guards:
+        expression = env.replace(guard.expr)
+        if isinstance(expression, sympy.Eq) and expression.free_symbols <= set(symbols):
+            equation = expression.xreplace(symbols)
+            free = sorted(equation.free_symbols, key=lambda symbol: symbol.name)
+            unknown = [symbol for symbol in free if symbol.name not in main] or free[-1:]
+            solvable = len(unknown) == 1 and (equation.lhs - equation.rhs).is_polynomial(*free)
+            solutions = sympy.solve(equation, unknown[0]) if solvable else []
+            if len(solutions) == 1:
+                whole = solutions[0].is_integer
+                left, right = (unknown[0], solutions[0]) if whole else (equation.lhs, equation.rhs)
+                found.setdefault(unknown[0].name, SizeCondition(f"{left} == {right}"))
+    return list(found.values())

@@ -51,8 +51,9 @@ class Place:
 
     def changed(self) -> dict[Any, tuple[Any, Any]]:
         """Old and new value of every entry that is another object now."""
-        now, found = self.read(), {}
+        found = {}
         with hashable_sizes():
+            now = self.read()
             for key in [*self.before, *(key for key in now if key not in self.before)]:
                 old, new = self.before.get(key, _ABSENT), now.get(key, _ABSENT)
                 if old is not new:
@@ -77,6 +78,7 @@ class ModelState:
         self.places: list[Place] = []
         self.tensors: dict[int, Tensor] = {}
         self.found: list[tuple[Place, Any, Any]] = []
+        self.made_tensors = False
         self._cached_functions: dict[int, tuple[Any, Any]] = {}
         self._copies: list[tuple[Tensor, Tensor, int]] = []
         seen: dict[int, Any] = {}
@@ -112,11 +114,14 @@ class ModelState:
     def find_caches(self) -> None:
         """Sets `found`: place, key and stale value of what the exporter's run has written, and what follows its sizes.
 
+        `made_tensors` says whether it holds tensors or modules now where it held nothing.
+
         A stale table has no rows and a stale number is 0, as if the model had last run on no token at all.
         """
         found = []
         for place in self.places:
             for key, (old, new) in place.changed().items():
+                self.made_tensors |= (old is None or old is _ABSENT) and isinstance(new, Tensor | nn.Module)
                 stale = _stale(old, new)
                 if stale is not old:
                     found.append((place, key, stale))

@@ -149,10 +149,14 @@ def check_conditions(
         if not condition.holds(sizes):
             names = sorted(condition.names())
             now, then = (", ".join(f"{name} {source.get(name)}" for name in names) for source in (sizes, captured))
-            place = f" ({condition.where})" if condition.where else ""
+            if not condition.where:
+                raise LoopQError(
+                    f"The inputs' sizes do not fit together: this program needs {condition.text}, and the call has "
+                    f"{now}. It was captured at {then}."
+                )
             raise LoopQError(
-                f"The model takes another way where {condition.text} does not hold{place}. This program was captured "
-                f"at {then}, the call has {now}: compile with an example of that size."
+                f"The model takes another way where {condition.text} does not hold ({condition.where}). This program "
+                f"was captured at {then}, the call has {now}: compile with an example of that size."
             )
 
 

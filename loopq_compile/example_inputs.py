@@ -12,6 +12,7 @@ from sympy import Eq
 from torch import Tensor, nn
 from torch.export import Dim
 
+from loopq_compile.conditions import evaluate
 from loopq_compile.errors import LoopQError
 from loopq_compile.signature import NO_CACHE, is_cache
 
@@ -113,7 +114,12 @@ def main_input(arguments: Mapping[str, Any]) -> str:
 
 
 def name_dimensions(arguments: Mapping[str, Any]) -> Dimensions:
-    """Dimensions as long as batch or sequence of the main input; the main input's own come first."""
+    """Dimensions as long as batch or sequence of the main input; the main input's own come first.
+
+    Integers `[batch, n]` are tokens of another length, such as targets, and `[batch * sequence]` are flattened ones.
+    The exporter finds whether such a size is fixed, free or follows from the main input's; `sequence -1` is how the
+    example is resized.
+    """
     main = main_input(arguments)
     batch, length = arguments[main].shape[:2]
     has_sequence = arguments[main].ndim >= 3 or not arguments[main].is_floating_point()
@@ -127,7 +133,21 @@ def name_dimensions(arguments: Mapping[str, Any]) -> Dimensions:
             found = [i for i, size in enumerate(sizes) if size == length and i not in named[name]]
             if length > 1 or len(found) == 1:  # several dimensions of size 1 are more likely there to be broadcast
                 named[name] |= dict.fromkeys(found, "sequence")
+            tokens = bool(sizes) and has_sequence and length > 1 and not value.is_floating_point()
+            if tokens and len(sizes) == 2 and list(named[name]) == [0] and sizes[1] > 1:
+                named[name][1] = f"sequence {sizes[1] - length:+d}"
+            if tokens and sizes == (batch * length,) and batch > 1:
+                named[name] = {0: "batch * sequence"}
     return named
+
+
+def separate(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The example with a tensor of its own for each input.
+
+    The exporter takes one tensor object for one value: an input that is another input, or a weight of the model, would
+    be merged with it. Nor may inputs share memory, in which the model might write.
+    """
+    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
 def widen(arguments: dict[str, Any], named: Dimensions) -> dict[str, Any]:
@@ -144,12 +164,13 @@ def resize(arguments: Mapping[str, Any], named: Dimensions, sizes: Mapping[str, 
     for name, dims in named.items():
         for i, dim in dims.items():
             value = resized[name]
-            missing = sizes[dim] - value.shape[i]
+            size = evaluate(dim, sizes)
+            missing = size - value.shape[i]
             if missing > 0:
                 first = value.narrow(i, 0, 1)
                 resized[name] = torch.cat([value, first.expand(*value.shape[:i], missing, *value.shape[i + 1 :])], i)
             else:
-                resized[name] = value.narrow(i, 0, sizes[dim])
+                resized[name] = value.narrow(i, 0, max(size, 0))
     return resized
 
 
@@ -180,6 +201,7 @@ def read_shapes(values: Mapping[str, Tensor], named: Dimensions, main: str) -> d
     def read(name: str, i: int, size: int | torch.SymInt) -> int | str:
         expression = str(size)  # "s70", or "16" where the model turned out to need this size
         other = named[name].get(i) if name in PER_TOKEN or expression in tied else None
+        other = other if other in ("batch", "sequence") else None
         return int(expression) if expression.isdigit() else known.get(expression, other or f"{name}_{i}")
 
     return {name: tuple(read(name, i, size) for i, size in enumerate(value.shape)) for name, value in values.items()}

@@ -60,7 +60,7 @@ class Signature:
         outputs: how the graph's flat list of results becomes what the model returns.
         conditions: what must hold of the sizes of a call, where the model branches on sizes. With a cache, `sequence`
             stands there for all tokens, cached and new ones.
-        captured: sizes of the example by name of dimension, where there are conditions.
+        captured: sizes of the example by name of dimension, where some other sizes do not fit together.
     """
 
     parameters: tuple[str, ...]
@@ -215,7 +215,8 @@ def signature_to_dict(signature: Signature) -> dict[str, Any]:
         "inputs": [[spec.name, str(spec.dtype).removeprefix("torch."), list(spec.shape)] for spec in signature.inputs],
         "constants": signature.constants,
         "outputs": outputs,
-        **({"conditions": conditions, "captured": signature.captured} if conditions else {}),
+        **({"conditions": conditions} if conditions else {}),
+        **({"captured": signature.captured} if signature.captured else {}),
     }
 
 

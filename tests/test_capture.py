@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+import loopq_compile as lq
 from loopq_compile import CaptureError, LoopQError
 from tests import zoo
 from tests.small_models import IDS, Masked, Small, additive, captured, ids, padding, same
@@ -98,6 +99,18 @@ def test_float_inputs(shape):
     program = captured(model, torch.randn(shape))
     for sizes in ((1, *shape[1:]), (7, *(1 for _ in shape[1:-1]), 16)):
         same(program, model, torch.randn(sizes))
+
+
+def test_inputs_that_share_memory_with_each_other_or_the_model_stay_inputs_of_their_own():
+    model = Small()
+    model.forward = lambda input_ids, a, b: model.embed(input_ids) * a + b * model.scale
+    row, wide = torch.rand(16), torch.rand(40)
+    parameter = nn.Parameter(torch.rand(16))
+    for a, b in ((row, row), (model.scale, row), (wide[:16], wide[4:20]), (parameter, parameter[:1].expand(16))):
+        program = captured(model, (IDS, a, b))
+        same(program, model, ids(3, 4), torch.rand(16), torch.rand(16))
+    torch.testing.assert_close(model.scale, torch.full((16,), 2.0))
+    assert parameter.requires_grad
 
 
 @dataclass
@@ -239,6 +252,17 @@ def test_an_autocast_block_computes_in_low_precision():
     model = Small(low)
     program = captured(model)
     torch.testing.assert_close(program(IDS), model.eval()(IDS), rtol=1e-2, atol=1e-2)
+
+
+def test_layers_in_an_autocast_block_are_quantized():
+    def low(self: Small, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.linear(torch.tanh(self.linear(x))).float()
+
+    model = Small(low).eval()
+    program = lq.compile(model, IDS, scheme=lq.Scheme(8, 16, group_size=16), method="symmetric")
+    assert "Small: 2 x (linear)\nw8a16" in program.summary()
+    torch.testing.assert_close(program(ids(3, 4)), model(ids(3, 4)), rtol=5e-2, atol=5e-2)
 
 
 def test_the_model_is_left_as_it_was():

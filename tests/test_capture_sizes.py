@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import loopq_compile as lq
 from loopq_compile import CaptureError, LoopQError
@@ -110,3 +111,47 @@ def test_saved_programs_and_onnx_files_check_sizes(tmp_path) -> None:
         torch.testing.assert_close(run(ids(2, 9)), program(ids(2, 9)), rtol=1e-3, atol=1e-3)
         with pytest.raises(LoopQError, match="sequence <= 16"):
             run(ids(2, 17))
+
+
+class Scored(Small):
+    """A model that returns its loss where it is given targets."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        logits = self.lm_head(self.linear(self.embed(idx)))
+        return logits, None if targets is None else self.function(logits, targets)
+
+
+def all_tokens(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+
+def next_tokens(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].reshape(-1, 64), targets.reshape(-1))
+
+
+def transposed(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), targets)
+
+
+def gathered(logits: Tensor, targets: Tensor) -> Tensor:
+    return -logits[:, :-1].log_softmax(-1).gather(-1, targets[..., None]).mean()
+
+
+LOSSES = [(all_tokens, 0), (next_tokens, 1), (transposed, 1), (gathered, 1), (all_tokens, None)]
+
+
+@pytest.mark.parametrize(("loss", "fewer"), LOSSES, ids=["all", "next", "transposed", "gathered", "flattened"])
+def test_targets_are_inputs_whose_length_follows_from_the_tokens(loss, fewer, tmp_path) -> None:
+    def example(batch: int, length: int) -> tuple[Tensor, Tensor]:
+        tokens, targets = ids(batch, length), ids(batch, length).flip(1)
+        return tokens, targets.reshape(-1) if fewer is None else targets[:, fewer:]
+
+    model = Scored(loss).eval()
+    program = lq.compile(model, example(2, 11), scheme=lq.Scheme(8, 16, group_size=16), method="symmetric")
+    program.save(tmp_path / "program")
+    for run in (program, lq.load(tmp_path / "program")):
+        for size in ((2, 11), (3, 20), (1, 2)):
+            torch.testing.assert_close(run(*example(*size))[1], model(*example(*size))[1], rtol=1e-2, atol=1e-2)
+        if loss is not gathered:  # which takes any part of the targets
+            with pytest.raises(LoopQError, match=r"disagree on 'sequence'|do not fit together"):
+                run(example(2, 9)[0], example(2, 7)[1])

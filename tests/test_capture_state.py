@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from loopq_compile import CaptureError
 from tests.small_models import Small, captured, ids, same
 
 TABLES: dict[Any, Tensor] = {}
@@ -63,7 +64,20 @@ def of_lru_cache(self: Small, n: int) -> Tensor:
     return remembered(n)
 
 
+def of_a_first_buffer(self: Small, n: int) -> Tensor:
+    if not hasattr(self, "cos"):
+        self.register_buffer("cos", table(64), persistent=False)
+    return self.cos[:n]
+
+
+def of_an_empty_buffer(self: Small, n: int) -> Tensor:
+    if self.later is None or self.later.shape[0] != n:
+        self.later = table(n)
+    return self.later
+
+
 CACHES = [grown, of_one_length, of_a_pair, of_a_dict, of_a_file, of_a_buffer, of_lru_cache]
+CACHES += [of_a_first_buffer, of_an_empty_buffer]
 
 
 class Caching(Small):
@@ -71,6 +85,7 @@ class Caching(Small):
         super().__init__(lambda self, x: x + find(self, x.shape[1]))
         self.cache, self.length, self.pair, self.tables = None, 0, (0, None), {}
         self.register_buffer("kept", torch.zeros(0, 16), persistent=False)
+        self.register_buffer("later", None)
 
 
 @pytest.mark.parametrize("warm", [None, 7], ids=["cold", "warm"])
@@ -89,6 +104,29 @@ def test_caches_of_earlier_calls_do_not_fix_the_length(cache, warm) -> None:
     for size in ((1, 1), (2, 7), (3, 12)):
         same(program, model, ids(*size))
         assert not isinstance(model(ids(*size)), FakeTensor)
+
+
+def random_buffer(self: Small, x: Tensor) -> Tensor:
+    if not hasattr(self, "noise"):
+        self.register_buffer("noise", torch.randn(16))
+    return x + self.noise
+
+
+def late_layer(self: Small, x: Tensor) -> Tensor:
+    if not hasattr(self, "late"):
+        self.late = torch.nn.Linear(16, 16)
+    return self.late(x)
+
+
+@pytest.mark.parametrize("late", [random_buffer, late_layer])
+def test_a_model_whose_first_call_makes_weights_has_to_run_once(late) -> None:
+    model = Small(late).eval()
+    with pytest.raises(CaptureError, match=r"Run it once|draws random numbers"):
+        captured(model)
+    assert "late" not in model._modules
+    assert "noise" not in model._buffers
+    model(ids(2, 7))
+    same(captured(model), model, ids(3, 4))
 
 
 def test_hooks_keep_only_what_real_calls_gave_them() -> None:

@@ -72,11 +72,13 @@ class StaticDecoder:
         """Logits `[batch, vocabulary]` of the token behind the last; see `loopq_compile.decoding.Decoder`.
 
         Raises:
-            LoopQError: the text is longer than `capacity`, or more than one token comes behind a prompt.
+            LoopQError: the text is longer than `capacity`, or of a length that the program does not take, or more than
+                one token comes behind a prompt.
         """
         self._length = attention_mask.shape[1]
         if self._length > self.capacity:
             raise LoopQError(f"The text has {self._length} tokens; this decoder has room for {self.capacity}.")
+        self.run.signature.check_sizes({"batch": len(new_ids), "sequence": self._length})
         with on_device(self.run.device):
             if self._current is None:
                 return self._read(new_ids, attention_mask)

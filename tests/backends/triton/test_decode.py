@@ -1,5 +1,6 @@
 """Decoding with fixed shapes, `torch.compile`, and that nothing in a lowered program waits for the host."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -15,6 +16,7 @@ from loopq_compile.backends.triton.copies import put_on
 from loopq_compile.backends.triton.decode import StaticDecoder
 from loopq_compile.backends.triton.executable import TritonExecutable, fuse, use_kernels
 from loopq_compile.backends.triton.launches import recording, run_fake
+from loopq_compile.conditions import SizeCondition
 from loopq_compile.generation import generate
 from loopq_compile.rolled import rolled_loops
 from loopq_compile.state import get_state
@@ -252,6 +254,19 @@ def test_refusals():
     decoder(tokens(1, 1, 3), torch.ones(1, 3, dtype=torch.int64))
     with pytest.raises(lq.LoopQError, match="one token at a time; got 2"):
         decoder(tokens(1, 1, 2), torch.ones(1, 5, dtype=torch.int64))
+
+
+def test_every_step_checks_the_conditions_of_the_model_on_the_whole_length(monkeypatch):
+    run = lowered()
+    limited = dataclasses.replace(
+        run.signature, conditions=(SizeCondition("sequence <= 6", "model.py:3"),), captured={"batch": 2, "sequence": 5}
+    )
+    monkeypatch.setattr(run, "signature", limited)
+    static, ids = StaticDecoder(run, 12, None).decoder(), tokens(4, 2, 7)
+    for begin, end in ((0, 5), (5, 6)):
+        static(ids[:, begin:end], torch.ones(2, end, dtype=torch.int64))
+    with pytest.raises(lq.LoopQError, match=r"sequence <= 6.*sequence 7"):
+        static(ids[:, 6:], torch.ones(2, 7, dtype=torch.int64))
 
 
 def test_a_cuda_graph_needs_a_gpu(monkeypatch):
