@@ -13,6 +13,7 @@ from loopq_compile.passes.add_cache import AddCache
 from loopq_compile.state import get_state
 from tests.backends.onnx.graphs import Recurrent
 from tests.decoding import MODELS, SlicedPositions, captured, check_decoding, decode, ids, left_padded, quantized
+from tests.token_models import Model, marked_keys, places, scaled_queries, turned_values
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,18 @@ def test_a_step_costs_no_square_of_the_context(name: str) -> None:
     limit = ["sequence + past, sequence + past", "past + sequence, past + sequence"]
     squares = [line for line in str(cached).splitlines() if any(square in line for square in limit)]
     assert squares == []
+
+
+@pytest.mark.parametrize(("name", "counts"), [("ouro", False), ("llama", False), ("loopformer", True)])
+def test_only_absolute_positions_are_counted_from_the_mask(name: str, counts: bool) -> None:
+    """Of rotary tables only distances matter, so they stay as the model computes them."""
+    assert ("cumsum" in str(captured(name)[1].with_cache())) == counts
+
+
+def test_computed_positions_count_real_tokens() -> None:
+    model = Model(scaled_queries, marked_keys, turned_values, step=places).eval()
+    cached = lq.Program(capture(model, ids())).with_cache()
+    check_decoding(model, cached, get_state(cached.graph_module).signature)
 
 
 def test_logits_of_the_last_token_alone() -> None:
