@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 import loopq_compile as lq
 from loopq_compile.capture import capture
+from loopq_compile.evaluate import logits_caller
+from loopq_compile.generation import generate
 from loopq_compile.passes.add_cache import AddCache
 from loopq_compile.state import get_state
 from tests.backends.onnx.graphs import Recurrent
@@ -86,6 +88,17 @@ def test_logits_of_the_last_token_alone() -> None:
     given = decode(cached, signature, tokens, torch.ones_like(tokens), [7, 1, 2])
     with torch.no_grad():
         torch.testing.assert_close(given, model(tokens).logits[:, [6, 7, 9]])
+
+
+def test_a_model_that_gives_the_last_tokens_logits_only() -> None:
+    """`[batch, vocabulary]`: enough to generate, with a cache and without; nothing to score a text with."""
+    model = Model(end=lambda logits: logits[:, -1]).eval()
+    program, tokens = lq.Program(capture(model, ids())), ids()
+    assert program.cached() is not None
+    found = program.generate(tokens, 3)
+    assert found.equal(generate(model, tokens, 3)) and found.shape == (2, 13)
+    with pytest.raises(lq.LoopQError, match="of one token of each row"):
+        logits_caller(program)(tokens)
 
 
 def test_a_second_run_changes_nothing_and_the_program_stays() -> None:
