@@ -68,7 +68,7 @@ def test_a_step_costs_no_square_of_the_context(name: str) -> None:
     assert squares == []
 
 
-@pytest.mark.parametrize(("name", "counts"), [("ouro", False), ("llama", False), ("loopformer", True)])
+@pytest.mark.parametrize(("name", "counts"), [("ouro", False), ("loopformer", True)])
 def test_only_absolute_positions_are_counted_from_the_mask(name: str, counts: bool) -> None:
     """Of rotary tables only distances matter, so they stay as the model computes them."""
     assert ("cumsum" in str(captured(name)[1].with_cache())) == counts
