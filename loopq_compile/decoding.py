@@ -40,16 +40,41 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         LoopQError: there is no such tensor.
     """
-    found = output
-    if not isinstance(found, Tensor):
-        found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if found is None and isinstance(output, tuple | list) and output:
-        found = output[0]
+    found = _logits_in(output)
+    if isinstance(found, Tensor) and found.ndim == 2:
+        raise LoopQError(
+            f"The model returns logits {list(found.shape)}, of one token of each row. Text is scored with those of all "
+            "tokens: return logits [batch, sequence, vocabulary]."
+        )
     if not isinstance(found, Tensor) or found.ndim != 3:
         raise LoopQError(
             f"The model returns {type(output).__name__} without logits [batch, sequence, vocabulary]; text cannot be "
             "scored or generated with it."
         )
+    return found
+
+
+def last_logits(output: Any, batch: int) -> Tensor:
+    """The logits `[batch, vocabulary]` of the last token in what a model, a program or an ONNX file returns.
+
+    A model may return only these (`head(x[:, -1])`), or those of all tokens.
+
+    Raises:
+        LoopQError: there is no such tensor.
+    """
+    found = _logits_in(output)
+    if isinstance(found, Tensor) and found.ndim == 2 and len(found) == batch:
+        return found
+    return logits_of(output)[:, -1]
+
+
+def _logits_in(output: Any) -> Any:
+    """What stands where logits are expected: the output itself, its `logits`, or its first element."""
+    found = output
+    if not isinstance(found, Tensor):
+        found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if found is None and isinstance(output, tuple | list) and output:
+        found = output[0]
     return found
 
 
@@ -69,7 +94,7 @@ class RecomputingDecoder:
 
     def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
         self.ids = new_ids if self.ids is None else torch.cat([self.ids, new_ids], 1)
-        return self.read(self.ids, attention_mask)[:, -1]
+        return last_logits(self._run(self.ids, attention_mask), len(self.ids))
 
     def read(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits `[batch, sequence, vocabulary]` of a whole text.
@@ -77,11 +102,14 @@ class RecomputingDecoder:
         Raises:
             LoopQError: there is padding, and the model has no mask for it.
         """
+        return logits_of(self._run(ids, attention_mask))
+
+    def _run(self, ids: Tensor, attention_mask: Tensor) -> Any:
         if not self.takes_mask and not attention_mask.all():
             raise LoopQError("This model has no attention mask, so rows of a batch cannot be padded.")
         output = self.model(ids, attention_mask) if self.takes_mask else self.model(ids)
         self.loops_spent += spent_of(output)
-        return logits_of(output)
+        return output
 
 
 def read_texts(run: Callable[..., Any], signature: Signature, **extra: Any) -> RecomputingDecoder:
@@ -179,7 +207,7 @@ class CachedDecoder:
         result = self.run(**{ids.name: new_ids, mask.name: attention_mask}, **self.past, **self.extra)
         self.loops_spent += spent_of(result)
         self.past = {name: result[present_name(name)] for name in self.past}
-        return logits_of(result)[:, -1]
+        return last_logits(result, len(new_ids))
 
 
 def has_cache(signature: Signature) -> bool:

@@ -186,7 +186,8 @@ def result_names(outputs: pytree.TreeSpec) -> list[str]:
 def named_results(outputs: pytree.TreeSpec, values: Sequence[Any]) -> list[str]:
     """Names for the flat results of a program that is going to return a dict: their own where they have one.
 
-    The first without one, if it runs over batch, sequence and vocabulary, is called logits, as files' readers expect.
+    The first without one that runs over batch, sequence and vocabulary is called logits, as files' readers expect; if
+    none does, the very first, if it runs over batch and vocabulary: logits of the last token.
 
     Args:
         outputs: the structure the results have now.
@@ -194,9 +195,11 @@ def named_results(outputs: pytree.TreeSpec, values: Sequence[Any]) -> list[str]:
     """
     names = result_names(outputs)
     made: list[str] = []
-    for number, (name, value) in enumerate(zip(names, values, strict=True)):
+    ranks = [value.ndim if isinstance(value, Tensor) else None for value in values]
+    place = ranks.index(3) if 3 in ranks else 0
+    for number, (name, rank) in enumerate(zip(names, ranks, strict=True)):
         if not name:
-            is_logits = "logits" not in (*names, *made) and isinstance(value, Tensor) and value.ndim == 3
+            is_logits = "logits" not in (*names, *made) and (rank == 3 or (rank == 2 and number == place))
             name = "logits" if is_logits else f"output_{number}"
         made.append(name)
     return made

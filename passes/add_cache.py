@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from loopq_compile.decoding import PAST_PREFIX, PRESENT_PREFIX, has_cache
 from loopq_compile.errors import LoopQError
 from loopq_compile.loops import get_tag, set_tag
+from loopq_compile.passes.absolute_positions import RealTokens, find_absolute
 from loopq_compile.passes.attention import Attention, Source, find_attention, find_source
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.cache_masks import Masks
@@ -23,7 +24,6 @@ from loopq_compile.passes.cache_store import CacheStore, cache_shape
 from loopq_compile.passes.causality import check_causal
 from loopq_compile.passes.insert import inserting
 from loopq_compile.passes.last_rows import LastRows
-from loopq_compile.passes.learned_positions import find_tables, read_by_token
 from loopq_compile.passes.plain_reads import write_plainly
 from loopq_compile.passes.token_flow import TokenFlow
 from loopq_compile.shapes import infer_shapes
@@ -44,9 +44,9 @@ class AddCache(Pass):
     An attention that reads keys of several passes reads the cache of each.
     A call with `past` = 0 reads a prompt.
 
-    Without a mask of its own a model gets one: padding, which stands on the left, is not attended to. Learned positions
-    count real tokens, as Hugging Face's `generate` does. Keys and values are cached in front of the copies for grouped
-    queries.
+    Without a mask of its own a model gets one: padding, which stands on the left, is not attended to. Positions that
+    are added to tokens, multiplied or joined with them count real tokens, as Hugging Face's `generate` does. Keys and
+    values are cached in front of the copies for grouped queries.
 
     Args:
         stacked: caches of one layer stand in one tensor for all iterations of its loop, `[loops, batch, heads, past,
@@ -111,12 +111,11 @@ class _Cacher:
 
     def run(self) -> None:
         self._check_meetings()
-        tables = find_tables(self.regions)
+        absolute = find_absolute(self.regions, self.attention, list(self._meetings()))
         mask = self._add_inputs()
         self.rows = LastRows(self.regions, self.past, self.new, self.total)
         self._resize()
-        read_by_token(tables, self.rows, mask)
-        self._take_rows()
+        self._take_rows(absolute, mask)
         masks = Masks(self.regions, self.rows, mask)
         for found in self.attention:
             masks.apply(found)
@@ -240,9 +239,13 @@ class _Cacher:
                         "text, so what is cached would change with every token."
                     )
 
-    def _take_rows(self) -> None:
-        """Where tokens meet positions, they meet those of the new tokens."""
+    def _take_rows(self, absolute: set[tuple[fx.Node, fx.Node]], mask: fx.Node) -> None:
+        """Where tokens meet positions, they meet those of the new tokens; absolute ones do not count padding."""
+        numbered = RealTokens(self.rows, mask) if absolute else None
         for node, argument in list(self._meetings()):
+            if numbered is not None and (node, argument) in absolute:
+                node.replace_input_with(argument, numbered.take(node, argument))
+                continue
             axes, rank = self.regions.axes(argument), len(shape_of(argument))
             if node in self.inside:
                 axes = [rank - 2] if rank - 2 in axes else []

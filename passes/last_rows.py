@@ -49,7 +49,9 @@ class LastRows:
         graph = node.graph
         place = self.total if node.op in ("placeholder", "get_attr") else node
         with graph.inserting_after(place):
-            made = graph.create_node("call_function", target, args, kwargs or {}, name=f"{node.name}_new")
+            made = graph.create_node(
+                "call_function", target, args, kwargs or {}, name=f"{node.name.removesuffix('_new')}_new"
+            )
         made.meta.update({k: v for k, v in node.meta.items() if k not in ("val", "loopq_loop", "custom")})
         set_tag(made, get_tag(node))
         return made
@@ -57,15 +59,21 @@ class LastRows:
     def _slice(self, node: fx.Node, axis: int) -> fx.Node:
         return self.create(node, _aten.slice.Tensor, (node, axis, self.past, self.total))
 
+    def _count(self, node: fx.Node) -> fx.Node:
+        """The rows of `arange(total)`."""
+        return self.create(node, _aten.arange.start, (self.past, self.total), dict(node.kwargs))
+
     def _move_up(self, node: fx.Node, axis: int) -> fx.Node | None:
-        target, args, kwargs = node.target, list(node.args), dict(node.kwargs)
+        target, args = node.target, list(node.args)
         rank = len(shape_of(node))
         if target is _aten.arange.default and args[0] is self.total:
-            return self.create(node, _aten.arange.start, (self.past, self.total), kwargs)
+            return self._count(node)
         if is_pointwise(node) or target in _CASTS:
             return self._aligned(node, axis - rank)
         if target is _aten.embedding.default and axis < len(shape_of(args[1])):
-            return self.create(node, target, (args[0], self.take(args[1], axis), *args[2:]), kwargs)  # type: ignore[arg-type]
+            return self.create(node, target, (args[0], self.take(args[1], axis), *args[2:]), dict(node.kwargs))  # type: ignore
+        if target is _aten.linear.default and axis < rank - 1:
+            return self.create(node, target, (self.take(args[0], axis), *args[1:]))  # type: ignore[arg-type]
         if target is _aten.unsqueeze.default:
             inner = axis - (axis > args[1] % rank)  # type: ignore[operator]
             return self.create(node, target, (self.take(args[0], inner), args[1]))  # type: ignore[arg-type]

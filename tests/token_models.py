@@ -164,6 +164,36 @@ def heads_repeated(model: Model, x: Tensor) -> Tensor:
     return parts.repeat_interleave(2, 1)[:, ::2].repeat(1, 1, 2)[..., :SIZE].reshape(b, t, d)
 
 
+def sinusoids(count: int, width: int) -> Tensor:
+    angles = torch.arange(count)[:, None] * 0.3 ** torch.arange(width // 2)
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+def places(model: Model, x: Tensor) -> Tensor:
+    """Absolute positions: added, sequence first, multiplied, joined, through a linear, chosen by, read from a table."""
+    b, t, d = x.shape
+    number = torch.arange(t)
+    x = x + sinusoids(t, d)
+    x = (x.transpose(0, 1) + sinusoids(t, d)[:, None]).transpose(0, 1)
+    x = x * (1 + model.triangle[0, 0, :t, :d])
+    x = torch.cat([x[..., :SIZE], sinusoids(t, SIZE).expand(b, t, SIZE), x[..., 2 * SIZE :]], -1)
+    x = x + model.up(number[:, None] / torch.arange(1.0, d + 1))
+    x = torch.where((number == 0)[:, None], model.start, x)
+    return x + 0.5 * F.embedding(torch.ones(t, dtype=torch.int64).cumsum(0), model.embed.weight)
+
+
+def scaled_queries(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return fused(model, q * (torch.arange(q.shape[2]) + 1.0).log()[:, None], k, v)
+
+
+def marked_keys(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return fused(model, q, k + sinusoids(k.shape[2], SIZE), v)
+
+
+def turned_values(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return fused(model, q, k, v * sinusoids(k.shape[2], SIZE))
+
+
 def layouts(model: Model, x: Tensor) -> Tensor:
     x = sequence_first(model, x) + heads_repeated(model, x) + model.start.expand_as(x)
     return torch.einsum("btd,fd->btf", x, model.up.weight)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loopq_compile.backends.onnx.loop import LOOPS
-from loopq_compile.decoding import cache_inputs, empty_cache, present_name
+from loopq_compile.decoding import cache_inputs, empty_cache, last_logits, present_name
 from loopq_compile.early_exit import EXIT_THRESHOLD, LOOPS_SPENT, has_early_exit, threshold_tensor
 from loopq_compile.errors import LoopQError
 from loopq_compile.signature import Signature
@@ -96,4 +96,4 @@ class OnnxDecoder:
         if self.threshold is not None:
             self.loops_spent.append(int(presents.pop(0).numpy()))
         self.past = dict(zip(self.past, presents, strict=True))
-        return torch.from_numpy(logits.numpy()[:, -1])
+        return last_logits(torch.from_numpy(logits.numpy()), len(new_ids))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from loopq_compile.backends.triton.copies import on_device, private_copy
-from loopq_compile.decoding import CachedDecoder, has_cache, logits_of
+from loopq_compile.decoding import CachedDecoder, has_cache, last_logits
 from loopq_compile.early_exit import has_early_exit
 from loopq_compile.errors import LoopQError
 from loopq_compile.passes.fix_cache import FixCache
@@ -142,7 +142,7 @@ class _Step:
     def advance(self) -> None:
         """One step on the buffers: no value reaches the host, and no shape depends on one."""
         inputs = (self.ids, self.mask, *self.past.values(), self.position)
-        logits = logits_of(self.run.signature.restore(self.graph_module(*inputs)))[:, -1]
+        logits = last_logits(self.run.signature.restore(self.graph_module(*inputs)), len(self.ids))
         if self.logits is None:
             self.logits = torch.empty_like(logits)
         self.logits.copy_(logits)

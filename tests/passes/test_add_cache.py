@@ -9,10 +9,13 @@ from torch.nn import functional as F
 
 import loopq_compile as lq
 from loopq_compile.capture import capture
+from loopq_compile.evaluate import logits_caller
+from loopq_compile.generation import generate
 from loopq_compile.passes.add_cache import AddCache
 from loopq_compile.state import get_state
 from tests.backends.onnx.graphs import Recurrent
 from tests.decoding import MODELS, SlicedPositions, captured, check_decoding, decode, ids, left_padded, quantized
+from tests.token_models import Model, marked_keys, places, scaled_queries, turned_values
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,18 @@ def test_a_step_costs_no_square_of_the_context(name: str) -> None:
     assert squares == []
 
 
+@pytest.mark.parametrize(("name", "counts"), [("ouro", False), ("loopformer", True)])
+def test_only_absolute_positions_are_counted_from_the_mask(name: str, counts: bool) -> None:
+    """Of rotary tables only distances matter, so they stay as the model computes them."""
+    assert ("cumsum" in str(captured(name)[1].with_cache())) == counts
+
+
+def test_computed_positions_count_real_tokens() -> None:
+    model = Model(scaled_queries, marked_keys, turned_values, step=places).eval()
+    cached = lq.Program(capture(model, ids())).with_cache()
+    check_decoding(model, cached, get_state(cached.graph_module).signature)
+
+
 def test_logits_of_the_last_token_alone() -> None:
     model, program = captured("ouro")
     cached = program.with_cache(last_token=True)
@@ -73,6 +88,17 @@ def test_logits_of_the_last_token_alone() -> None:
     given = decode(cached, signature, tokens, torch.ones_like(tokens), [7, 1, 2])
     with torch.no_grad():
         torch.testing.assert_close(given, model(tokens).logits[:, [6, 7, 9]])
+
+
+def test_a_model_that_gives_the_last_tokens_logits_only() -> None:
+    """`[batch, vocabulary]`: enough to generate, with a cache and without; nothing to score a text with."""
+    model = Model(end=lambda logits: logits[:, -1]).eval()
+    program, tokens = lq.Program(capture(model, ids())), ids()
+    assert program.cached() is not None
+    found = program.generate(tokens, 3)
+    assert found.equal(generate(model, tokens, 3)) and found.shape == (2, 13)
+    with pytest.raises(lq.LoopQError, match="of one token of each row"):
+        logits_caller(program)(tokens)
 
 
 def test_a_second_run_changes_nothing_and_the_program_stays() -> None:
