@@ -1,5 +1,6 @@
 """Names that Python, PyTorch or the compiler itself use: a model may have them all, and they read as its own."""
 
+import json
 import math
 import operator
 
@@ -9,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable
+from loopq_compile.cli import app
 from loopq_compile.names import safe_argument, safe_name, shown_name
 
 IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -89,6 +92,14 @@ def test_files_for_other_runtimes_have_the_names_of_the_model(program, tmp_path,
     names = {value.name for value in onnx.load(report.path).graph.initializer}
     assert "graph.bias" in names
     assert not [name for name in names if "loopq_" in name.replace("loopq_in", "")]
+
+
+def test_inspect_has_the_names_of_the_model(program, tmp_path):
+    program.save(tmp_path)
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path), "--json"]).stdout
+    weights = {site["weight"] for site in json.loads(shown)["sites"]}
+    assert {"layers.in.weight", "graph.weight", "loopq_in.weight"} <= weights
+    assert "layers.loopq_in" not in shown
 
 
 def test_skip_takes_the_names_of_the_model():
