@@ -274,6 +274,9 @@ def test_bench_errors(program: Path) -> None:
     assert "quantized already" in fails("bench", "fig2", program)
     assert "whole numbers" in fails("bench", "fig6", "--values", "a")
     assert "from 0 on" in fails("bench", "table1", "--seeds=-1")
+    for command in (["bench", "table1", "--seeds"], ["bench", "quality", "--seed"], ["bisect", "bundled", "--seed"]):
+        assert "seed must be an integer of at least 0 and at most" in fails(*command, 2**63)
+    assert "at most 9223372036854775807" in fails("compile", "bundled", "--out", "never", "--seed", 2**64)
     assert "Unknown scheme" in fails("bench", "table2", "--schemes", "w5q9")
 
 
