@@ -10,6 +10,7 @@ from typing import Any
 from loopq_compile.errors import LoopQError, did_you_mean
 
 SOLVERS = ("rtn", "gptq", "loaq")
+LARGEST_SEED = 2**63 - 1
 _SWITCH = ("auto", "on", "off")
 _CHOICES = {
     "weight_solver": (*SOLVERS, None),
@@ -83,7 +84,7 @@ class CalibrationOptions:
         for field in ("batch_rows", "transition_rank", "refresh", "evaluate_every", "patience"):
             _check_count(field, getattr(self, field), 1)
         _check_count("checkpoint_every", self.checkpoint_every, 1)
-        _check_count("seed", self.seed, 0)
+        _check_count("seed", self.seed, 0, LARGEST_SEED)
         for field in ("steps", "top_k"):
             if getattr(self, field) is not None:
                 _check_count(field, getattr(self, field), 1)
@@ -109,9 +110,10 @@ class CalibrationOptions:
         return frozenset(field.name for field in dataclasses.fields(CalibrationOptions))
 
 
-def _check_count(field: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise LoopQError(f"{field} must be an integer of at least {least}; got {value!r}.")
+def _check_count(field: str, value: object, least: int, most: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        bound = f" and at most {most}" if most is not None else ""
+        raise LoopQError(f"{field} must be an integer of at least {least}{bound}; got {value!r}.")
 
 
 def _check_number(field: str, value: object, above: float | None = None, most: float | None = None) -> None:

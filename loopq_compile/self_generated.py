@@ -63,7 +63,7 @@ def generate_tokens(
         file = None if folder is None else folder / f"{number:04d}-{rows}.safetensors"
         tokens = _read(file)
         if tokens is None:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
             tokens = _sample(model, bos, rows, length, generator)
             _write(file, tokens)
         made.append(tokens)

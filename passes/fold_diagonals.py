@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.names import shown_name
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.transforms import LEARN, group_tables
 from loopq_compile.state import get_tensor, set_tensor
@@ -67,7 +68,7 @@ def _fold(graph_module: fx.GraphModule, table: fx.Node, products: list[fx.Node])
     stored = [get_tensor(graph_module, name).detach() for name in names]
     found = [(tensor * values[0]).to(tensor.dtype) for tensor in stored]
     if not all(_holds(result, tensor, values[0]) for result, tensor in zip(found, stored, strict=True)):
-        return f"{stored[0].dtype} does not hold its product with {gain.weight}"
+        return f"{stored[0].dtype} does not hold its product with {shown_name(gain.weight)}"
     for name, result in zip(names, found, strict=True):
         _replace_tensor(graph_module, name, result)
     for product in products:
@@ -119,7 +120,7 @@ def find_gain(graph_module: fx.GraphModule, readers: Mapping[fx.Node, Set[fx.Nod
             return f"{others[0]} also reads {node.name}"
         found.add(gain)
     if len(found) != 1:
-        return f"it reads norms with different gains: {', '.join(sorted(gain.weight for gain in found))}"
+        return f"it reads norms with different gains: {', '.join(sorted(shown_name(gain.weight) for gain in found))}"
     gain = found.pop()
     for name in filter(None, (gain.weight, gain.bias)):
         stored = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target == name]

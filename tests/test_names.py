@@ -1,7 +1,9 @@
 """Names that Python, PyTorch or the compiler itself use: a model may have them all, and they read as its own."""
 
+import json
 import math
 import operator
+from concurrent.futures import ThreadPoolExecutor
 
 import onnx
 import pytest
@@ -9,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable
+from loopq_compile.cli import app
 from loopq_compile.names import safe_argument, safe_name, shown_name
 
 IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -91,11 +95,56 @@ def test_files_for_other_runtimes_have_the_names_of_the_model(program, tmp_path,
     assert not [name for name in names if "loopq_" in name.replace("loopq_in", "")]
 
 
+def test_inspect_has_the_names_of_the_model(program, tmp_path):
+    program.save(tmp_path)
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path), "--json"]).stdout
+    weights = {site["weight"] for site in json.loads(shown)["sites"]}
+    assert {"layers.in.weight", "graph.weight", "loopq_in.weight"} <= weights
+    assert "layers.loopq_in" not in shown
+
+
 def test_skip_takes_the_names_of_the_model():
     made = lq.compile(
         Odd().eval(), IDS, scheme="w8a8", group_size=8, method="symmetric", activation="dynamic", skip=("layers.in",)
     )
     assert made.graph_module.meta["loopq"].sites["layers.loopq_in.weight"].reason == "skip='layers.in'"
+
+
+class InAndOut(nn.Module):
+    """Causal attention that runs twice, between linears called `in` and `out`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(64, 32), nn.Linear(32, 64)
+        self.add_module("in", nn.Linear(32, 96))
+        self.add_module("out", nn.Linear(32, 32))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for _ in range(2):
+            q, k, v = getattr(self, "in")(x).unsqueeze(1).chunk(3, -1)
+            seen = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(seen.squeeze(1))
+        return self.head(x)
+
+
+def test_a_file_with_a_cache_has_the_names_of_the_model_and_serves_threads(tmp_path):
+    made = lq.compile(InAndOut().eval(), IDS, scheme="w4a16", method="symmetric")
+    report = made.export_onnx(tmp_path, target="onnxruntime", cache=True)
+    text = report.path.read_bytes()
+    assert b"loopq_in" not in text and b"in.weight" in text and b"out.weight" in text
+    run, prompts = OnnxExecutable(report.path, threads=1), [(IDS[:1] + number) % 64 for number in range(8)]
+    wrapped = made.as_hugging_face()
+
+    def hugging_face(ids):
+        return wrapped.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+
+    for generate in (lambda ids: run.generate(ids, 6), lambda ids: run(ids)["logits"], hugging_face):
+        expected = [generate(ids) for ids in prompts]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(generate, prompts))
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 class Inputs(nn.Module):

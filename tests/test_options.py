@@ -24,6 +24,7 @@ from tests.tiny import tokens
         ("checkpoint_every", 0, "checkpoint_every must be"),
         ("patience", 0, "patience must be"),
         ("seed", -1, "seed must be an integer of at least 0"),
+        ("seed", 2**63, "seed must be .* at most 9223372036854775807"),
         ("top_k", 0, "top_k must be"),
         ("learning_rate", 0, "learning_rate must be a number above 0; got 0"),
         ("learning_rate", "fast", "learning_rate must be a number"),

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from loopq_compile.backends.onnx.folder import add_files
+from loopq_compile.backends.onnx.genai_tokenizer import TOKENIZER_CLASS, TOKENIZER_CONFIG, with_special_tokens
 from loopq_compile.decoding import PAST_PREFIX, PRESENT_PREFIX
 from loopq_compile.errors import LoopQError
 from loopq_compile.folders import settle
+from loopq_compile.generation import whole_number
+from loopq_compile.loading import TOKENIZER_FILE, read_tokenizer
 
 CONFIG_FILE = "genai_config.json"
 ROLLED_REFUSAL = (
@@ -68,14 +71,17 @@ def write_genai_config(
     graph = onnx.load(path, load_external_data=False).graph
     decoder = _decoder(graph)
     vocabulary = _shape(next(value for value in graph.output if value.name == "logits"))[-1]
-    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    _check(ends, pad_token_id, context_length, vocabulary)
+    several = eos_token_id if isinstance(eos_token_id, Iterable) else [eos_token_id]
+    ends = list(dict.fromkeys(_token("eos_token_id", end, vocabulary) for end in several))
+    if not ends:
+        raise LoopQError("eos_token_id is empty: give at least one token that ends a text.")
+    pad = ends[0] if pad_token_id is None else _token("pad_token_id", pad_token_id, vocabulary)
     config = {
         "model": {
             "type": "decoder",
             "eos_token_id": ends if len(ends) > 1 else ends[0],
-            "pad_token_id": ends[0] if pad_token_id is None else pad_token_id,
-            "context_length": context_length,
+            "pad_token_id": pad,  # one number: the runtime opens no folder with several
+            "context_length": whole_number("context_length", context_length, 1),
             "vocab_size": vocabulary,
             "decoder": decoder,
         },
@@ -83,21 +89,11 @@ def write_genai_config(
         "search": {"do_sample": False, "past_present_share_buffer": False},
     }
     files: dict[str, Any] = {CONFIG_FILE: config}
-    if (path.parent / "tokenizer.json").is_file() and not (path.parent / "tokenizer_config.json").exists():
-        files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if (path.parent / TOKENIZER_FILE).is_file() and not (path.parent / TOKENIZER_CONFIG).exists():
+        tokenizer = read_tokenizer(path.parent / TOKENIZER_FILE)
+        files[TOKENIZER_CONFIG] = with_special_tokens({"tokenizer_class": TOKENIZER_CLASS}, tokenizer)
     add_files(path.parent, {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()})
     return path.parent / CONFIG_FILE
-
-
-def reads_tokenizer(tokenizer: str) -> bool:
-    """Whether a `tokenizer.json` is byte-level BPE, which the runtime's own reader was found to read alike.
-
-    Others differ: with 0.18, BPE that falls back to bytes gave other ids, Unigram and WordLevel were not opened.
-    """
-    parsed = json.loads(tokenizer)
-    before = parsed.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers", [before])
-    return parsed["model"]["type"] == "BPE" and any(step.get("type") == "ByteLevel" for step in steps)
 
 
 def _decoder(graph: onnx.GraphProto) -> dict[str, Any]:
@@ -141,12 +137,9 @@ def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
     return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
 
 
-def _check(ends: list[int], pad: int | None, context: int, vocabulary: int | str) -> None:
-    if not ends:
-        raise LoopQError("eos_token_id is empty: give at least one token that ends a text.")
-    tokens = [*(("eos_token_id", end) for end in ends), *([("pad_token_id", pad)] if pad is not None else [])]
-    for name, token in tokens:
-        if not isinstance(token, int) or not isinstance(vocabulary, int) or not 0 <= token < vocabulary:
-            raise LoopQError(f"{name} must be a token id from 0 to {vocabulary} (excluded); got {token!r}.")
-    if not isinstance(context, int) or context < 1:
-        raise LoopQError(f"context_length must be a positive integer; got {context!r}.")
+def _token(name: str, value: Any, vocabulary: int | str) -> int:
+    """A token id as a Python integer, whatever kind of scalar it is."""
+    try:
+        return whole_number(name, value, 0, int(vocabulary) - 1)
+    except (LoopQError, ValueError) as error:
+        raise LoopQError(f"{name} must be a token id from 0 to {vocabulary} (excluded); got {value!r}.") from error

@@ -18,7 +18,7 @@ def store_half(graph: ir.Graph) -> None:
 
     All arithmetic stays in single precision. Of an embedding the rows that a call looks up are widened, so it stays in
     16 bits in memory; every other tensor has one `Cast` in front of its readers, which ONNX Runtime computes once when
-    it opens the file.
+    it opens the file. A tensor of which float16 would make a number 0 stays as it is: a scale of 0 is not a scale.
 
     Raises:
         LoopQError: a tensor has numbers that float16 has not.
@@ -29,8 +29,14 @@ def store_half(graph: ir.Graph) -> None:
             continue
         array = tensor.numpy()
         if np.abs(array).max() > np.finfo(np.float16).max:
-            raise LoopQError(f"{value.name} holds {np.abs(array).max():.3g}, too large for 16 bits: use float_bits=32.")
-        stored = ir.tensor(array.astype(np.float16), name=f"{name}.half")
+            raise LoopQError(
+                f"{value.name} holds {np.abs(array).max():.3g}, too large for 16 bits: leave out float_bits=16 "
+                "(--float-bits 16), or set float_bits=32."
+            )
+        half_array = array.astype(np.float16)
+        if np.any((half_array == 0) & (array != 0)):
+            continue
+        stored = ir.tensor(half_array, name=f"{name}.half")
         half = ir.Value(
             name=stored.name, type=ir.TensorType(ir.DataType.FLOAT16), shape=value.shape, const_value=stored
         )

@@ -74,6 +74,7 @@ def bisect_command(
     from loopq_compile.scheme import Scheme
 
     wanted, pipeline = Scheme.parse(scheme, activation=activation), get_pipeline(method)
+    options = CalibrationOptions(steps=steps, seed=seed)
     check_text(None, calibration)
     loaded = load(model, None, trust_remote_code, repeat, allow_pickle, dtype)
     if loaded.kind != "model":
@@ -82,7 +83,6 @@ def bisect_command(
     batches = calibration_batches(source, loaded.tokenizer, samples, length, seed, loaded.model) if source else None
     captured = capture(loaded.model)
     probe = batches[0][:1] if batches else torch.arange(length).unsqueeze(0)
-    options = CalibrationOptions(steps=steps, seed=seed)
     found = bisect(captured, wanted, pipeline, [probe], batches, limit=limit, options=options)
     _show(found, json)
     if limit is not None and found.culprit is not None:

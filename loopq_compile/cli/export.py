@@ -129,6 +129,7 @@ def _export_onnx(loaded: Loaded, out: Path, options: dict[str, Any], genai: bool
     from loopq_compile.loading import save_beside
 
     ends = _end_tokens(loaded, options["form"]) if genai else None
+    loaded = _with_special_tokens(loaded) if genai else loaded
     check_folder(out, KIND, [*loaded.files(), *([CONFIG_FILE] if genai else [])])
     report = loaded.model.export_onnx(out, **options)
     save_beside(loaded, out)
@@ -189,15 +190,26 @@ def _end_tokens(loaded: Loaded, form: str) -> int | list[int]:
     return ends
 
 
-def _write_genai(loaded: Loaded, out: Path, ends: int | list[int], say: Callable[[str], None]) -> None:
-    from loopq_compile.backends.onnx.genai import reads_tokenizer, write_genai_config
+def _with_special_tokens(loaded: Loaded) -> Loaded:
+    """The model with a tokenizer_config.json from which onnxruntime-genai knows what the tokenizer adds to a text."""
+    from loopq_compile.backends.onnx.genai_tokenizer import TOKENIZER_CONFIG, with_special_tokens
 
-    settings = json_module.loads(loaded.settings.get("tokenizer_config.json", "{}"))
+    settings = json_module.loads(loaded.settings.get(TOKENIZER_CONFIG, "{}"))
+    if loaded.tokenizer is None or not settings or with_special_tokens(settings, loaded.tokenizer) == settings:
+        return loaded
+    completed = json_module.dumps(with_special_tokens(settings, loaded.tokenizer), indent=2) + "\n"
+    return loaded._replace(settings={**loaded.settings, TOKENIZER_CONFIG: completed})
+
+
+def _write_genai(loaded: Loaded, out: Path, ends: int | list[int], say: Callable[[str], None]) -> None:
+    from loopq_compile.backends.onnx.genai import write_genai_config
+    from loopq_compile.backends.onnx.genai_tokenizer import TOKENIZER_CONFIG, notes_for, with_special_tokens
+
+    settings = json_module.loads(loaded.settings.get(TOKENIZER_CONFIG, "{}"))
     longest = settings.get("model_max_length")
     known = {"context_length": longest} if isinstance(longest, int) and 0 < longest < 2**20 else {}
     write_genai_config(out, eos_token_id=ends, **known)
-    if loaded.tokenizer is None or not reads_tokenizer(loaded.tokenizer.to_str()):
-        say(
-            "note: onnxruntime-genai reads tokenizers of byte-level BPE as they are; this folder has none, so compare "
-            "its ids with the tokenizers library's, or give it token ids."
-        )
+    if loaded.tokenizer is not None:
+        settings = with_special_tokens(settings, loaded.tokenizer)
+    for text in notes_for(loaded.tokenizer, settings):
+        say(f"note: {text}.")

@@ -136,6 +136,7 @@ def _draw(program: Program, loop: int | None, svg: Path | None, dot: Path | None
 def _report(program: Program) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from loopq_compile.names import shown_name
     from loopq_compile.passes.other_products import OTHER_PRODUCTS
     from loopq_compile.state import get_state
 
@@ -147,7 +148,7 @@ def _report(program: Program) -> dict[str, Any]:
         "signature": state.signature.describe(),
         "loop_count": program.loops.count,
         **program.loops.to_dict(),
-        "sites": [asdict(site) for site in state.sites.values()],
+        "sites": [{**asdict(site), "weight": shown_name(site.weight)} for site in state.sites.values()],
         "other_products": state.results.get(OTHER_PRODUCTS, {}),
         "passes": [asdict(entry) for entry in state.log],
         "nodes": len(program.graph_module.graph.nodes),

@@ -37,5 +37,5 @@ def split(batches: Sequence[Batch], share: float, seed: int) -> tuple[list[int],
 def pick(numbers: Sequence[int], step: int, seed: int) -> int:
     """The batch of `step`: every epoch runs through all in an order of its own."""
     epoch, position = divmod(step, len(numbers))
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return numbers[int(torch.randperm(len(numbers), generator=generator)[position])]

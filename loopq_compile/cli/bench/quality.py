@@ -66,9 +66,11 @@ def quality_command(
     Every combination is calibrated on the same samples and measured on the same text.
     """
     from loopq_compile import bench
+    from loopq_compile.options import CalibrationOptions
 
     say = note(json)
     runs = bench.variants(names(methods), names(schemes), names(activations), group_size=group_size)
+    CalibrationOptions(seed=seed)  # refused before a model is loaded
     check_text(text, calibration)
     loaded = load_model(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
     tokens, source = text_tokens(loaded, text, max_tokens)

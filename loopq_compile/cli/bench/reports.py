@@ -112,8 +112,12 @@ def _command(name: str, about: str, own_methods: str, own_schemes: str, own_acti
     ) -> None:
         from loopq_compile.bench import variants
         from loopq_compile.bench.settings import Selection, Settings
+        from loopq_compile.options import CalibrationOptions
 
         kinds = variants(["symmetric"], names(schemes), names(activations), group_size=group_size)
+        drawn = whole_numbers("--seeds", seeds) or [0]
+        for seed in drawn:
+            CalibrationOptions(seed=seed)  # refused before a model is loaded
         check_text(None, calibration)
         content, source = text_source(text, max_tokens)
         settings = Settings(
@@ -130,7 +134,7 @@ def _command(name: str, about: str, own_methods: str, own_schemes: str, own_acti
         selection = Selection(
             names(methods),
             [kind.scheme for kind in kinds],
-            whole_numbers("--seeds", seeds) or [0],
+            drawn,
             whole_numbers("--values", values),
         )
         loaded = load_model(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)

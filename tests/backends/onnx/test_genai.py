@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 import loopq_compile as lq
 from loopq_compile import bundled
 from loopq_compile.backends.onnx import OnnxExecutable, export, write_genai_config
+from loopq_compile.backends.onnx.genai_tokenizer import notes_for, with_special_tokens
 from loopq_compile.loading import Loaded, save_beside
 from tests.decoding import captured, ids, quantized
 
@@ -135,3 +137,100 @@ def test_what_is_refused(tmp_path: Path) -> None:
     refuses("pad_token_id", pad_token_id=-1)
     refuses("context_length", context_length=0)
     assert write_genai_config(tmp_path, eos_token_id=63).is_file()
+
+
+def tokenizer_of(*, added: tuple[str, str] = ("", ""), prefix: bool = False, normalizer: Any = None) -> Any:
+    """Byte-level BPE that puts `added` before and after a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    made, special = Tokenizer(models.BPE()), ["<unk>", "<s>", "</s>"]
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=prefix), decoders.ByteLevel()
+    if normalizer is not None:
+        made.normalizer = normalizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=270,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["the number of things"] * 3, trainer)
+    if any(added):
+        template = f"{added[0]} $A {added[1]}".strip()
+        known = [(token, special.index(token)) for token in special]
+        made.post_processor = processors.TemplateProcessing(single=template, special_tokens=known)
+    return made
+
+
+def runnable(folder: Path, vocabulary: int = 270) -> None:
+    """A file that the runtime opens; it does not keep keys and values."""
+    names = [f"{name}.0.{kind}" for name in ("past_key_values", "present") for kind in ("key", "value")]
+    cache = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 1, "past", 4]) for name in names]
+    named = ("input_ids", "attention_mask")
+    tokens = [onnx.helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", name]) for name in named]
+    logits = onnx.helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "input_ids", vocabulary])
+    table = onnx.numpy_helper.from_array(np.eye(vocabulary, dtype=np.float32), "table")
+    nodes = [onnx.helper.make_node("Gather", ["table", "input_ids"], ["logits"])]
+    nodes += [onnx.helper.make_node("Identity", [names[at]], [names[at + 2]]) for at in (0, 1)]
+    graph = onnx.helper.make_graph(nodes, "stub", [*tokens, *cache[:2]], [logits, *cache[2:]], [table])
+    opset = [onnx.helper.make_opsetid("", 21)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), folder / "model.onnx")
+
+
+NAMED = {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}}
+
+
+@pytest.mark.parametrize("added", [("", ""), ("<s>", ""), ("", "</s>"), ("<s>", "</s>"), ("</s>", "")])
+@pytest.mark.parametrize("settings", [None, {}, NAMED, {**NAMED, "eos_token": "</s>"}])
+def test_tokens_that_a_tokenizer_adds(tmp_path: Path, added: tuple[str, str], settings: Any) -> None:
+    genai = pytest.importorskip("onnxruntime_genai", reason="needs the extra `genai`")
+    tokenizer, text = tokenizer_of(added=added), "the number of <s> things"
+    runnable(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    completed = with_special_tokens(settings or {}, tokenizer)
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(completed))
+    write_genai_config(tmp_path, eos_token_id=2)
+    reader, notes = genai.Tokenizer(genai.Model(str(tmp_path))), notes_for(tokenizer, completed)
+    assert (reader.encode(text).tolist() == tokenizer.encode(text).ids) == (not notes)
+    if any(added):
+        reader.update_options(add_special_tokens="true")
+        promised = 'add_special_tokens="true"' in "".join(notes)
+        assert not promised or reader.encode(text).tolist() == tokenizer.encode(text).ids
+        assert promised or "give it token ids" in "".join(notes)
+        assert promised or settings, "what nobody has set is set so that they are the same"
+
+
+def test_tokenizers_that_the_runtime_reads_otherwise(tmp_path: Path) -> None:
+    from tokenizers import normalizers
+
+    genai = pytest.importorskip("onnxruntime_genai", reason="needs the extra `genai`")
+    runnable(tmp_path)
+    write_genai_config(tmp_path, eos_token_id=2)
+    model = genai.Model(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    changed = {
+        "a space before a text": tokenizer_of(prefix=True),
+        r"normalizer \(Lowercase\)": tokenizer_of(normalizer=normalizers.Lowercase()),
+    }
+    for reason, tokenizer in changed.items():
+        (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+        (note,) = notes_for(tokenizer, {})
+        assert re.search(reason, note)
+        assert genai.Tokenizer(model).encode("The number").tolist() != tokenizer.encode("The number").ids
+
+
+def test_one_token_fills_up_where_several_end(tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai", reason="needs the extra `genai`")
+    runnable(tmp_path)
+    for ends, written in (([2, 5], [2, 5]), (np.array([5, 2]), [5, 2]), ([5, 5], 5), (np.int64(5), 5)):
+        write_genai_config(tmp_path, eos_token_id=ends)
+        config = json.loads((tmp_path / "genai_config.json").read_text())["model"]
+        assert config["eos_token_id"] == written and config["pad_token_id"] == np.ravel(ends)[0]
+        model = genai.Model(str(tmp_path))
+        (tmp_path / "tokenizer.json").write_text(tokenizer_of().to_str())
+        (tmp_path / "tokenizer_config.json").write_text("{}")
+        assert genai.Tokenizer(model).eos_token_ids.tolist() == list(np.ravel(written))
+    with pytest.raises(lq.LoopQError, match="pad_token_id must be a token id"):
+        write_genai_config(tmp_path, eos_token_id=2, pad_token_id=[2, 5])  # type: ignore[arg-type]
+    with pytest.raises(lq.LoopQError, match="eos_token_id must be a token id"):
+        write_genai_config(tmp_path, eos_token_id=True)

@@ -39,9 +39,28 @@ def test_large_tensors_are_stored_in_half_the_bytes(program: lq.Program, tmp_pat
 def test_what_does_not_fit_is_refused(program: lq.Program, tmp_path) -> None:
     with pytest.raises(lq.LoopQError, match="16 or 32"):
         export(program.graph_module, tmp_path, float_bits=8)
+    with pytest.raises(lq.LoopQError, match=r"huge holds 1e\+05.*leave out float_bits=16"):
+        store_half(graph_of(huge=torch.full((4096,), 1e5)))
+
+
+def graph_of(**tensors: torch.Tensor) -> ir.Graph:
+    """A graph that stores `tensors`."""
     graph = ir.Graph([], [], nodes=[], name="graph")
-    tensor = ir.tensor(torch.full((4096,), 1e5).numpy(), name="huge")
-    shape, kind = ir.Shape([4096]), ir.TensorType(ir.DataType.FLOAT)
-    graph.register_initializer(ir.Value(name="huge", shape=shape, type=kind, const_value=tensor))
-    with pytest.raises(lq.LoopQError, match="huge holds 1e\\+05"):
-        store_half(graph)
+    for name, tensor in tensors.items():
+        shape, kind = ir.Shape(tensor.shape), ir.TensorType(ir.DataType.FLOAT)
+        held = ir.tensor(tensor.numpy(), name=name)
+        graph.register_initializer(ir.Value(name=name, shape=shape, type=kind, const_value=held))
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("value", "stored"), [(1e-8, "scale"), (-1e-8, "scale"), (6e-8, "scale.half"), (0.0, "scale.half")]
+)
+def test_a_number_that_16_bits_would_make_0_stays_in_32(value: float, stored: str) -> None:
+    scale = torch.ones(4096)
+    scale[7] = value
+    graph = graph_of(scale=scale, other=torch.ones(4096))
+    store_half(graph)
+    assert set(graph.initializers) == {stored, "other.half"}
+    held = graph.initializers[stored].const_value
+    assert held is not None and bool(held.numpy()[7]) == bool(value)
