@@ -198,8 +198,8 @@ def _check_options(graph_module: Any, directory: Any, **chosen: str) -> None:
             dtype = get_tensor(graph_module, str(node.target)).dtype
         if dtype in _HALF or (dtype is torch.float64 and node.target is torch.ops.aten.linear.default):
             raise LoopQError(
-                f"{shown_name(str(node.target))!r} is in {str(dtype).removeprefix('torch.')}; ONNX files of this version "
-                "are float32: compile model.float()."
+                f"{shown_name(str(node.target))!r} is in {str(dtype).removeprefix('torch.')}; ONNX files of this "
+                "version are float32: compile model.float()."
             )
 
 
