@@ -64,7 +64,7 @@ def test_the_table_says_that_it_is_an_estimate(tmp_path):
     done = run("--static", "--only", "decode sum", "--sm", "120", "--out", str(tmp_path))
     assert done.exit_code == 0, done.output
     assert "decode sum" in done.output and "ESTIMATE" in done.output and "RTX 5090" in done.output
-    assert {path.name for path in tmp_path.glob("*.json")} == {"kernels.json", "kernels-estimate.json"}
+    assert {path.stem for path in tmp_path.glob("*.json")} == {"kernels", "kernels-estimate", "results_manifest"}
 
 
 def test_a_spilling_kernel_fails_the_command(monkeypatch):
