@@ -23,7 +23,7 @@ from loopq_compile.capture_state import ModelState
 from loopq_compile.errors import CaptureError, LoopQError
 from loopq_compile.example_inputs import Dimensions, bind_example, name_dimensions, separate, widen
 from loopq_compile.fold_weights import fold_weights, returns_its_input
-from loopq_compile.model_checks import check_model, check_weights
+from loopq_compile.model_checks import check_model, check_stored_weights, check_weights
 from loopq_compile.names import safe_argument, safe_name
 from loopq_compile.signature import InputSpec, Signature
 from loopq_compile.state import CompilerState, attach_state
@@ -177,6 +177,7 @@ def _lower_to_graph_module(
             copied[node].meta.update(node.meta)
     graph_module = fx.GraphModule(attributes, graph)
     graph_module.graph.eliminate_dead_code()
+    check_stored_weights(graph_module.graph)
     graph_module.recompile()
     return graph_module
 

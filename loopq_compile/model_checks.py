@@ -90,12 +90,37 @@ def check_deterministic(graph: fx.Graph) -> None:
         CaptureError: names the operator and the model's line.
     """
     for node in graph.nodes:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _draws(node):
-            lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()[-2:]]
+        if _is_random(node):
             raise CaptureError(
-                f"The model draws random numbers ({node.target}) at {' '.join(lines) or 'an unknown source line'}. "
+                f"The model draws random numbers ({node.target}) at {_line(node)}. "
                 "Calibration compares two runs, which must agree: switch the noise off, or make it an input."
             )
+
+
+def check_stored_weights(graph: fx.Graph) -> None:
+    """Refuses linears whose weights are drawn while the model runs: modules that a first call makes.
+
+    Raises:
+        CaptureError: names the model's line.
+    """
+    drawn: set[fx.Node] = set()
+    for node in graph.nodes:
+        if _is_random(node) or (node.op == "call_function" and any(source in drawn for source in node.all_input_nodes)):
+            drawn.add(node)
+        if node.target is torch.ops.aten.linear.default and node.args[1] in drawn and node.args[0] not in drawn:
+            raise CaptureError(
+                f"The model makes weights when it is first called, at {_line(node)}. Run it once with the example "
+                "inputs, and compile again."
+            )
+
+
+def _line(node: fx.Node) -> str:
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()[-2:]]
+    return " ".join(lines) or "an unknown source line"
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _draws(node)
 
 
 def _draws(node: fx.Node) -> bool:
