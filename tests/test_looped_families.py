@@ -40,7 +40,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "golf": Family(GolfLM, ids(2, 11), "3 x (layers.1, layers.2)", 3, "is not like the others"),
+    "golf": Family(GolfLM, ids(2, 11), "3 x (layers.1, layers.2, skips, gates)", 3, "is not like the others"),
     "dory": Family(dory, None, "3 x (model.layers.1, model.layers.2)", 3, ""),
     "hrm-text": Family(hrm_text, None, "2 x (model.H_module, 2 x (model.L_module))", 2, ""),
 }
@@ -80,7 +80,7 @@ def test_the_loop_is_found_and_the_w4a4_program_is_near(family: Made) -> None:
     assert program.loops.count == expected.count
     for size in SIZES:
         distance = (logits_of(program(ids(*size))) - exact(model, size)).norm() / exact(model, size).norm()
-        assert 1e-3 < distance < 0.6
+        assert 1e-4 < distance < 0.6  # HRM-Text adds small changes to a large state
 
 
 def test_unrolled_onnx(family: Made, tmp_path: Path) -> None:
