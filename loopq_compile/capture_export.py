@@ -227,7 +227,7 @@ def _forget_unread_buffers(graph: fx.Graph) -> None:
 
 
 def _is_functional(graph: fx.Graph) -> bool:
-    """Whether a graph holds operators without side effects alone: no in-place ones, no wrappers, no vmap."""
+    """Whether a graph holds only operators without side effects: no in-place ones, no wrappers, no vmap."""
     plain = {operator.getitem}
     for node in graph.nodes:
         if node.op in ("placeholder", "output") or node.target in plain:

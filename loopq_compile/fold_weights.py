@@ -1,4 +1,4 @@
-"""Plain weights: what a model computes from its parameters alone before it multiplies becomes a stored weight.
+"""Plain weights: what a model computes only from its parameters before it multiplies becomes a stored weight.
 
 `F.linear(x, weight.to(x.dtype))`, `weight_norm` and other parametrizations, `weight * mask` and slices of a fused
 weight leave operators between a parameter and its product. They give the same result in every call, so they are
