@@ -180,10 +180,9 @@ def test_an_error_after_a_phase_says_how_to_go_on_and_the_next_run_does(tmp_path
     failing = pipelines.spinquant().insert_after("calibrate", _Fails())
     with pytest.raises(LoopQError, match=rf"It failed\. What was learned before is kept in {tmp_path}"):
         run(failing, tmp_path)
-    stamp = (tmp_path / "phase-0.safetensors").stat().st_mtime_ns
+    assert (tmp_path / "phase-0.safetensors").is_file()
     resumed = run(pipelines.spinquant(), tmp_path)
     assert torch.equal(logits(resumed), logits(run(pipelines.spinquant(), None)))
-    assert stamp
     with pytest.raises(LoopQError, match=r"It failed\. With checkpoint='folder'"):
         run(failing, None)
 
