@@ -70,3 +70,13 @@ def _spell_out(graph: fx.Graph, node: fx.Node) -> None:
     assert get_tag(result) == get_tag(node)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+    _free_views(result)
+
+
+def _free_views(node: fx.Node) -> None:
+    """Views of what the fused operator returned rely on its layout in memory; `reshape` reads any layout."""
+    for user in node.users:
+        if user.target is _aten.view.default:
+            user.target = _aten.reshape.default
+        elif user.target in (_aten.permute.default, _aten.transpose.int):
+            _free_views(user)

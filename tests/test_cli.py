@@ -236,7 +236,7 @@ def test_demo_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert expected in shown
     assert "the first 40 are the same as the program" in shown
     written = {file.name for file in (tmp_path / "d").iterdir()}
-    assert written == {"quality.json", "quality.md", "program.py", "program", "onnx"}
+    assert written == {"quality.json", "quality.md", "program.py", "program", "onnx", "results_manifest.json"}
     assert len(json.loads((tmp_path / "d" / "quality.json").read_text())["rows"]) == 6
 
 

@@ -115,5 +115,5 @@ def test_generate(family: Made) -> None:
 def test_a_gate_that_adds_the_token_before_has_no_cache() -> None:
     """Some of the records have one; what a decoder would have to keep is the last embedding."""
     program = Program(capture(GolfLM((0, 1, 1, 2), smear=True).eval(), ids(2, 11)))
-    with pytest.raises(LoopQError, match="may mix positions of the sequence"):
+    with pytest.raises(LoopQError, match="It works along the sequence"):
         program.with_cache()

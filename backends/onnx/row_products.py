@@ -2,8 +2,10 @@
 
 `MatMulNBits` reads half the bytes, which is what a single token waits for, but from a few rows on its kernels are
 slower than single precision: they take up a new scale after every 32 products. A row that has one scale goes through
-the processor's integer units (VNNI, AMX) in one sweep. For that, weights are rounded once more, to 8 bits per output,
+the processor's integer units (VNNI, AMX) in one sweep. For that, weights are rounded once more, to 7 bits per output,
 and activations to 8 bits per token. For weights that is little beside their 4 bits; tokens with outliers feel it.
+Weights have 7 bits because processors without VNNI add two products in 16 bits and saturate: 2 * 255 * 63 fits, and
+2 * 255 * 127 does not, which made every result wrong there.
 
 The head stays packed: what it reads has outliers, and of a prompt it reads one row. Products that read one tensor stay
 apart: unlike packed ones they share its rounding anyway, and results of prompts would have to be split again.
@@ -22,6 +24,7 @@ from loopq_compile.operators.quantize import SMALLEST_SCALE
 CONTRIB = "com.microsoft"
 PRODUCT = "MatMulIntegerToFloat"
 _LIMIT = 127
+_WEIGHT_LIMIT = 63
 
 
 class RowProducts:
@@ -76,6 +79,6 @@ class RowProducts:
 
 def to_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A weight `[..., N, K]` as int8 `[..., K, N]` and scales `[..., N]`, rounded to nearest."""
-    scale = np.maximum(np.abs(weight).max(-1), SMALLEST_SCALE).astype(weight.dtype) / weight.dtype.type(_LIMIT)
+    scale = np.maximum(np.abs(weight).max(-1), SMALLEST_SCALE).astype(weight.dtype) / weight.dtype.type(_WEIGHT_LIMIT)
     codes = np.rint(weight / scale[..., None]).astype(np.int8)
     return np.ascontiguousarray(np.swapaxes(codes, -1, -2)), scale
