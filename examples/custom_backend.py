@@ -22,10 +22,10 @@ from torch import fx
 
 import loopq_compile as lq
 from loopq_compile.backends import register_backend
+from loopq_compile.graph.constants import constant_nodes, evaluate
+from loopq_compile.graph.insert import add_constant
+from loopq_compile.graph.state import copy_graph, get_state
 from loopq_compile.operators import ops
-from loopq_compile.passes.constants import constant_nodes, evaluate
-from loopq_compile.passes.insert import add_constant
-from loopq_compile.state import copy_graph, get_state
 
 
 class Prefolded:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 import loopq_compile as lq
-from loopq_compile.loops import get_tag
+from loopq_compile.graph.loops import get_tag
 from loopq_compile.models import Ouro, OuroConfig
 from loopq_compile.passes import Pass, PassResult
 

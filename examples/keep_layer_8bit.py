@@ -15,12 +15,12 @@ from tiny_model import tiny_model, tokens
 from torch import fx
 
 import loopq_compile as lq
+from loopq_compile.calibration.ranges import weight_scale
+from loopq_compile.graph.scheme import quantized_range
+from loopq_compile.graph.state import get_tensor, set_tensor
+from loopq_compile.graph.weights import site_calls, weight_chain
 from loopq_compile.operators import ops
 from loopq_compile.passes import Pass, PassResult
-from loopq_compile.passes.weights import site_calls, weight_chain
-from loopq_compile.scheme import quantized_range
-from loopq_compile.state import get_tensor, set_tensor
-from loopq_compile.statistics import weight_scale
 
 
 class KeepBits(Pass):

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 import loopq_compile as lq
-from loopq_compile.loading import load_model
 from loopq_compile.models import Repeat, repeat_layers
-from loopq_compile.self_generated import first_token, generate_tokens
+from loopq_compile.sources.loading import load_model
+from loopq_compile.sources.self_generated import first_token, generate_tokens
 
 
 def load(name: str | None) -> Any:

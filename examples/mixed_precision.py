@@ -13,11 +13,11 @@ from tiny_model import tiny_model, tokens
 from torch import fx
 
 import loopq_compile as lq
-from loopq_compile.loops import get_tag
+from loopq_compile.graph.constants import constant_nodes
+from loopq_compile.graph.loops import get_tag
+from loopq_compile.graph.scheme import quantized_range
 from loopq_compile.operators import ops
 from loopq_compile.passes import Pass, PassResult
-from loopq_compile.passes.constants import constant_nodes
-from loopq_compile.scheme import quantized_range
 
 
 class SetLoopBits(Pass):

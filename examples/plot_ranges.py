@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from tiny_model import tiny_model, tokens
 
 import loopq_compile as lq
-from loopq_compile.summary import activation_rows
+from loopq_compile.analysis.summary import activation_rows
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:

@@ -9,25 +9,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loopq_compile import pipelines
-    from loopq_compile.driver import compile, load
+    from loopq_compile import methods as pipelines
+    from loopq_compile.compiler import compile, load
     from loopq_compile.errors import CaptureError, LoopQError
-    from loopq_compile.loops import LoopStructure
+    from loopq_compile.graph.loops import LoopStructure
+    from loopq_compile.graph.scheme import Scheme
     from loopq_compile.pipeline import Pipeline
     from loopq_compile.program import Program
-    from loopq_compile.scheme import Scheme
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CaptureError": "errors",
     "LoopQError": "errors",
-    "LoopStructure": "loops",
+    "LoopStructure": "graph.loops",
     "Pipeline": "pipeline",
     "Program": "program",
-    "Scheme": "scheme",
-    "compile": "driver",
-    "load": "driver",
+    "Scheme": "graph.scheme",
+    "compile": "compiler",
+    "load": "compiler",
 }
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "pipelines":
-        return importlib.import_module("loopq_compile.pipelines")
+        return importlib.import_module("loopq_compile.methods")
     if name in _HOMES:
         return getattr(importlib.import_module(f"loopq_compile.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'loopq_compile' has no attribute {name!r}")

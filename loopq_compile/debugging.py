@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.state import attach_state, get_state
+from loopq_compile.graph.state import attach_state, get_state
 
 if TYPE_CHECKING:
     from loopq_compile.program import Program
@@ -101,8 +101,8 @@ class DebugFolder:
 
     def dump(self, graph_module: fx.GraphModule, name: str) -> None:
         """The printed program, with types where shapes can be inferred."""
-        from loopq_compile.printer import print_graph
-        from loopq_compile.shapes import infer_shapes
+        from loopq_compile.graph.printer import print_graph
+        from loopq_compile.graph.shapes import infer_shapes
 
         head = ""
         try:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 
+from loopq_compile.calibration.overflow import Probe
 from loopq_compile.debugging import DebugFolder, PassFailure, Snapshot
 from loopq_compile.errors import InternalError, LoopQError, did_you_mean
-from loopq_compile.overflow import Probe
+from loopq_compile.graph.state import MADE_BY, LogEntry, get_state
+from loopq_compile.graph.verify import verify_tags
 from loopq_compile.passes.base import Pass
-from loopq_compile.passes.verify import verify_tags
-from loopq_compile.state import MADE_BY, LogEntry, get_state
 
 
 class Pipeline:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from loopq_compile.decoding import (
+from loopq_compile.errors import LoopQError
+from loopq_compile.generation.decoders import (
     CachedDecoder,
     Chosen,
     Decoder,
@@ -23,17 +24,16 @@ from loopq_compile.decoding import (
     has_cache,
     read_texts,
 )
-from loopq_compile.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
-from loopq_compile.errors import LoopQError
-from loopq_compile.loops import LoopStructure
-from loopq_compile.scheme import Scheme
-from loopq_compile.state import LogEntry, attach_state, copy_graph, get_state
+from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
+from loopq_compile.graph.loops import LoopStructure
+from loopq_compile.graph.scheme import Scheme
+from loopq_compile.graph.state import LogEntry, attach_state, copy_graph, get_state
 
 if TYPE_CHECKING:
     from loopq_compile.backends.onnx import OnnxExport
+    from loopq_compile.generation.transformers_model import ProgramForCausalLM
+    from loopq_compile.graph.signature import Signature
     from loopq_compile.passes.base import Pass
-    from loopq_compile.pretrained import ProgramForCausalLM
-    from loopq_compile.signature import Signature
 
 
 class Program:
@@ -42,7 +42,7 @@ class Program:
     Call it like the model; it returns the same structure. `print(program)` shows the graph as Python.
 
     Args:
-        graph_module: a graph from `loopq_compile.capture.capture`, with whatever passes did to it.
+        graph_module: a graph from `loopq_compile.capture.to_graph.capture`, with whatever passes did to it.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
@@ -104,7 +104,7 @@ class Program:
         return get_state(self.graph_module).log
 
     def __str__(self) -> str:
-        from loopq_compile.printer import print_graph
+        from loopq_compile.graph.printer import print_graph
 
         return print_graph(self.graph_module)
 
@@ -115,7 +115,7 @@ class Program:
 
     def summary(self) -> str:
         """A table of loops by modules: bits, parameters, and the range of every loop."""
-        from loopq_compile.summary import summarize
+        from loopq_compile.analysis.summary import summarize
 
         return summarize(self.graph_module)
 
@@ -178,7 +178,7 @@ class Program:
         Inputs are `input_ids` `[batch, sequence]`, `attention_mask` `[batch, past + sequence]` (0 on padding, which
         stands on the left), and for every attention that runs, number `N`, `past_key_values.N.key` and `.value`
         `[batch, heads, past, size]`; results are the program's own and `present.N.key`, `.value`, which the next call
-        takes. `past` is 0 for a prompt. `loopq_compile.generation` feeds it.
+        takes. `past` is 0 for a prompt. `loopq_compile.generation.sampling` feeds it.
 
         Args:
             stacked: one cache for all iterations of a loop's layer, `[loops, batch, heads, past, size]`.
@@ -189,7 +189,7 @@ class Program:
         Raises:
             LoopQError: the model's attention is not recognised, is not causal, or tokens mix elsewhere.
         """
-        from loopq_compile.passes.add_cache import AddCache
+        from loopq_compile.passes.cache.add_cache import AddCache
 
         return self._rewritten([AddCache(stacked=stacked, last_token=last_token, kv_bits=kv_bits)])
 
@@ -208,9 +208,9 @@ class Program:
         Raises:
             LoopQError: no loop, no exit gate among what every loop returns, a loop that cannot be rolled, or no cache.
         """
-        from loopq_compile.passes.add_cache import AddCache
-        from loopq_compile.passes.exit_early import ExitEarly
-        from loopq_compile.passes.roll_loops import RollLoops
+        from loopq_compile.passes.cache.add_cache import AddCache
+        from loopq_compile.passes.loops.exit_early import ExitEarly
+        from loopq_compile.passes.loops.roll_loops import RollLoops
 
         caches = [AddCache(stacked=True, last_token=last_token, kv_bits=kv_bits)] if cache else []
         return self._rewritten([*caches, RollLoops(), ExitEarly()])
@@ -243,12 +243,12 @@ class Program:
         eos_token_id: int | Sequence[int] | None = None,
         exit_threshold: float | None = None,
     ) -> Tensor:
-        """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.generate`.
+        """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.sampling.generate`.
 
         With a key-value cache where the model can have one (`with_cache`), by reading all again where it cannot. With
         `exit_threshold`, loops stop early (`with_early_exit`).
         """
-        from loopq_compile.generation import generate
+        from loopq_compile.generation.sampling import generate
 
         return generate(
             Chosen(self, exit_threshold=exit_threshold),
@@ -276,7 +276,7 @@ class Program:
         Raises:
             LoopQError: the program takes more than token ids and an attention mask, or the folder has no such file.
         """
-        from loopq_compile.pretrained import ProgramForCausalLM
+        from loopq_compile.generation.transformers_model import ProgramForCausalLM
 
         return ProgramForCausalLM(self, generation_config)
 
@@ -349,8 +349,8 @@ class Program:
         Raises:
             LoopQError: tokens do not fit, two programs have one name, or the file cannot be written.
         """
-        from loopq_compile.report import measure, write
-        from loopq_compile.report.measure import check_names
+        from loopq_compile.analysis.report import measure, write
+        from loopq_compile.analysis.report.measure import check_names
 
         state = get_state(self.graph_module)
         name = f"{state.method or 'captured'} {state.scheme.name if state.scheme else ''}".strip()
@@ -368,12 +368,12 @@ class Program:
         Raises:
             LoopQError: the file cannot be written.
         """
-        from loopq_compile.report import browse, write_page
+        from loopq_compile.analysis.report import browse, write_page
 
         return write_page(file, browse(self.graph_module))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the program into `directory`: JSON and safetensors; see `loopq_compile.artifact`."""
-        from loopq_compile.artifact import save
+        """Writes the program into `directory`: JSON and safetensors; see `loopq_compile.storage.artifact`."""
+        from loopq_compile.storage.artifact import save
 
         save(self.graph_module, directory)

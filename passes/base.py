@@ -7,7 +7,7 @@ import re
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from loopq_compile.state import CompilerState, get_state
+from loopq_compile.graph.state import CompilerState, get_state
 
 __all__ = ["Pass", "PassResult"]
 
@@ -19,7 +19,7 @@ class Pass(PassBase):
     honest `modified`. Its docstring says what the graph looks like *before* and *after*. `requires` and `ensures`
     raise `loopq_compile.LoopQError` for input that cannot be handled and `loopq_compile.errors.InternalError` for
     graphs that an earlier pass should have prepared. Whatever the pass creates inside a loop must carry the loop's
-    tag (`loopq_compile.loops.set_tag`, or `loopq_compile.passes.insert.inserting`, which does so).
+    tag (`loopq_compile.graph.loops.set_tag`, or `loopq_compile.graph.insert.inserting`, which does so).
 
     The pipeline lints and recompiles the graph after each pass, verifies loop tags, and marks new nodes with the
     name of the pass, so a pass need not.

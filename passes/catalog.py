@@ -59,12 +59,12 @@ _known: dict[str, type[Pass]] = {}
 
 
 def _registry() -> Registry:
-    """Built-in passes are found once, in the modules beside this one."""
+    """Built-in passes are found once, in the rooms beside this module."""
     if not _known:
-        for found in pkgutil.iter_modules(package.__path__):
-            module = importlib.import_module(f"{package.__name__}.{found.name}")
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            module = importlib.import_module(found.name)
             for item in vars(module).values():
                 here = isinstance(item, type) and item.__module__ == module.__name__
-                if here and issubclass(item, Pass) and found.name not in _ABSTRACT:
+                if here and issubclass(item, Pass) and found.name.rpartition(".")[2] not in _ABSTRACT:
                     _known[item.name] = item
     return Registry("pass", ENTRY_POINTS, _known, _check)

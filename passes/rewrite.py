@@ -27,9 +27,9 @@ import torch
 from torch import fx
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.loops import LoopTag, get_tag
+from loopq_compile.graph.insert import inserting
+from loopq_compile.graph.loops import LoopTag, get_tag
 from loopq_compile.passes.base import Pass, PassResult
-from loopq_compile.passes.insert import inserting
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loopq_compile.capture import capture
+from loopq_compile.capture.to_graph import capture
 from loopq_compile.program import Program
 
 IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import loopq_compile as lq
 from loopq_compile import bundled
 from loopq_compile.backends.onnx import OnnxExecutable, export
-from loopq_compile.loading import Loaded, save_beside
+from loopq_compile.sources.loading import Loaded, save_beside
 from tests.browser import Browser, find_chromium
 from tests.decoding import ids, quantized
 from tests.test_examples import load

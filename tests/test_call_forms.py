@@ -18,12 +18,12 @@ from torch.utils import _pytree as pytree
 import loopq_compile as lq
 from loopq_compile import LoopQError
 from loopq_compile.backends.onnx import OnnxExecutable
-from loopq_compile.capture import capture
-from loopq_compile.driver import quantize
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.compiler import quantize
+from loopq_compile.graph.scheme import Scheme
+from loopq_compile.methods import get_pipeline
 from loopq_compile.models import Huginn, LoopFormer, Nanbeige, Parcae, repeat_layers
-from loopq_compile.pipelines import get_pipeline
 from loopq_compile.program import Program
-from loopq_compile.scheme import Scheme
 from tests.cli_models import tiny_llama, tiny_ouro
 from tests.golf import GolfLM
 from tests.looped_models import (

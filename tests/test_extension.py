@@ -9,16 +9,16 @@ from torch import fx
 from typer.testing import CliRunner
 
 import loopq_compile as lq
-from loopq_compile import backends, pipelines
-from loopq_compile.artifact import verify
+from loopq_compile import backends, methods
+from loopq_compile.analysis.bisect import bisect, relative_error
 from loopq_compile.backends import get_backend, register_backend
-from loopq_compile.bisect import bisect, relative_error
-from loopq_compile.capture import capture
+from loopq_compile.capture.to_graph import capture
 from loopq_compile.cli import app
 from loopq_compile.errors import InternalError
 from loopq_compile.operators import ops
 from loopq_compile.passes import Pass, PassResult, catalog
 from loopq_compile.passes.catalog import get_pass, pass_names, register_pass
+from loopq_compile.storage.artifact import verify
 from tests.cli_models import tiny_llama
 from tests.tiny import tiny_model, tokens
 
@@ -117,7 +117,7 @@ def test_what_other_packages_bring_is_checked(installed):
 
 
 def test_all_built_in_passes_have_names():
-    assert {item.name for item in pipelines.loopq()} <= set(pass_names())
+    assert {item.name for item in methods.loopq()} <= set(pass_names())
     assert "rewrite-pass" not in pass_names() and get_pass("insert-las").name == "insert-las"
     with pytest.raises(lq.LoopQError, match="Did you mean 'tag-loops'"):
         get_pass("tag-loop")
@@ -127,16 +127,16 @@ def test_all_built_in_passes_have_names():
 
 def test_names_registered_here_are_not_overwritten(monkeypatch):
     monkeypatch.setattr(backends, "_registered", {})
-    monkeypatch.setattr(pipelines, "METHODS", dict(pipelines.METHODS))
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
     monkeypatch.setattr(catalog, "_known", dict(catalog._known))
     register_pass(Break)
     assert isinstance(get_pass("break", loop="0"), Break)
-    pipelines.register_method("mine", pipelines.symmetric)
+    methods.register_method("mine", methods.symmetric)
     assert compiled("mine").loops.count == 3
     register_backend("mine", get_backend("reference"))
     for again in (
         lambda: register_pass(Break),
-        lambda: pipelines.register_method("loopq", pipelines.symmetric),
+        lambda: methods.register_method("loopq", methods.symmetric),
         lambda: register_backend("onnx", get_backend("reference")),
     ):
         with pytest.raises(lq.LoopQError, match="already; choose another name"):
@@ -144,16 +144,16 @@ def test_names_registered_here_are_not_overwritten(monkeypatch):
     with pytest.raises(lq.LoopQError, match="no function lower"):
         register_backend("other", object())
     with pytest.raises(lq.LoopQError, match="must be a function"):
-        pipelines.register_method("other", pipelines.symmetric())
+        methods.register_method("other", methods.symmetric())
 
 
 def test_a_pipeline_prints_its_passes_and_counts_those_of_one_name():
-    text = str(pipelines.loopq()).splitlines()
+    text = str(methods.loopq()).splitlines()
     assert text[0] == "Pipeline 'loopq', 20 passes" and text[1].startswith("  0  tag-loops ")
-    names = [item.name for item in pipelines.loopq().insert_before("calibrate", Break(), occurrence=-1)]
+    names = [item.name for item in methods.loopq().insert_before("calibrate", Break(), occurrence=-1)]
     assert names.index("break") == max(i for i, name in enumerate(names) if name == "calibrate") - 1
     with pytest.raises(lq.LoopQError, match="has 'calibrate' 4 times; occurrence is 4"):
-        pipelines.loopq().remove("calibrate", occurrence=4)
+        methods.loopq().remove("calibrate", occurrence=4)
 
 
 @pytest.mark.parametrize(("item", "kind"), [(Fail(), InternalError), (Refuse(), lq.LoopQError)])

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from loopq_compile import LoopQError
-from loopq_compile.capture import capture
-from loopq_compile.driver import quantize
-from loopq_compile.generation import logits_of
-from loopq_compile.pipelines import get_pipeline
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.compiler import quantize
+from loopq_compile.generation.sampling import logits_of
+from loopq_compile.graph.scheme import Scheme
+from loopq_compile.graph.state import copy_graph, get_state
+from loopq_compile.methods import get_pipeline
 from loopq_compile.program import Program
-from loopq_compile.scheme import Scheme
-from loopq_compile.state import copy_graph, get_state
 from tests.decoding import check_decoding
 from tests.golf import GolfLM
 from tests.looped_models import dory, hrm_text

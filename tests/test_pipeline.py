@@ -3,11 +3,11 @@
 import pytest
 
 import loopq_compile as lq
-from loopq_compile.capture import capture
+from loopq_compile.capture.to_graph import capture
 from loopq_compile.errors import InternalError
-from loopq_compile.loops import get_tag, set_tag
+from loopq_compile.graph.loops import get_tag, set_tag
+from loopq_compile.graph.state import get_state
 from loopq_compile.passes import Pass, PassResult
-from loopq_compile.state import get_state
 from tests.tiny import tiny_model, tokens
 
 

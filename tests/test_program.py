@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import loopq_compile as lq
-from loopq_compile.manifest import write_manifest
+from loopq_compile.graph.printer import print_transition
 from loopq_compile.operators import ops
-from loopq_compile.printer import print_transition
+from loopq_compile.storage.manifest import write_manifest
 from tests.tiny import tiny_model, tiny_program, tokens
 
 
@@ -102,7 +102,7 @@ def test_saving_replaces_an_older_program_and_nothing_else(tmp_path):
 
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
-    import loopq_compile.artifact as artifact
+    import loopq_compile.storage.artifact as artifact
 
     def full(*_):
         raise OSError(28, "No space left on device")

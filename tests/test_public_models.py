@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from loopq_compile import LoopQError
 from loopq_compile.backends.onnx import OnnxExecutable
-from loopq_compile.capture import capture
-from loopq_compile.driver import quantize
-from loopq_compile.generation import logits_of
-from loopq_compile.pipelines import get_pipeline
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.compiler import quantize
+from loopq_compile.generation.sampling import logits_of
+from loopq_compile.graph.scheme import Scheme
+from loopq_compile.methods import get_pipeline
 from loopq_compile.program import Program
-from loopq_compile.scheme import Scheme
 from tests.backends.onnx.graphs import in_float32
 from tests.looped_models import UniversalTransformer, zamba2
 

@@ -18,9 +18,9 @@ import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable
 from loopq_compile.cli import app
 from loopq_compile.errors import InternalError
+from tests.capture.test_random import Random, plans
 from tests.cases import cases
 from tests.cli_models import tiny_llama
-from tests.test_capture_random import Random, plans
 from tests.tiny import tiny_model, tiny_program, tokens
 from tests.zoo_models import VOCABULARY
 
@@ -140,7 +140,7 @@ def test_a_defect_ends_with_its_own_status(monkeypatch, tmp_path):
     def broken(*_, **__):
         raise InternalError("something of ours broke")
 
-    monkeypatch.setattr("loopq_compile.artifact.verify", broken)
+    monkeypatch.setattr("loopq_compile.storage.artifact.verify", broken)
     done = CliRunner().invoke(app, ["verify", str(tmp_path)])
     assert done.exit_code == 70 and "something of ours broke" in done.stderr and "defect" in done.stderr
 
@@ -152,10 +152,10 @@ def test_shells_can_complete():
 
 
 def test_the_estimate_times_a_batch():
-    from loopq_compile.capture import capture
-    from loopq_compile.estimate import estimate
-    from loopq_compile.options import CalibrationOptions
-    from loopq_compile.state import get_state
+    from loopq_compile.analysis.estimate import estimate
+    from loopq_compile.capture.to_graph import capture
+    from loopq_compile.graph.options import CalibrationOptions
+    from loopq_compile.graph.state import get_state
 
     graph, data = capture(tiny_model(), tokens()), [tokens(1), tokens(2)]
     nodes = len(graph.graph.nodes)

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 import loopq_compile as lq
-from loopq_compile import LoopQError, pipelines
-from loopq_compile.capture import capture
-from loopq_compile.driver import quantize
-from loopq_compile.options import CalibrationOptions
+from loopq_compile import LoopQError, methods
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.compiler import quantize
+from loopq_compile.graph.options import CalibrationOptions
+from loopq_compile.graph.scheme import Scheme
+from loopq_compile.graph.state import copy_graph
 from loopq_compile.program import Program
-from loopq_compile.scheme import Scheme
-from loopq_compile.state import copy_graph
 from tests.tiny import TinyLoopedLM, tokens
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 OTHERS = [name for name in TYPES if name != "float32"]
-METHODS = sorted(pipelines.METHODS)
+METHODS = sorted(methods.METHODS)
 DATA = [tokens(seed, 2, 8) for seed in range(4)]
 X = tokens(9, 2, 8)
 
@@ -43,7 +43,7 @@ def captured(dtype: str) -> Any:
 def program(dtype: str, method: str, activation: str = "dynamic", scheme: str = "w8a8", solver: str | None = None):
     options = CalibrationOptions(steps=2, weight_solver=solver, fused="off")
     parsed = Scheme.parse(scheme, activation=activation)
-    return quantize(copy_graph(captured(dtype)), parsed, pipelines.get_pipeline(method), DATA, options)
+    return quantize(copy_graph(captured(dtype)), parsed, methods.get_pipeline(method), DATA, options)
 
 
 def logits(program: Program) -> Tensor:
@@ -149,12 +149,12 @@ def test_precision_goes_with_float32_and_bfloat16():
             quantize(
                 copy_graph(captured(dtype)),
                 Scheme(),
-                pipelines.spinquant(),
+                methods.spinquant(),
                 DATA,
                 CalibrationOptions(steps=1, precision="bfloat16"),
             )
     options = CalibrationOptions(steps=1, precision="bfloat16", fused="off")
-    made = quantize(copy_graph(captured("bfloat16")), Scheme(), pipelines.spinquant(), DATA, options)
+    made = quantize(copy_graph(captured("bfloat16")), Scheme(), methods.spinquant(), DATA, options)
     assert logits(made).isfinite().all()
 
 
@@ -177,12 +177,12 @@ def test_an_error_after_a_phase_says_how_to_go_on_and_the_next_run_does(tmp_path
         options = CalibrationOptions(steps=2, fused="off", checkpoint=folder)
         return quantize(copy_graph(captured("bfloat16")), Scheme(), pipeline, DATA, options)
 
-    failing = pipelines.spinquant().insert_after("calibrate", _Fails())
+    failing = methods.spinquant().insert_after("calibrate", _Fails())
     with pytest.raises(LoopQError, match=rf"It failed\. What was learned before is kept in {tmp_path}"):
         run(failing, tmp_path)
     assert (tmp_path / "phase-0.safetensors").is_file()
-    resumed = run(pipelines.spinquant(), tmp_path)
-    assert torch.equal(logits(resumed), logits(run(pipelines.spinquant(), None)))
+    resumed = run(methods.spinquant(), tmp_path)
+    assert torch.equal(logits(resumed), logits(run(methods.spinquant(), None)))
     with pytest.raises(LoopQError, match=r"It failed\. With checkpoint='folder'"):
         run(failing, None)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import traceback
 
-from loopq_compile.capture import capture
-from loopq_compile.passes.tag_loops import TagLoops
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.passes.loops.tag_loops import TagLoops
 from loopq_compile.program import Program
 from tests import zoo_models as m
 from tests import zoo_more_models as more

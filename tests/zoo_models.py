@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import traceback
 from torch.nn import functional as F
 
-from loopq_compile.loops import LoopTag
+from loopq_compile.graph.loops import LoopTag
 
 DIM, VOCABULARY = 32, 64
 MARK = "zoo_loop"

@@ -15,7 +15,7 @@ from typing import Any
 from loopq_compile.backends.onnx.executable import OnnxExecutable
 from loopq_compile.backends.onnx.exporter import export
 from loopq_compile.backends.onnx.genai import write_genai_config
-from loopq_compile.backends.onnx.report import OnnxExport
+from loopq_compile.backends.onnx.overview import OnnxExport
 
 __all__ = ["OnnxExecutable", "OnnxExport", "export", "lower", "write_genai_config"]
 

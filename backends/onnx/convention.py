@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.signature import Signature, result_names, signature_from_dict, signature_to_dict
+from loopq_compile.graph.signature import Signature, result_names, signature_from_dict, signature_to_dict
 
 METADATA_KEY = "loopq.signature"
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from loopq_compile.backends.onnx.loop import LOOPS
-from loopq_compile.decoding import cache_inputs, empty_cache, last_logits, present_name
-from loopq_compile.early_exit import EXIT_THRESHOLD, LOOPS_SPENT, has_early_exit, threshold_tensor
 from loopq_compile.errors import LoopQError
-from loopq_compile.signature import Signature
+from loopq_compile.generation.decoders import cache_inputs, empty_cache, last_logits, present_name
+from loopq_compile.graph.early_exit import EXIT_THRESHOLD, LOOPS_SPENT, has_early_exit, threshold_tensor
+from loopq_compile.graph.signature import Signature
 
 _LOGITS = "logits"
 PREFILL_CHUNK = 128
@@ -56,7 +56,7 @@ class OnnxDecoder:
         self.loops_spent: list[int] = []
 
     def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits `[batch, vocabulary]` of the token behind the last; see `loopq_compile.decoding.Decoder`.
+        """Logits `[batch, vocabulary]` of the token behind the last; see `loopq_compile.generation.decoders.Decoder`.
 
         Raises:
             LoopQError: ONNX Runtime fails, for instance on a token id that is out of range.

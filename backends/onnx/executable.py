@@ -16,11 +16,11 @@ from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
 from loopq_compile.backends.onnx.decoder import PREFILL_CHUNK, OnnxDecoder
 from loopq_compile.backends.onnx.folder import check_references
 from loopq_compile.backends.onnx.loop import LOOPS
-from loopq_compile.decoding import Chosen, Decoder, complete, has_cache, read_texts
-from loopq_compile.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
 from loopq_compile.errors import LoopQError
-from loopq_compile.folders import settle
-from loopq_compile.manifest import first_line
+from loopq_compile.generation.decoders import Chosen, Decoder, complete, has_cache, read_texts
+from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
+from loopq_compile.storage.atomic import settle
+from loopq_compile.storage.manifest import first_line
 
 
 class OnnxExecutable:
@@ -104,7 +104,7 @@ class OnnxExecutable:
         prefill_chunk: int = PREFILL_CHUNK,
         **options: Any,
     ) -> Tensor:
-        """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.generate`.
+        """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.sampling.generate`.
 
         A file with a key-value cache reads the prompt once; any other reads all again for every token.
 
@@ -115,7 +115,7 @@ class OnnxExecutable:
             prefill_chunk: most tokens of a prompt that a file with a cache reads in one call, see `OnnxDecoder`.
             options: as there.
         """
-        from loopq_compile.generation import generate
+        from loopq_compile.generation.sampling import generate
 
         chosen = Chosen(self, loops=loops, exit_threshold=exit_threshold, prefill_chunk=prefill_chunk)
         return generate(chosen, input_ids, max_new_tokens, **options)

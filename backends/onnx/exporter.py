@@ -18,23 +18,23 @@ from loopq_compile.backends.onnx.contrib import lower_to_contrib
 from loopq_compile.backends.onnx.convention import METADATA_KEY, output_names, to_json
 from loopq_compile.backends.onnx.loop import LOOPS, roll
 from loopq_compile.backends.onnx.naming import name_everything
+from loopq_compile.backends.onnx.overview import OnnxExport, describe
 from loopq_compile.backends.onnx.prepare import Prepared, prepare
 from loopq_compile.backends.onnx.qdq import OPSET, lower_to_qdq
-from loopq_compile.backends.onnx.report import OnnxExport, describe
 from loopq_compile.backends.onnx.simplify import simplify
 from loopq_compile.backends.onnx.storage import FLOAT_BITS, store_half
 from loopq_compile.backends.onnx.translate import DOMAIN, translate
 from loopq_compile.backends.onnx.write import EXTERNAL_DATA_THRESHOLD, check_destination, write_model
 from loopq_compile.errors import LoopQError, did_you_mean
-from loopq_compile.names import shown_name
-from loopq_compile.passes.add_cache import AddCache
+from loopq_compile.graph.names import shown_name
+from loopq_compile.graph.rolled import rolled_loops
+from loopq_compile.graph.state import CompilerState, attach_state, copy_graph, get_state, get_tensor
 from loopq_compile.passes.base import Pass
-from loopq_compile.passes.exit_early import ExitEarly
-from loopq_compile.passes.roll_loops import RollLoops
-from loopq_compile.passes.spell_out_attention import SpellOutAttention
+from loopq_compile.passes.cache.add_cache import AddCache
+from loopq_compile.passes.cache.spell_out_attention import SpellOutAttention
+from loopq_compile.passes.loops.exit_early import ExitEarly
+from loopq_compile.passes.loops.roll_loops import RollLoops
 from loopq_compile.pipeline import Pipeline
-from loopq_compile.rolled import rolled_loops
-from loopq_compile.state import CompilerState, attach_state, copy_graph, get_state, get_tensor
 
 TARGETS = ("qdq", "onnxruntime")
 FORMS = ("unrolled", "rolled")

@@ -19,11 +19,11 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from loopq_compile.artifact import Verified
 from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
 from loopq_compile.errors import LoopQError
-from loopq_compile.folders import check_folder, settle, writing_folder
-from loopq_compile.manifest import (
+from loopq_compile.storage.artifact import Verified
+from loopq_compile.storage.atomic import check_folder, settle, writing_folder
+from loopq_compile.storage.manifest import (
     ManifestKind,
     check_files,
     check_name,

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from loopq_compile.backends.onnx.prepare import Origin
 from loopq_compile.backends.onnx.translate import WEIGHT_PREFIX, origin_of
-from loopq_compile.names import shown_name
+from loopq_compile.graph.names import shown_name
 
 
 def name_everything(model: ir.Model, origins: Mapping[str, Origin]) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor, fx
 
 import loopq_compile.operators  # noqa: F401  (registers torch.ops.loopq)
 from loopq_compile.errors import LoopQError
-from loopq_compile.loops import get_tag
-from loopq_compile.passes.constants import constant_nodes, evaluate
-from loopq_compile.passes.transforms import TRANSFORM
-from loopq_compile.recurrence import module_calls
-from loopq_compile.rolled import RolledLoop
-from loopq_compile.state import get_state, get_tensor
+from loopq_compile.graph.constants import constant_nodes, evaluate
+from loopq_compile.graph.loops import get_tag
+from loopq_compile.graph.recurrence import module_calls
+from loopq_compile.graph.rolled import RolledLoop
+from loopq_compile.graph.state import get_state, get_tensor
+from loopq_compile.passes.transforms.tables import TRANSFORM
 
 _aten, _loopq = torch.ops.aten, torch.ops.loopq
 _READERS = {

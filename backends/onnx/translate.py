@@ -25,8 +25,8 @@ import loopq_compile.operators  # noqa: F401  (registers torch.ops.loopq)
 from loopq_compile.backends.onnx.decompose import DECOMPOSITIONS
 from loopq_compile.backends.onnx.prepare import Prepared
 from loopq_compile.errors import LoopQError
-from loopq_compile.rolled import goes_on, rolled_loops
-from loopq_compile.signature import LOOPS_AXIS, PAST, TOTAL, InputSpec, Signature
+from loopq_compile.graph.rolled import goes_on, rolled_loops
+from loopq_compile.graph.signature import LOOPS_AXIS, PAST, TOTAL, InputSpec, Signature
 
 DOMAIN = "loopq"
 """Domain of the opaque nodes `Quantize`, `Dequantize`, `DynamicScale` and `Linear`."""

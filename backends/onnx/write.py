@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from loopq_compile.backends.onnx.folder import DATA_FILE, KIND, MODEL_FILE, versions
 from loopq_compile.errors import InternalError, LoopQError
-from loopq_compile.folders import check_folder, writing_folder
+from loopq_compile.storage.atomic import check_folder, writing_folder
 
 EXTERNAL_DATA_THRESHOLD = 2**26
 """Bytes of weights above which they get a file of their own.
@@ -36,7 +36,7 @@ def check_destination(directory: Path, *, overwrite: bool) -> None:
 
 def write_model(model: ir.Model, directory: Path, *, threshold: int) -> list[Path]:
     """Writes `model.onnx` (and `model.onnx.data` if the weights take more than `threshold` bytes) into `directory`, and
-    a manifest with their sizes and hashes; see `loopq_compile.folders`.
+    a manifest with their sizes and hashes; see `loopq_compile.storage.atomic`.
 
     The files pass `onnx.checker` with shape inference before they are moved into position.
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.state import get_state
+from loopq_compile.graph.state import get_state
 
 __all__ = ["ReferenceExecutable", "lower"]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.folders import write_text
+from loopq_compile.storage.atomic import write_text
 
 DECODE_ROWS = 16
 """Up to so many rows the decode variant runs: a tile of 16 rows, split along k."""

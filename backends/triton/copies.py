@@ -11,8 +11,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from loopq_compile.rolled import RolledLoop
-from loopq_compile.state import attach_state, get_state
+from loopq_compile.graph.rolled import RolledLoop
+from loopq_compile.graph.state import attach_state, get_state
 
 
 def private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:

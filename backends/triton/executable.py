@@ -15,17 +15,17 @@ from loopq_compile.backends.triton.configurations import (
     WIDEST_TILE,
 )
 from loopq_compile.backends.triton.copies import on_device, private_copy, put_on
-from loopq_compile.backends.triton.decode import StaticDecoder, capture_cuda_graph, check_cuda_graphs
 from loopq_compile.backends.triton.operators import INTERPRETED
+from loopq_compile.backends.triton.static_decoder import StaticDecoder, capture_cuda_graph, check_cuda_graphs
 from loopq_compile.errors import LoopQError
+from loopq_compile.graph.state import get_state
 from loopq_compile.operators import ops
-from loopq_compile.passes.fuse_adapters import FuseAdapters
-from loopq_compile.passes.fuse_attention import FuseAttention
-from loopq_compile.passes.fuse_linears import FuseLinears
-from loopq_compile.passes.fusion import RESULTS, Entry, Limits
-from loopq_compile.passes.roll_loops import RollLoops
+from loopq_compile.passes.fuse.fuse_adapters import FuseAdapters
+from loopq_compile.passes.fuse.fuse_attention import FuseAttention
+from loopq_compile.passes.fuse.fuse_linears import FuseLinears
+from loopq_compile.passes.fuse.fusion import RESULTS, Entry, Limits
+from loopq_compile.passes.loops.roll_loops import RollLoops
 from loopq_compile.pipeline import Pipeline
-from loopq_compile.state import get_state
 
 _LIMITS = Limits((32, 64, 128), WIDEST_PLAIN, WIDEST_TILE, LONGEST_SIDE)
 _OLDEST = (8, 0)

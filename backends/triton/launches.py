@@ -19,9 +19,9 @@ from loopq_compile.backends.triton import operators
 from loopq_compile.backends.triton.ahead import Case
 from loopq_compile.backends.triton.configurations import DECODE_ROWS, MIDDLE_ROWS
 from loopq_compile.errors import LoopQError
-from loopq_compile.passes.fix_cache import has_position
-from loopq_compile.signature import LOOPS_AXIS, PAST, Signature
-from loopq_compile.state import get_state
+from loopq_compile.graph.signature import LOOPS_AXIS, PAST, Signature
+from loopq_compile.graph.state import get_state
+from loopq_compile.passes.cache.fix_cache import has_position
 
 ROWS = (1, DECODE_ROWS, MIDDLE_ROWS, MIDDLE_ROWS + 1)
 """Numbers of tokens that between them reach every tile that a launch may choose."""

@@ -1,6 +1,6 @@
 """Lowered programs as folders: the fused program, and its kernels, compiled ahead of time, which needs no GPU.
 
-Such a folder is a saved program (`loopq_compile.artifact`: JSON, safetensors, a manifest) with two more files.
+Such a folder is a saved program (`loopq_compile.storage.artifact`: JSON, safetensors, a manifest) with two more files.
 `kernels.json` lists every kernel as it is launched, `kernels.safetensors` holds what Triton keeps of a compiled one.
 `load` puts those for the GPU at hand into Triton's cache, so that a launch finds them there and nothing is compiled.
 The name of an entry in that cache is a hash of the kernel's source, its constants, Triton itself and the compiler:
@@ -27,20 +27,20 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, fx
 from triton.runtime.cache import get_cache_manager
 
-from loopq_compile import artifact
 from loopq_compile.backends.triton.ahead import ARCHITECTURES, Case, cache_key, check_architecture, compile_binary
 from loopq_compile.backends.triton.copies import private_copy, put_on
-from loopq_compile.backends.triton.decode import step_of
 from loopq_compile.backends.triton.executable import TritonExecutable, device_for, fuse, use_kernels
 from loopq_compile.backends.triton.kernels import KERNELS
 from loopq_compile.backends.triton.launches import ROWS, launches
 from loopq_compile.backends.triton.operators import INTERPRETED
-from loopq_compile.decoding import has_cache
+from loopq_compile.backends.triton.static_decoder import step_of
 from loopq_compile.errors import LoopQError
-from loopq_compile.folders import check_folder
-from loopq_compile.manifest import PROGRAM, check_files, first_line, read_json
-from loopq_compile.rolled import rolled_loops
-from loopq_compile.state import get_state
+from loopq_compile.generation.decoders import has_cache
+from loopq_compile.graph.rolled import rolled_loops
+from loopq_compile.graph.state import get_state
+from loopq_compile.storage import artifact
+from loopq_compile.storage.atomic import check_folder
+from loopq_compile.storage.manifest import PROGRAM, check_files, first_line, read_json
 
 CASE_FILE, BINARY_FILE = "kernels.json", "kernels.safetensors"
 _KEPT = ("json", "cubin")

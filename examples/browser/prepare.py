@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loopq_compile import LoopQError
-from loopq_compile.loading import end_tokens, load_model
+from loopq_compile.sources.loading import end_tokens, load_model
 
 HERE = Path(__file__).parent
 PAGE = ("index.html", "worker.mjs", "generate.mjs")

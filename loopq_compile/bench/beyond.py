@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from loopq_compile.backends.onnx import OnnxExecutable
 from loopq_compile.bench.cells import Values
-from loopq_compile.bench.report import Report
-from loopq_compile.driver import compile as compile_model
-from loopq_compile.evaluate import evaluate
-from loopq_compile.scheme import Scheme
+from loopq_compile.bench.results import Report
+from loopq_compile.compiler import compile as compile_model
+from loopq_compile.evaluation.perplexity import evaluate
+from loopq_compile.graph.scheme import Scheme
 
 COLUMNS = ("scheme", "method", "loops", "perplexity", "full precision", "ratio", "KL")
 

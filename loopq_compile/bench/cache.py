@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from loopq_compile.bench.cells import Values
-from loopq_compile.bench.report import Report
-from loopq_compile.decoding import cache_inputs
-from loopq_compile.driver import compile as compile_model
-from loopq_compile.evaluate import Remembered, evaluate
+from loopq_compile.bench.results import Report
+from loopq_compile.compiler import compile as compile_model
+from loopq_compile.evaluation.perplexity import Remembered, evaluate
+from loopq_compile.generation.decoders import cache_inputs
+from loopq_compile.graph.scheme import Scheme
+from loopq_compile.graph.signature import Signature
+from loopq_compile.graph.state import get_state
 from loopq_compile.program import Program
-from loopq_compile.scheme import Scheme
-from loopq_compile.signature import Signature
-from loopq_compile.state import get_state
 
 COLUMNS = ("scheme", "cache", "bytes a token", "perplexity", "ratio", "KL", "top-1 agreement")
 

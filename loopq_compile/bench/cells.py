@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from loopq_compile.folders import write_text
+from loopq_compile.storage.atomic import write_text
 
 Values = dict[str, Any]
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from loopq_compile.bench.report import Report
-from loopq_compile.capture import capture
-from loopq_compile.driver import load, quantize
-from loopq_compile.options import CalibrationOptions
-from loopq_compile.passes.roll_loops import RollLoops
+from loopq_compile.bench.results import Report
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.compiler import load, quantize
+from loopq_compile.graph.options import CalibrationOptions
+from loopq_compile.graph.scheme import Scheme
+from loopq_compile.methods import get_pipeline
+from loopq_compile.passes.loops.roll_loops import RollLoops
 from loopq_compile.pipeline import Pipeline, pass_name
-from loopq_compile.pipelines import get_pipeline
-from loopq_compile.scheme import Scheme
 
 SIZES = ((4, 4), (8, 8), (16, 16), (32, 32))
 """Layers and loops: 16, 64, 256 and 1,024 layer calls."""

@@ -9,7 +9,7 @@ from functools import partial
 from torch import fx
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.state import attach_state, copy_graph, get_state
+from loopq_compile.graph.state import attach_state, copy_graph, get_state
 
 
 def with_loops(graph_module: fx.GraphModule, ends: Sequence[str], count: int) -> fx.GraphModule:
@@ -21,7 +21,7 @@ def with_loops(graph_module: fx.GraphModule, ends: Sequence[str], count: int) ->
     Args:
         graph_module: a captured graph, or that of a program made of it.
         ends: names of the nodes that hold the state behind each iteration, from
-            `loopq_compile.trajectory.states.loop_ends`.
+            `loopq_compile.calibration.states.loop_ends`.
         count: number of iterations, at least 1.
 
     Raises:

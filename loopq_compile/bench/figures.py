@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from loopq_compile.analysis.summary import short_names
 from loopq_compile.bench import plots
 from loopq_compile.bench.cells import Values
-from loopq_compile.bench.report import Report
+from loopq_compile.bench.results import Report
 from loopq_compile.bench.settings import Run, Selection
 from loopq_compile.bench.study import Study
+from loopq_compile.calibration.ranges import static_range
 from loopq_compile.errors import LoopQError
-from loopq_compile.passes.annotate_linears import AnnotateLinears
-from loopq_compile.passes.canonicalize_linears import CanonicalizeLinears
-from loopq_compile.passes.collect_ranges import CollectRanges
-from loopq_compile.passes.tag_loops import TagLoops
+from loopq_compile.graph.scheme import Scheme
+from loopq_compile.graph.state import copy_graph, get_state
+from loopq_compile.passes.loops.tag_loops import TagLoops
+from loopq_compile.passes.quantize.annotate_linears import AnnotateLinears
+from loopq_compile.passes.quantize.canonicalize_linears import CanonicalizeLinears
+from loopq_compile.passes.quantize.collect_ranges import CollectRanges
 from loopq_compile.pipeline import Pipeline
-from loopq_compile.scheme import Scheme
-from loopq_compile.state import copy_graph, get_state
-from loopq_compile.statistics import static_range
-from loopq_compile.summary import short_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

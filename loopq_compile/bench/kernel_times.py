@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from loopq_compile.backends.triton.configurations import KINDS, Table, Tile, forcing, kind_of, table_name, tuning_grid
 from loopq_compile.bench.cells import Cells, Values
 from loopq_compile.bench.kernels import PRODUCTS, ROWS
-from loopq_compile.bench.report import Report
+from loopq_compile.bench.results import Report
 from loopq_compile.errors import LoopQError
 from loopq_compile.operators import ops
 from loopq_compile.operators.packed import pack_weight

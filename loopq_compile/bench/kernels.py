@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from loopq_compile.bench.report import Report
+from loopq_compile.bench.results import Report
 from loopq_compile.errors import LoopQError
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from torch import nn
 
 from loopq_compile.bench import session
 from loopq_compile.bench.cells import Values
-from loopq_compile.bench.report import Report
-from loopq_compile.driver import compile as compile_model
-from loopq_compile.scheme import Scheme
+from loopq_compile.bench.results import Report
+from loopq_compile.compiler import compile as compile_model
+from loopq_compile.graph.scheme import Scheme
 
 COLUMNS = ("target", "form", "loops", "nodes", "MB", "open ms", "memory MB", "ms a call")
 TARGETS, FORMS = ("qdq", "onnxruntime"), ("unrolled", "rolled")

@@ -12,17 +12,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loopq_compile import folders
-from loopq_compile.capture import capture
-from loopq_compile.driver import compile as compile_model
-from loopq_compile.driver import quantize
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.compiler import compile as compile_model
+from loopq_compile.compiler import quantize
 from loopq_compile.errors import LoopQError
-from loopq_compile.evaluate import LENGTH, STRIDE, Remembered, Score, evaluate
-from loopq_compile.options import CalibrationOptions
-from loopq_compile.pipelines import get_pipeline
+from loopq_compile.evaluation.perplexity import LENGTH, STRIDE, Remembered, Score, evaluate
+from loopq_compile.graph.options import CalibrationOptions
+from loopq_compile.graph.scheme import Scheme
+from loopq_compile.graph.state import copy_graph
+from loopq_compile.methods import get_pipeline
 from loopq_compile.program import Program
-from loopq_compile.scheme import Scheme
-from loopq_compile.state import copy_graph
+from loopq_compile.storage import atomic
 
 FULL_PRECISION = "full precision"
 COLUMNS = (
@@ -180,7 +180,7 @@ def write_results(
         LoopQError: the directory cannot be written.
     """
     texts = {"quality.json": to_json(rows, **about), "quality.md": f"# {heading}\n\n{to_markdown(rows)}"}
-    return folders.write_results(directory, texts)
+    return atomic.write_results(directory, texts)
 
 
 def _row(method: str, scheme: str, activation: str, score: Score, base: Score, seconds: float) -> QualityRow:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loopq_compile.evaluate import LENGTH, STRIDE
-from loopq_compile.scheme import Scheme
+from loopq_compile.evaluation.perplexity import LENGTH, STRIDE
+from loopq_compile.graph.scheme import Scheme
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import onnx
 from loopq_compile.bench import session
 from loopq_compile.bench.cells import Values
 from loopq_compile.bench.random_models import sized
-from loopq_compile.bench.report import Report
+from loopq_compile.bench.results import Report
 from loopq_compile.bench.size_session import Job, measure
 
 COLUMNS = ("what", "seconds", "of a processor", "peak GiB", "GiB")

@@ -16,18 +16,18 @@ import torch
 
 import loopq_compile
 from loopq_compile.bench.cells import Cells, Values
-from loopq_compile.bench.report import Report
+from loopq_compile.bench.results import Report
 from loopq_compile.bench.speed_session import Job, load, measure
 from loopq_compile.bench.speed_torch import WAYS
-from loopq_compile.capture import capture
-from loopq_compile.driver import compile as compile_model
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.compiler import compile as compile_model
 from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.graph.scheme import Scheme
 from loopq_compile.memory import trim
-from loopq_compile.passes.tag_loops import TagLoops
+from loopq_compile.methods import get_pipeline
+from loopq_compile.passes.loops.tag_loops import TagLoops
 from loopq_compile.pipeline import Pipeline
-from loopq_compile.pipelines import get_pipeline
 from loopq_compile.program import Program
-from loopq_compile.scheme import Scheme
 
 _EXACT = "ONNX Runtime float32"
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from loopq_compile.bench.session import peak, resident
-from loopq_compile.decoding import Decoder
 from loopq_compile.errors import LoopQError
-from loopq_compile.manifest import first_line
+from loopq_compile.generation.decoders import Decoder
+from loopq_compile.storage.manifest import first_line
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Job:
     """What to measure.
 
     Args:
-        model: what `loopq_compile.loading.load_model` takes, or an ONNX file.
+        model: what `loopq_compile.sources.loading.load_model` takes, or an ONNX file.
         way: in which PyTorch runs the model, one of `speed_torch.WAYS`; "" for an ONNX file.
         config: of an Ouro model with random weights, as `OuroConfig.to_dict` writes it; None for the model by name.
         prefill: lengths of prompts, one row.
@@ -93,7 +93,7 @@ def load(job: Job, dtype: str = "float32") -> nn.Module:
         from loopq_compile.models import OuroConfig
 
         return random_model(OuroConfig.from_dict(job.config), getattr(torch, dtype))
-    from loopq_compile.loading import load_model
+    from loopq_compile.sources.loading import load_model
 
     options: Any = {"trust_remote_code": job.trust_remote_code, "allow_pickle": job.allow_pickle}
     return load_model(job.model, dtype=dtype, **options).model.to(getattr(torch, dtype)).eval()

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from loopq_compile.decoding import Decoder, logits_of
 from loopq_compile.errors import LoopQError
+from loopq_compile.generation.decoders import Decoder, logits_of
+from loopq_compile.graph.scheme import Scheme
 from loopq_compile.program import Program
-from loopq_compile.scheme import Scheme
 
 GROUP_SIZE = 32
 
@@ -42,7 +42,7 @@ class HuggingFaceDecoder:
         self.model, self.past = model, None
 
     def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """See `loopq_compile.decoding.Decoder`."""
+        """See `loopq_compile.generation.decoders.Decoder`."""
         given = {"attention_mask": attention_mask, "past_key_values": self.past, "use_cache": True}
         output = self.model(new_ids, logits_to_keep=1, **given)
         self.past = output.past_key_values
@@ -62,7 +62,7 @@ def decoders(model: nn.Module, way: Way) -> Callable[[], Decoder]:
     is_hugging_face = hasattr(model, "prepare_inputs_for_generation")
     if is_hugging_face and not way.compiled:
         return lambda: HuggingFaceDecoder(model)
-    from loopq_compile.capture import capture
+    from loopq_compile.capture.to_graph import capture
 
     program = Program(capture(model, None if is_hugging_face else torch.ones(2, 8, dtype=torch.int64)))
     if not way.compiled:
@@ -79,9 +79,9 @@ def decoders(model: nn.Module, way: Way) -> Callable[[], Decoder]:
 
 def quantized_weights(program: Program) -> list[str]:
     """The weights of a captured program that our schemes quantize."""
-    from loopq_compile.passes.annotate_linears import AnnotateLinears
+    from loopq_compile.graph.state import get_state
+    from loopq_compile.passes.quantize.annotate_linears import AnnotateLinears
     from loopq_compile.pipeline import Pipeline
-    from loopq_compile.state import get_state
 
     state = get_state(program.graph_module)
     state.scheme = Scheme.parse("w4a8", group_size=GROUP_SIZE)

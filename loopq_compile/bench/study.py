@@ -13,20 +13,20 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from loopq_compile.bench import parameters, trajectory
+from loopq_compile.analysis import parameters, residual_error
 from loopq_compile.bench.cells import Cells, Values, plain
 from loopq_compile.bench.settings import Run, Settings
-from loopq_compile.capture import capture
-from loopq_compile.driver import quantize
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.compiler import quantize
 from loopq_compile.errors import LoopQError
-from loopq_compile.evaluate import Remembered, evaluate
-from loopq_compile.options import CalibrationOptions
+from loopq_compile.evaluation.perplexity import Remembered, evaluate
+from loopq_compile.graph.options import CalibrationOptions
+from loopq_compile.graph.state import copy_graph, get_state
+from loopq_compile.methods import METHODS, get_pipeline
 from loopq_compile.pipeline import Pipeline
-from loopq_compile.pipelines import METHODS, get_pipeline
 from loopq_compile.program import Program
-from loopq_compile.self_generated import CALIBRATIONS, CHARACTERS, calibration_data, fingerprint
-from loopq_compile.state import copy_graph, get_state
-from loopq_compile.texts import read_text
+from loopq_compile.sources.calibration_text import read_text
+from loopq_compile.sources.self_generated import CALIBRATIONS, CHARACTERS, calibration_data, fingerprint
 
 PROBE_ROWS, PROBE_LENGTH = 4, 128
 """Held-out tokens on which program and model are compared point by point."""
@@ -195,9 +195,9 @@ class Study:
     def _trajectory(self, run: Run, program: Program) -> list[Values]:
         if [spec.dtype.is_floating_point for spec in get_state(self.captured).signature.inputs] != [False]:
             return []
-        reference = trajectory.reference_graph(self.captured, run.scheme)
-        where = trajectory.points(reference)
-        found = trajectory.errors(reference, program.graph_module, where, self.probe())
+        reference = residual_error.reference_graph(self.captured, run.scheme)
+        where = residual_error.points(reference)
+        found = residual_error.errors(reference, program.graph_module, where, self.probe())
         return [{**asdict(point), "error": found[point.node]} for point in where if point.node in found]
 
 

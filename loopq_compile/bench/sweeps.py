@@ -8,21 +8,22 @@ from statistics import mean
 
 from torch import fx
 
-from loopq_compile.bench import plots, trajectory
+from loopq_compile.analysis import residual_error
+from loopq_compile.bench import plots
 from loopq_compile.bench.cells import Values
 from loopq_compile.bench.extrapolation import with_loops
-from loopq_compile.bench.report import Report, spread
+from loopq_compile.bench.results import Report, spread
 from loopq_compile.bench.settings import Run, Selection
 from loopq_compile.bench.study import Study
 from loopq_compile.bench.tables import failures, good
+from loopq_compile.calibration.states import loop_ends
 from loopq_compile.errors import LoopQError
-from loopq_compile.evaluate import Remembered, evaluate
-from loopq_compile.loops import get_tag
-from loopq_compile.passes.annotate_linears import linear_calls
+from loopq_compile.evaluation.perplexity import Remembered, evaluate
+from loopq_compile.graph.loops import get_tag
+from loopq_compile.graph.scheme import Scheme
+from loopq_compile.graph.state import get_state
+from loopq_compile.passes.quantize.annotate_linears import linear_calls
 from loopq_compile.program import Program
-from loopq_compile.scheme import Scheme
-from loopq_compile.state import get_state
-from loopq_compile.trajectory.states import loop_ends
 
 GROUPS, SAMPLES = (0, 2, 4, 8), (8, 16, 32, 64, 128)
 """Default points of figures 4 and 6."""
@@ -88,7 +89,7 @@ def _only_loopq(selection: Selection) -> Selection:
 
 def _groups_in_loops(study: Study, scheme: Scheme) -> int:
     """Groups of quantized linears that run more than once."""
-    reference = trajectory.reference_graph(study.captured, scheme)
+    reference = residual_error.reference_graph(study.captured, scheme)
     state = get_state(reference)
     return len(
         {
@@ -146,7 +147,7 @@ class _Loops:
 
     def __init__(self, study: Study, scheme: Scheme) -> None:
         self.study = study
-        self.reference = trajectory.reference_graph(study.captured, scheme)
+        self.reference = residual_error.reference_graph(study.captured, scheme)
         self.ends = loop_ends(self.reference)
         if len(self.ends) < 2:
             raise LoopQError(

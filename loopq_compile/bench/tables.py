@@ -9,10 +9,10 @@ from typing import Any
 
 from loopq_compile.bench import plots
 from loopq_compile.bench.cells import Values
-from loopq_compile.bench.report import Report, spread
+from loopq_compile.bench.results import Report, spread
 from loopq_compile.bench.settings import Run, Selection
 from loopq_compile.bench.study import Study
-from loopq_compile.options import SOLVERS
+from loopq_compile.graph.options import SOLVERS
 
 METHODS = ("symmetric", "smoothquant", "quarot", "spinquant", "flatquant", "flatquant-e2e", "loopq-paper", "loopq")
 """All methods of table 1, simplest first."""
@@ -27,7 +27,7 @@ ABLATIONS: dict[str, dict[str, bool]] = {
     "LAS alone": {"slt": False, "cta": False, "trajectory": False},
     "without all four": dict.fromkeys(PARTS_OF_LOOPQ, False),
 }
-"""Rows of table 2: arguments of `loopq_compile.pipelines.loopq`."""
+"""Rows of table 2: arguments of `loopq_compile.methods.loopq`."""
 QUALITY = ("perplexity", "ratio", "KL to full precision", "top-1 agreement")
 
 

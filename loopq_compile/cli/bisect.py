@@ -26,7 +26,7 @@ from loopq_compile.cli.common import (
 from loopq_compile.errors import LoopQError
 
 if TYPE_CHECKING:
-    from loopq_compile.bisect import Bisection, Step
+    from loopq_compile.analysis.bisect import Bisection, Step
 
 FAILED = 3
 """Exit status where a check failed."""
@@ -67,11 +67,11 @@ def bisect_command(
     """
     import torch
 
-    from loopq_compile.bisect import bisect
-    from loopq_compile.capture import capture
-    from loopq_compile.options import CalibrationOptions
-    from loopq_compile.pipelines import get_pipeline
-    from loopq_compile.scheme import Scheme
+    from loopq_compile.analysis.bisect import bisect
+    from loopq_compile.capture.to_graph import capture
+    from loopq_compile.graph.options import CalibrationOptions
+    from loopq_compile.graph.scheme import Scheme
+    from loopq_compile.methods import get_pipeline
 
     wanted, pipeline = Scheme.parse(scheme, activation=activation), get_pipeline(method)
     options = CalibrationOptions(steps=steps, seed=seed)

@@ -19,7 +19,7 @@ from loopq_compile.errors import InternalError, LoopQError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loopq_compile.loading import Loaded
+    from loopq_compile.sources.loading import Loaded
 
 TEXTS = (
     "a file: .txt, .jsonl, .json (field `text`, or FILE@FIELD), also compressed; .parquet; a folder of these, or one "
@@ -160,7 +160,7 @@ def load(
     dtype: str = "float32",
 ) -> Loaded:
     """`load_model`, with the tokenizer of `tokenizer_file` if one is given, and layers repeated as `repeat` says."""
-    from loopq_compile.loading import load_model, read_tokenizer, repeat_in
+    from loopq_compile.sources.loading import load_model, read_tokenizer, repeat_in
 
     if tokenizer_file:
         read_tokenizer(tokenizer_file)  # which may fail; loading a model takes long
@@ -171,8 +171,8 @@ def load(
 
 def check_text(text: str | None = None, calibration: str | None = None) -> None:
     """Refuses a text that cannot be read, before a model is loaded: looks at its beginning."""
-    from loopq_compile.self_generated import CALIBRATIONS
-    from loopq_compile.texts import read_text
+    from loopq_compile.sources.calibration_text import read_text
+    from loopq_compile.sources.self_generated import CALIBRATIONS
 
     if text is not None:
         read_text(text, _GLANCE)
@@ -183,7 +183,7 @@ def check_text(text: str | None = None, calibration: str | None = None) -> None:
 def text_source(file: str | None, tokens: int = 0) -> tuple[str, str]:
     """The text to score, enough of it for so many tokens (0: all), and a sentence about where it is from."""
     if file is not None:
-        from loopq_compile.texts import read_text
+        from loopq_compile.sources.calibration_text import read_text
 
         return read_text(file, 64 * tokens or None), file
     from loopq_compile.bundled import held_out_text
@@ -195,15 +195,15 @@ def text_source(file: str | None, tokens: int = 0) -> tuple[str, str]:
 def calibration_batches(
     source: str, tokenizer: Any, samples: int, length: int, seed: int, model: Any = None, cache: Any = None
 ) -> list[Tensor]:
-    """Token batches `[<= 4, length]` from `source`; see `loopq_compile.self_generated.calibration_data`."""
-    from loopq_compile.self_generated import calibration_data
+    """Token batches `[<= 4, length]` from `source`; see `loopq_compile.sources.self_generated.calibration_data`."""
+    from loopq_compile.sources.self_generated import calibration_data
 
     return calibration_data(source, model, tokenizer, samples, length, seed, cache=cache)
 
 
 def default_text(method: str, activation: str, loaded: Loaded) -> str | None:
     """`docs` where a method needs calibration text and nobody named any; None without need, or without a tokenizer."""
-    from loopq_compile.driver import DATA_FREE
+    from loopq_compile.compiler import DATA_FREE
 
     needed = method not in DATA_FREE or activation == "static"
     return "docs" if needed and loaded.tokenizer is not None else None

@@ -29,10 +29,10 @@ from loopq_compile.errors import LoopQError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loopq_compile.loading import Loaded
-    from loopq_compile.options import CalibrationOptions
+    from loopq_compile.graph.options import CalibrationOptions
+    from loopq_compile.graph.scheme import Scheme
     from loopq_compile.program import Program
-    from loopq_compile.scheme import Scheme
+    from loopq_compile.sources.loading import Loaded
 
 
 def compile_command(
@@ -99,12 +99,12 @@ def compile_command(
 
     Example: loopq-compile compile bundled --scheme w4a8 --activation static --out my-program
     """
-    from loopq_compile.artifact import FILES
-    from loopq_compile.folders import check_file, check_folder
-    from loopq_compile.manifest import PROGRAM
-    from loopq_compile.options import CalibrationOptions
-    from loopq_compile.pipelines import get_pipeline
-    from loopq_compile.scheme import Scheme
+    from loopq_compile.graph.options import CalibrationOptions
+    from loopq_compile.graph.scheme import Scheme
+    from loopq_compile.methods import get_pipeline
+    from loopq_compile.storage.artifact import FILES
+    from loopq_compile.storage.atomic import check_file, check_folder
+    from loopq_compile.storage.manifest import PROGRAM
 
     wanted = Scheme.parse(scheme, activation=activation, group_size=group_size, skip=tuple(skip or ()))
     get_pipeline(method)  # unknown names fail before a model is loaded
@@ -156,8 +156,8 @@ def _compile(
     out: Path,
 ) -> Program:
     """Quantizes the model, gives its weights up one by one, and saves the program beside its tokenizer."""
-    from loopq_compile.artifact import save
-    from loopq_compile.driver import compile as compile_model
+    from loopq_compile.compiler import compile as compile_model
+    from loopq_compile.storage.artifact import save
 
     program = compile_model(
         loaded.model, scheme=scheme, method=method, calibration=batches, release_model=True, **options.to_dict()
@@ -171,8 +171,8 @@ def _predict(
 ) -> None:
     from dataclasses import asdict
 
-    from loopq_compile.capture import capture
-    from loopq_compile.estimate import estimate
+    from loopq_compile.analysis.estimate import estimate
+    from loopq_compile.capture.to_graph import capture
 
     found = estimate(capture(model), scheme, pipeline, batches or (), options)
     if json:
@@ -196,8 +196,8 @@ def _show(program: Program, out: Path, json: bool) -> None:
 
 
 def _report(program: Program, out: Path) -> dict[str, Any]:
-    from loopq_compile.manifest import PROGRAM, listed
-    from loopq_compile.state import get_state
+    from loopq_compile.graph.state import get_state
+    from loopq_compile.storage.manifest import PROGRAM, listed
 
     return {
         "out": str(out),

@@ -30,7 +30,7 @@ def demo(
     Captures it, finds its loops, quantizes it in several ways and measures each on held-out text, exports LoopQ's with
     four-bit weights and activations to ONNX, and lets ONNX Runtime write text with it.
     """
-    from loopq_compile.demo import Demo
+    from loopq_compile.bench.demo import Demo
 
     told = console(stderr=json)
     results = Demo(out, max_tokens=max_tokens, samples=samples, steps=steps, readme=readme, console=told).run()

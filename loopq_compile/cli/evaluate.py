@@ -28,7 +28,7 @@ from loopq_compile.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from loopq_compile.loading import Loaded
+    from loopq_compile.sources.loading import Loaded
 
 COLUMNS = ("model", "kind", "perplexity", "nll", "KL to first", "top-1 agreement", "tokens", "seconds")
 
@@ -102,8 +102,8 @@ def _score_text(
     max_tokens: int,
     exit_threshold: float | None,
 ) -> None:
-    from loopq_compile.decoding import TokenByToken
-    from loopq_compile.evaluate import Remembered, evaluate, tokenize
+    from loopq_compile.evaluation.perplexity import Remembered, evaluate, tokenize
+    from loopq_compile.generation.decoders import TokenByToken
 
     content, source = text_source(file, max_tokens) if file else (None, "")
     rows: list[dict[str, Any]] = []
@@ -138,7 +138,7 @@ def _repeat_for(name: str, repeat: str | None) -> str | None:
     """Layers are repeated in Hugging Face models; programs and ONNX files beside them are what they are."""
     from pathlib import Path
 
-    from loopq_compile.loading import PROGRAM_FILE
+    from loopq_compile.sources.loading import PROGRAM_FILE
 
     compiled = name.endswith((".onnx", PROGRAM_FILE)) or (
         Path(name).is_dir() and not (Path(name) / "config.json").exists()
@@ -147,7 +147,7 @@ def _repeat_for(name: str, repeat: str | None) -> str | None:
 
 
 def _run_tasks(models: list[str], load: Callable[[str], Loaded], json: bool, **options: Any) -> None:
-    from loopq_compile.harness import LanguageModel, run_tasks
+    from loopq_compile.evaluation.lm_eval import LanguageModel, run_tasks
 
     results = {}
     for name in models:

@@ -14,7 +14,7 @@ from loopq_compile.cli.common import Json, load, note, print_json, whole_numbers
 from loopq_compile.errors import LoopQError
 
 if TYPE_CHECKING:
-    from loopq_compile.loading import Loaded
+    from loopq_compile.sources.loading import Loaded
 
 _NO_ONNX_OPTIONS = {
     "form": "unrolled",
@@ -125,8 +125,8 @@ def export_command(
 def _export_onnx(loaded: Loaded, out: Path, options: dict[str, Any], genai: bool, json: bool) -> None:
     from loopq_compile.backends.onnx.folder import KIND
     from loopq_compile.backends.onnx.genai import CONFIG_FILE
-    from loopq_compile.folders import check_folder
-    from loopq_compile.loading import save_beside
+    from loopq_compile.sources.loading import save_beside
+    from loopq_compile.storage.atomic import check_folder
 
     ends = _end_tokens(loaded, options["form"]) if genai else None
     loaded = _with_special_tokens(loaded) if genai else loaded
@@ -176,7 +176,7 @@ def _export_kernels(loaded: Loaded, out: Path, architectures: str, options: dict
 def _end_tokens(loaded: Loaded, form: str) -> int | list[int]:
     """What ends a text in onnxruntime-genai; checked before anything is written."""
     from loopq_compile.backends.onnx.genai import ROLLED_REFUSAL
-    from loopq_compile.loading import END_TOKENS, end_tokens
+    from loopq_compile.sources.loading import END_TOKENS, end_tokens
 
     if form == "rolled":
         raise LoopQError(ROLLED_REFUSAL)

@@ -59,9 +59,9 @@ def generate_command(
     """
     import torch
 
-    from loopq_compile.evaluate import tokenize
-    from loopq_compile.generation import stream, whole_number
-    from loopq_compile.loading import end_tokens
+    from loopq_compile.evaluation.perplexity import tokenize
+    from loopq_compile.generation.sampling import stream, whole_number
+    from loopq_compile.sources.loading import end_tokens
 
     _check_sampling(do_sample, temperature, top_k, top_p)
     whole_number("--seed", seed, -(2**63), 2**64 - 1)
@@ -104,7 +104,7 @@ def generate_command(
 
 def _chosen(loaded: Any, loops: int | None, exit_threshold: float | None) -> Any:
     """The model, with its number of loops and its threshold chosen."""
-    from loopq_compile.decoding import Chosen
+    from loopq_compile.generation.decoders import Chosen
 
     if loops is not None and loaded.kind != "onnx":
         raise LoopQError(

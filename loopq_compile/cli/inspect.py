@@ -73,11 +73,11 @@ def inspect_command(
 
 
 def _captured(model: Any) -> Program:
-    from loopq_compile.capture import capture
-    from loopq_compile.passes.tag_loops import TagLoops
+    from loopq_compile.capture.to_graph import capture
+    from loopq_compile.graph.shapes import infer_shapes
+    from loopq_compile.passes.loops.tag_loops import TagLoops
     from loopq_compile.pipeline import Pipeline
     from loopq_compile.program import Program
-    from loopq_compile.shapes import infer_shapes
 
     graph_module = Pipeline([TagLoops()], "inspect").run(capture(model))
     infer_shapes(graph_module)
@@ -111,8 +111,8 @@ def _print_tables(program: Program) -> None:
 def _code(program: Program, loop: int | None) -> str:
     if loop is None:
         return str(program)
-    from loopq_compile.loops import get_tag
-    from loopq_compile.printer import print_nodes
+    from loopq_compile.graph.loops import get_tag
+    from loopq_compile.graph.printer import print_nodes
 
     if not 0 <= loop < program.loops.count or not program.loops.main:
         raise LoopQError(f"There is no loop {loop}: the main loop runs {program.loops.count} time(s), counted from 0.")
@@ -123,8 +123,8 @@ def _code(program: Program, loop: int | None) -> str:
 
 
 def _draw(program: Program, loop: int | None, svg: Path | None, dot: Path | None) -> None:
-    from loopq_compile.folders import write_text
-    from loopq_compile.visualize import loop_graph, render_svg, to_dot
+    from loopq_compile.analysis.visualize import loop_graph, render_svg, to_dot
+    from loopq_compile.storage.atomic import write_text
 
     title = f"loop {loop or 0} of {program.loops.describe()}" if program.loops.main else "no loop"
     text = to_dot(loop_graph(program.graph_module, loop), title)
@@ -136,9 +136,9 @@ def _draw(program: Program, loop: int | None, svg: Path | None, dot: Path | None
 def _report(program: Program) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from loopq_compile.names import shown_name
-    from loopq_compile.passes.other_products import OTHER_PRODUCTS
-    from loopq_compile.state import get_state
+    from loopq_compile.graph.names import shown_name
+    from loopq_compile.graph.state import get_state
+    from loopq_compile.passes.quantize.other_products import OTHER_PRODUCTS
 
     state = get_state(program.graph_module)
     return {

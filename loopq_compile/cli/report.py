@@ -48,10 +48,10 @@ def report_command(
 
     Example: loopq-compile report my-program other-program --model bundled --out report.html
     """
-    from loopq_compile.evaluate import tokenize
-    from loopq_compile.folders import check_file
-    from loopq_compile.report import measure, trajectory, write, write_page
-    from loopq_compile.report.measure import check_names
+    from loopq_compile.analysis.report import measure, trajectory, write, write_page
+    from loopq_compile.analysis.report.measure import check_names
+    from loopq_compile.evaluation.perplexity import tokenize
+    from loopq_compile.storage.atomic import check_file
 
     check_names(programs)
     check_text(text)

@@ -11,7 +11,7 @@ import typer
 from loopq_compile.cli.common import Json, console, print_json, table
 
 if TYPE_CHECKING:
-    from loopq_compile.artifact import Verified
+    from loopq_compile.storage.artifact import Verified
 
 
 def verify_command(
@@ -45,9 +45,9 @@ def verify_command(
 
 def _verify(directory: Path) -> list[Verified]:
     """What is found in a folder with a program, an export, or both."""
-    from loopq_compile import artifact
     from loopq_compile.backends.onnx import folder
-    from loopq_compile.folders import settle
+    from loopq_compile.storage import artifact
+    from loopq_compile.storage.atomic import settle
 
     if directory.suffix == ".onnx" and directory.is_file():
         directory = directory.parent

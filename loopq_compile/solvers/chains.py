@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, fx
 
 from loopq_compile.errors import InternalError
-from loopq_compile.loops import get_tag
+from loopq_compile.graph.constants import chain_name, evaluate, root_weight
+from loopq_compile.graph.insert import add_constant, call, inserting
+from loopq_compile.graph.loops import get_tag
+from loopq_compile.graph.state import Site, get_tensor, set_tensor
+from loopq_compile.graph.weights import site_calls, weight_chain
 from loopq_compile.operators import ops
 from loopq_compile.operators.quantize import bounded, peak
-from loopq_compile.passes.constants import chain_name, evaluate, root_weight
-from loopq_compile.passes.insert import add_constant, call, inserting
-from loopq_compile.passes.weights import site_calls, weight_chain
 from loopq_compile.solvers.rtn import Grid
-from loopq_compile.state import Site, get_tensor, set_tensor
 
 _aten = torch.ops.aten
 _REACH = 0.45

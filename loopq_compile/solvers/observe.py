@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from loopq_compile.calibration import real_tokens
+from loopq_compile.calibration.batches import real_tokens
 from loopq_compile.errors import InternalError, LoopQError
-from loopq_compile.loops import get_tag
+from loopq_compile.graph.loops import get_tag
 from loopq_compile.solvers.residual import Write, find_write, has_norm, inverse_rms, norm_gain
 from loopq_compile.solvers.statistics import Moments, Sample, Split
 from loopq_compile.solvers.walk import Walk

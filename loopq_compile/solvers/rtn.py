@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from loopq_compile.calibration.ranges import weight_ratios
 from loopq_compile.operators.quantize import peak
-from loopq_compile.statistics import weight_ratios
 
 
 @dataclass(frozen=True)

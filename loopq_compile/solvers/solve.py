@@ -19,7 +19,7 @@ SOLVERS = ("rtn", "gptq", "loaq")
 
 @dataclass(frozen=True)
 class Options:
-    """How weights are solved; see `loopq_compile.passes.solve_weights.SolveWeights`."""
+    """How weights are solved; see `loopq_compile.passes.quantize.solve_weights.SolveWeights`."""
 
     solver: str = "gptq"
     damping: float = 0.01

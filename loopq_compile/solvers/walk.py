@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from loopq_compile.state import get_tensor
+from loopq_compile.graph.state import get_tensor
 
 
 class Walk:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from loopq_compile import backends
-from loopq_compile.capture import capture
+from loopq_compile.capture.to_graph import capture
 from loopq_compile.errors import LoopQError
 
 

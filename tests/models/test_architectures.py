@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable
-from loopq_compile.capture import capture
+from loopq_compile.capture.to_graph import capture
 from loopq_compile.models import (
     Huginn,
     HuginnConfig,

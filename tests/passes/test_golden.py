@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from loopq_compile.printer import print_transition
+from loopq_compile.graph.printer import print_transition
 from tests.tiny import tiny_program
 
 GOLDEN = Path(__file__).parent / "golden" / "las_transition.txt"

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 import loopq_compile as lq
-from loopq_compile.capture import capture
-from loopq_compile.loops import get_tag
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.graph.loops import get_tag
+from loopq_compile.graph.state import get_state
+from loopq_compile.graph.verify import verify_tags
+from loopq_compile.passes.loops.tag_loops import TagLoops
 from loopq_compile.passes.rewrite import RewritePass
-from loopq_compile.passes.tag_loops import TagLoops
-from loopq_compile.passes.verify import verify_tags
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.program import Program
-from loopq_compile.state import get_state
 
 aten = torch.ops.aten
 IDS = torch.arange(6).view(2, 3)

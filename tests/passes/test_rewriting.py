@@ -6,19 +6,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import loopq_compile as lq
-from loopq_compile.capture import capture
-from loopq_compile.loops import get_tag
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.graph.loops import get_tag
+from loopq_compile.graph.state import get_state, get_tensor
 from loopq_compile.operators import ops
-from loopq_compile.passes.annotate_linears import AnnotateLinears
-from loopq_compile.passes.collect_ranges import CollectRanges
-from loopq_compile.passes.insert_activation_qdq import InsertActivationQdq
-from loopq_compile.passes.insert_las import InsertLas
-from loopq_compile.passes.pack_weights import PackWeights
-from loopq_compile.passes.quantize_weights import QuantizeWeights
-from loopq_compile.passes.set_ranges import SetRanges
-from loopq_compile.passes.tag_loops import TagLoops
+from loopq_compile.passes.loops.tag_loops import TagLoops
+from loopq_compile.passes.quantize.annotate_linears import AnnotateLinears
+from loopq_compile.passes.quantize.collect_ranges import CollectRanges
+from loopq_compile.passes.quantize.insert_activation_qdq import InsertActivationQdq
+from loopq_compile.passes.quantize.pack_weights import PackWeights
+from loopq_compile.passes.quantize.quantize_weights import QuantizeWeights
+from loopq_compile.passes.quantize.set_ranges import SetRanges
+from loopq_compile.passes.transforms.insert_las import InsertLas
 from loopq_compile.pipeline import Pipeline
-from loopq_compile.state import get_state, get_tensor
 from tests.tiny import VOCABULARY, tiny_model, tiny_program, tokens
 
 

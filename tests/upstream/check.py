@@ -27,9 +27,9 @@ from torch.utils import _pytree as pytree
 
 import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable
-from loopq_compile.capture import capture
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.graph.state import get_state
 from loopq_compile.program import Program
-from loopq_compile.state import get_state
 from tests import decoding
 
 Inputs = Callable[[nn.Module, Tensor], dict[str, Any]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from loopq_compile.cli.bench import growth, kernels, quality, reports, speed
+from loopq_compile.cli.bench import growth, kernels, quality, speed, studies
 
 __all__ = ["app"]
 
@@ -25,5 +25,5 @@ app.command("size")(growth.size_command)
 app.command("speed")(speed.speed_command)
 app.command("compile")(growth.compile_command)
 app.command("kernels")(kernels.kernels_command)
-for _name, _command in reports.commands():
+for _name, _command in studies.commands():
     app.command(_name)(_command)

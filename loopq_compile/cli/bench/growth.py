@@ -51,7 +51,7 @@ def loops_command(
 ) -> None:
     """How exported files grow with the number of loops: nodes, bytes, time to open, memory, time of a call."""
     from loopq_compile.bench.loops import growth
-    from loopq_compile.scheme import Scheme
+    from loopq_compile.graph.scheme import Scheme
 
     def with_loops(count: int) -> Any:
         loaded = load_model(model, None, trust_remote_code, f"{repeat}x{count}" if repeat else None, allow_pickle).model
@@ -82,7 +82,7 @@ def beyond_command(
 ) -> None:
     """Perplexity with more loops than were calibrated, or fewer: one rolled file, its loop count set at run time."""
     from loopq_compile.bench.beyond import beyond
-    from loopq_compile.scheme import Scheme
+    from loopq_compile.graph.scheme import Scheme
 
     def with_loops(count: int | None) -> Any:
         return _with_loops(load_model(model, None, trust_remote_code, None, allow_pickle).model, model, count)
@@ -188,7 +188,7 @@ def compile_command(
 ) -> None:
     """What compiling costs by number of layer calls: seconds of every pass, and the exponent by which they grow."""
     from loopq_compile.bench.compile import compile_growth
-    from loopq_compile.scheme import Scheme
+    from loopq_compile.graph.scheme import Scheme
 
     sizes = []
     for part in names(values):

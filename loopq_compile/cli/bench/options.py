@@ -13,8 +13,8 @@ from loopq_compile.errors import LoopQError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loopq_compile.bench.report import Report
-    from loopq_compile.loading import Loaded
+    from loopq_compile.bench.results import Report
+    from loopq_compile.sources.loading import Loaded
 
 Model = Annotated[
     str, typer.Argument(metavar="[MODEL]", help='"bundled", "smollm2", or a Hugging Face folder or hub id.')
@@ -44,8 +44,8 @@ Numbers = Annotated[
 
 def _check_out(context: typer.Context, out: Path | None) -> Path | None:
     """Refuses a folder for results before hours of measuring; a command's files are called like the command."""
-    from loopq_compile.folders import check_folder
-    from loopq_compile.manifest import RESULTS
+    from loopq_compile.storage.atomic import check_folder
+    from loopq_compile.storage.manifest import RESULTS
 
     if out is not None:
         check_folder(out, RESULTS, [f"{context.info_name}.{ending}" for ending in ("json", "md", "png")])
@@ -98,7 +98,7 @@ def load_model(
 
 def text_tokens(loaded: Loaded, file: str | None, count: int) -> tuple[Tensor, str]:
     """The first `count` token ids `[n]` of the text to score (0: all), and a sentence about where it is from."""
-    from loopq_compile.evaluate import tokenize
+    from loopq_compile.evaluation.perplexity import tokenize
 
     content, source = text_source(file, count)
     return tokenize(loaded.tokenizer, content, count), source

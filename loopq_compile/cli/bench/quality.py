@@ -66,7 +66,7 @@ def quality_command(
     Every combination is calibrated on the same samples and measured on the same text.
     """
     from loopq_compile import bench
-    from loopq_compile.options import CalibrationOptions
+    from loopq_compile.graph.options import CalibrationOptions
 
     say = note(json)
     runs = bench.variants(names(methods), names(schemes), names(activations), group_size=group_size)

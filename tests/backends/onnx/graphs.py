@@ -11,11 +11,11 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from loopq_compile.capture import capture
-from loopq_compile.loops import get_tag, set_tag
-from loopq_compile.passes.tag_loops import TagLoops
-from loopq_compile.scheme import quantized_range
-from loopq_compile.state import get_tensor, set_tensor
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.graph.loops import get_tag, set_tag
+from loopq_compile.graph.scheme import quantized_range
+from loopq_compile.graph.state import get_tensor, set_tensor
+from loopq_compile.passes.loops.tag_loops import TagLoops
 
 _aten, _loopq = torch.ops.aten, torch.ops.loopq
 

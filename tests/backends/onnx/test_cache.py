@@ -9,7 +9,7 @@ import torch
 
 import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable, export
-from loopq_compile.state import attach_state, copy_graph, get_state
+from loopq_compile.graph.state import attach_state, copy_graph, get_state
 from tests import zoo
 from tests.decoding import captured, check_decoding, decode, ids, quantized
 

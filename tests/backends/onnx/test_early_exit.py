@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable, export
 from loopq_compile.cli import app
-from loopq_compile.decoding import Chosen
-from loopq_compile.generation import generate
+from loopq_compile.generation.decoders import Chosen
+from loopq_compile.generation.sampling import generate
 from tests.cli_models import TEXT, tiny_ouro, tokenizer
 from tests.decoding import ids
-from tests.passes.test_exit_early import program
+from tests.passes.loops.test_exit_early import program
 
 
 def check_condition(path: Path) -> None:

@@ -19,7 +19,7 @@ from loopq_compile.backends.onnx import OnnxExecutable, export
 from loopq_compile.backends.onnx.folder import KIND, verify
 from loopq_compile.cli import app
 from loopq_compile.errors import LoopQError
-from loopq_compile.manifest import write_manifest
+from loopq_compile.storage.manifest import write_manifest
 from tests.tiny import tiny_program, tokens
 
 

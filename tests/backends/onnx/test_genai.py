@@ -19,7 +19,7 @@ import loopq_compile as lq
 from loopq_compile import bundled
 from loopq_compile.backends.onnx import OnnxExecutable, export, write_genai_config
 from loopq_compile.backends.onnx.genai_tokenizer import notes_for, with_special_tokens
-from loopq_compile.loading import Loaded, save_beside
+from loopq_compile.sources.loading import Loaded, save_beside
 from tests.decoding import captured, ids, quantized
 
 

@@ -13,17 +13,17 @@ from torch.utils import _pytree as pytree
 
 import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable, export
-from loopq_compile.capture import capture
-from loopq_compile.passes.roll_loops import RollLoops
-from loopq_compile.passes.tag_loops import TagLoops
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.graph.rolled import rolled_loops
+from loopq_compile.graph.state import attach_state, copy_graph, get_state, get_tensor, set_tensor
+from loopq_compile.passes.loops.roll_loops import RollLoops
+from loopq_compile.passes.loops.tag_loops import TagLoops
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.program import Program
-from loopq_compile.rolled import rolled_loops
-from loopq_compile.state import attach_state, copy_graph, get_state, get_tensor, set_tensor
 from tests import zoo
 from tests.backends.onnx import graphs
 from tests.decoding import ids
-from tests.passes.test_exit_early import ouro
+from tests.passes.loops.test_exit_early import ouro
 from tests.tiny import tiny_model, tiny_program, tokens
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable, export, qdq
 from loopq_compile.backends.onnx.row_products import PRODUCT, to_rows
-from loopq_compile.state import copy_graph
+from loopq_compile.graph.state import copy_graph
 from tests.backends.onnx import graphs
 from tests.backends.onnx.graphs import Recurrent, captured, quantized
 from tests.tiny import tiny_program, tokens

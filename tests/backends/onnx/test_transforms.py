@@ -7,21 +7,21 @@ from safetensors.torch import load_file
 
 import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable, export
-from loopq_compile.capture import capture
-from loopq_compile.passes.collect_ranges import CollectRanges
-from loopq_compile.passes.fold_diagonals import FoldDiagonals
-from loopq_compile.passes.insert_activation_qdq import InsertActivationQdq
-from loopq_compile.passes.insert_adapters import InsertAdapters
-from loopq_compile.passes.insert_las import InsertLas
-from loopq_compile.passes.insert_transforms import InsertTransforms
-from loopq_compile.passes.pack_weights import PackWeights
-from loopq_compile.passes.quantize_weights import QuantizeWeights
-from loopq_compile.passes.set_ranges import SetRanges
-from loopq_compile.passes.smooth_activations import SmoothActivations
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.graph.state import get_tensor, set_tensor
+from loopq_compile.passes.quantize.collect_ranges import CollectRanges
+from loopq_compile.passes.quantize.insert_activation_qdq import InsertActivationQdq
+from loopq_compile.passes.quantize.pack_weights import PackWeights
+from loopq_compile.passes.quantize.quantize_weights import QuantizeWeights
+from loopq_compile.passes.quantize.set_ranges import SetRanges
+from loopq_compile.passes.transforms.fold_diagonals import FoldDiagonals
+from loopq_compile.passes.transforms.insert_adapters import InsertAdapters
+from loopq_compile.passes.transforms.insert_las import InsertLas
+from loopq_compile.passes.transforms.insert_transforms import InsertTransforms
+from loopq_compile.passes.transforms.smooth_activations import SmoothActivations
 from loopq_compile.program import Program
-from loopq_compile.state import get_tensor, set_tensor
-from tests.passes.test_insert_transforms import scattered
 from tests.passes.test_rewriting import prepared
+from tests.passes.transforms.test_insert_transforms import scattered
 from tests.tiny import tiny_model, tokens
 
 TRANSFORMS = {

@@ -11,15 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.driver import driver
 
 import loopq_compile as lq
-from loopq_compile.backends.triton import decode
+from loopq_compile.backends.triton import static_decoder
 from loopq_compile.backends.triton.copies import put_on
-from loopq_compile.backends.triton.decode import StaticDecoder
 from loopq_compile.backends.triton.executable import TritonExecutable, fuse, use_kernels
 from loopq_compile.backends.triton.launches import recording, run_fake
-from loopq_compile.conditions import SizeCondition
-from loopq_compile.generation import generate
-from loopq_compile.rolled import rolled_loops
-from loopq_compile.state import get_state
+from loopq_compile.backends.triton.static_decoder import StaticDecoder
+from loopq_compile.generation.sampling import generate
+from loopq_compile.graph.conditions import SizeCondition
+from loopq_compile.graph.rolled import rolled_loops
+from loopq_compile.graph.state import get_state
 from tests.backends.triton.test_saved import Driver
 from tests.decoding import captured
 from tests.tiny import tiny_program, tokens
@@ -81,7 +81,7 @@ def test_positions_are_those_of_the_tokens(name, options, rolled):
 def test_attention_stops_at_the_position(rolled):
     """In every loop, or in the body: what a static cache has room for is not read before it is written."""
     program = captured("ouro-mask")[1].with_cache(last_token=True, kv_bits=8, stacked=True)
-    step = decode.step_of(program.lower("triton", fallback=True, rolled=rolled).graph_module)
+    step = static_decoder.step_of(program.lower("triton", fallback=True, rolled=rolled).graph_module)
     graphs = [step.graph, *(loop.body.graph for loop in rolled_loops(step))]
     name = torch.ops.loopq.cached_attention.default
     found = [node for graph in graphs for node in graph.find_nodes(op="call_function", target=name)]
@@ -102,7 +102,7 @@ def test_everything_lies_on_the_gpu(bits):
                 table.update({k: torch.empty(v.shape, dtype=v.dtype, device=device) for k, v in table.items()})
         sizes = {"batch": 2, "sequence": 1, "past": 12, "past + sequence": 12}
         sizes |= {spec.shape[1]: 12 for spec in inputs if spec.name == "attention_mask"}
-        step = decode.step_of(lowered)
+        step = static_decoder.step_of(lowered)
         given = [torch.empty([sizes.get(d, d) for d in spec.shape], dtype=spec.dtype, device=device) for spec in inputs]
         result = step(*given, torch.empty(1, dtype=torch.int64, device=device))
     assert {value.device for value in result} == {device}
@@ -123,7 +123,7 @@ def test_warming_up_and_replaying_leave_the_text_as_it_is():
     replayed = []
 
     def capture(step, state):
-        decode.warm_up(step, state)
+        static_decoder.warm_up(step, state)
         return lambda: (replayed.append(1), step())
 
     decoder = StaticDecoder(lowered(), 20, capture)
@@ -137,7 +137,7 @@ def test_warming_up_in_a_cache_that_is_full_or_nearly(capacity):
     """A prompt that leaves no room, or room for one token; then the same logits as without a graph."""
 
     def capture(step, state):
-        decode.warm_up(step, state)
+        static_decoder.warm_up(step, state)
         return step
 
     ids = tokens(5, 2, capacity)

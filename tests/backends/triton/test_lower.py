@@ -5,8 +5,8 @@ import torch
 
 import loopq_compile as lq
 from loopq_compile.backends.triton import executable
+from loopq_compile.graph.rolled import rolled_loops
 from loopq_compile.operators import ops
-from loopq_compile.rolled import rolled_loops
 from tests.tiny import tiny_model, tiny_program, tokens
 
 

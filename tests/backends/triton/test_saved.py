@@ -18,15 +18,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import loopq_compile as lq
-from loopq_compile.artifact import read
 from loopq_compile.backends.triton import launches, load, operators, save, saved
 from loopq_compile.backends.triton.ahead import compile_binary
-from loopq_compile.backends.triton.decode import step_of
 from loopq_compile.backends.triton.executable import use_kernels
-from loopq_compile.decoding import CachedDecoder
-from loopq_compile.manifest import write_manifest
-from loopq_compile.rolled import rolled_loops
-from loopq_compile.state import get_state
+from loopq_compile.backends.triton.static_decoder import step_of
+from loopq_compile.generation.decoders import CachedDecoder
+from loopq_compile.graph.rolled import rolled_loops
+from loopq_compile.graph.state import get_state
+from loopq_compile.storage.artifact import read
+from loopq_compile.storage.manifest import write_manifest
 from tests.tiny import tiny_model, tiny_program, tokens
 
 ARCHITECTURES = (80, 90)

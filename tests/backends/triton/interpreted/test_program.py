@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import loopq_compile as lq
-from loopq_compile.decoding import CachedDecoder
+from loopq_compile.generation.decoders import CachedDecoder
 from tests.tiny import tiny_model, tokens
 
 

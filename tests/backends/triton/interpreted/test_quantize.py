@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import loopq_compile.backends.triton.operators  # noqa: F401  (registers loopq_triton)
-from loopq_compile.hadamard import hadamard_factors
 from loopq_compile.operators import ops
 from loopq_compile.operators.packed import ACTIVATIONS, NORMS, unpack_codes
+from loopq_compile.passes.transforms.hadamard import hadamard_factors
 
 kernels = torch.ops.loopq_triton
 

@@ -1,0 +1,77 @@
+"""What is looked at before the first pass, so that nothing that takes hours ends in an error that was there before."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.graph.options import CalibrationOptions
+from loopq_compile.graph.state import CompilerState, get_tensor
+
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_type(name: str, dtype: torch.dtype) -> None:
+    """Refuses weights in a type that models do not compute in.
+
+    Raises:
+        LoopQError: a floating-point type other than float64, float32, bfloat16 and float16.
+    """
+    if dtype.is_floating_point and dtype not in _PLAIN:
+        kind = str(dtype).removeprefix("torch.")
+        raise LoopQError(
+            f"Weight {name!r} is stored in {kind}, which is quantized already. Load the model in bfloat16 or float32 "
+            "(with transformers: dequantize=True in its quantization_config), then compile it."
+        )
+
+
+def check(graph_module: fx.GraphModule, options: CalibrationOptions) -> None:
+    """Refuses options that do not go with a captured graph.
+
+    Raises:
+        LoopQError: `precision` does not go with the model's type, or the checkpoint folder cannot be written.
+    """
+    types = {
+        get_tensor(graph_module, str(node.args[1].target)).dtype
+        for node in graph_module.graph.nodes
+        if node.target is torch.ops.aten.linear.default and node.args[1].op == "get_attr"
+    }
+    other = types - {torch.float32, torch.bfloat16}
+    if options.precision == "bfloat16" and other:
+        kind = str(other.pop()).removeprefix("torch.")
+        raise LoopQError(
+            f"precision='bfloat16' is for float32 models, and this one computes in {kind}. Leave the option out, or "
+            "convert the model to float32 or bfloat16."
+        )
+    if options.checkpoint is not None:
+        folder = Path(options.checkpoint)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise LoopQError(f"Cannot write checkpoints to {folder}: {error.strerror or error}.") from error
+
+
+@contextlib.contextmanager
+def says_how_to_go_on(state: CompilerState) -> Iterator[None]:
+    """An error after a phase of calibration says where its result is, or how to keep it the next time."""
+    try:
+        yield
+    except (LoopQError, InternalError) as error:
+        folder = state.options.checkpoint
+        if state.results.get("calibration") or state.results.get("blocks"):
+            hint = (
+                f"What was learned before is kept in {folder}: compile again with the same model, data and options, "
+                "and it goes on from there."
+                if folder
+                else "With checkpoint='folder' (--checkpoint) what was learned before such an error is kept."
+            )
+            error.args = (f"{str(error).rstrip()} {hint}",)
+        raise

@@ -1,0 +1,235 @@
+"""The loop around every kind of calibration: steps, validation, the best state, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loopq_compile.calibration import checkpoint, distributed
+from loopq_compile.calibration.data import Batch, pick, split
+from loopq_compile.calibration.learnable import Learnable, Optimizer
+from loopq_compile.calibration.objective import LossParts
+from loopq_compile.errors import LoopQError
+from loopq_compile.graph.options import CalibrationOptions
+from loopq_compile.operators.fusion import fusing
+from loopq_compile.progress import StepProgress
+
+Values = dict[str, Tensor]
+_FAILURES = 10
+"""So many steps in a row without a finite loss end the calibration."""
+
+
+FUSED_STEPS = 50
+"""Calibrations of so many steps compile their elementwise functions, unless told otherwise."""
+
+
+@dataclass
+class Report:
+    """What a phase of calibration did.
+
+    Args:
+        steps: steps done.
+        tokens: tokens (or rows) that the student saw.
+        start, best: validation loss before and of the state that was kept.
+        best_step: when that state was reached; 0 if nothing better than the start was found.
+        curve: per evaluation `{"step", "loss", "trajectory", "transition", "validation", "rate"}`.
+        skipped: steps without a finite gradient, which changed nothing.
+        refused: evaluations whose state the guard did not let through.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    start: float = math.nan
+    best: float = math.inf
+    best_step: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    skipped: int = 0
+    refused: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one phase of calibration changes, on what, and for how long.
+
+    Args:
+        learnables: what changes.
+        batches: all calibration batches.
+        options: see `CalibrationOptions`.
+        steps: length of this phase.
+        guard: looks at the values before they are kept as best; returns a reason against it, or None.
+        store: checkpoint file, None for none.
+        fingerprint: identifies the calibration that a checkpoint belongs to.
+    """
+
+    learnables: Sequence[Learnable]
+    batches: Sequence[Batch]
+    options: CalibrationOptions
+    steps: int
+    guard: Callable[[Values], str | None]
+    store: Path | None = None
+    fingerprint: str = ""
+
+
+class Steps(ABC):
+    """One phase; a subclass says what is learned from (`backward`) and what is compared (`validate`).
+
+    Args:
+        plan: what to do. Of its batches a share is held out to validate on, as its options say.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.learnables, self.batches = list(plan.learnables), plan.batches
+        self.options, self.steps, self.guard = plan.options, plan.steps, plan.guard
+        self.store, self.fingerprint = plan.store, plan.fingerprint
+        self.learn, held = split(self.batches, self.options.validation, self.options.seed)
+        self.held = held or self.learn[: max(1, len(self.learn) // 8)]
+        self.optimizer = Optimizer(self.learnables, self.options.learning_rate, self.steps)
+        self.report = Report()
+        self.best = self._raws()
+        self.rank, self.world = distributed.world()
+        self._stale = self._failures = 0
+
+    @abstractmethod
+    def backward(self, number: int) -> LossParts:
+        """Loss of batch `number` at the present values, whose gradients it leaves in the learnables."""
+
+    @abstractmethod
+    def validate(self, values: Mapping[str, Tensor]) -> float:
+        """Loss on the held-out batches; constants that are not in `values` are as the graph has them."""
+
+    def extra(self) -> Values:
+        """What a checkpoint holds besides."""
+        return {}
+
+    def restore_extra(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what `extra` returned."""
+        del tensors
+
+    def run(self, title: str) -> Values:
+        """Trains, and returns the best values by constant name; empty if the start is best.
+
+        Raises:
+            LoopQError: the loss is not finite, or the checkpoint is damaged or another's.
+        """
+        self._resume()
+        with fusing(self._worth_fusing()), StepProgress(title, self.steps, self.report.steps) as bar:
+            if not self.report.curve:
+                self._evaluate(None)
+            while self.report.steps < self.steps and self._stale < self.options.patience:
+                parts = self._step()
+                done = self.report.steps
+                if done % self.options.evaluate_every == 0 or done == self.steps:
+                    self._evaluate(parts)
+                if done % self.options.checkpoint_every == 0:
+                    self._save()
+                loss = float(parts.total.detach()) if parts is not None else math.nan
+                bar.advance(loss=loss, rate=self.optimizer.factor, validation=self.report.best)
+        self._save()
+        if not self.report.best_step:
+            return {}
+        return {item.name: item.value(self.best[item.name]).detach() for item in self.learnables}
+
+    def _worth_fusing(self) -> bool:
+        """Whether the seconds that compiling takes will be saved."""
+        wanted = self.options.fused
+        return wanted == "on" if wanted != "auto" else self.steps >= FUSED_STEPS
+
+    def values(self) -> Values:
+        """The present values by constant name, differentiable."""
+        return {item.name: item.value() for item in self.learnables}
+
+    def _step(self) -> LossParts | None:
+        number = pick(self.learn, self.report.steps, self.options.seed)
+        try:
+            parts = self.backward(number)
+        except torch.linalg.LinAlgError:  # a transform that cannot be inverted
+            parts = None
+        self.report.steps += 1
+        self.report.tokens += self.batches[number][0].numel()
+        if parts is not None:
+            gradients = [item.raw.grad for item in self.learnables if item.raw.grad is not None]
+            loss = parts.total.detach().clone()
+            distributed.average([*gradients, loss])
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if torch.isfinite(norm) and torch.isfinite(loss):
+                raws = [item.raw for item in self.learnables]
+                torch.nn.utils.clip_grads_with_norm_(raws, self.options.gradient_clip, norm)
+                self.optimizer.step()
+                self._failures = 0
+                return parts
+        self._fail()
+        return None
+
+    def _fail(self) -> None:
+        self.report.skipped += 1
+        self._failures += 1
+        for item in self.learnables:
+            item.raw.grad = None
+        if self._failures == _FAILURES:
+            raise LoopQError(
+                f"The loss was not finite in {_FAILURES} steps in a row (step {self.report.steps}). Lower "
+                f"learning_rate (now {self.options.learning_rate:g}); checkpoints and the model are unharmed."
+            )
+
+    def _evaluate(self, parts: LossParts | None) -> None:
+        """Compares the present state with the best; the first time, the graph as it came with nothing."""
+        report = self.report
+        values = {name: value.detach() for name, value in self.values().items()} if report.curve else {}
+        refused = self.guard(values) is not None
+        report.refused += refused
+        loss = math.nan if refused else self.validate(values)
+        if not report.curve:
+            report.start = loss
+        if loss < report.best:
+            report.best, report.best_step, self._stale = loss, report.steps, 0
+            self.best = self._raws()
+        else:
+            self._stale += 1
+        names = ("prediction", "trajectory", "transition")
+        row = {name: float(getattr(parts, name)) if parts is not None else 0.0 for name in names}
+        report.curve.append({"step": report.steps, "validation": loss, "rate": self.optimizer.factor, **row})
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """Matrix products in the type that the options ask for."""
+        enabled = self.options.precision == "bfloat16"
+        with torch.autocast(self.batches[0][0].device.type, dtype=torch.bfloat16, enabled=enabled):
+            yield
+
+    def _raws(self) -> Values:
+        return {item.name: item.raw.detach().clone() for item in self.learnables}
+
+    def _save(self) -> None:
+        if self.store is None or self.rank:
+            return
+        tensors = {f"raw.{name}": tensor for name, tensor in self._raws().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+        tensors |= {f"extra.{name}": tensor for name, tensor in self.extra().items()}
+        facts = {"stale": self._stale, "failures": self._failures, "report": vars(self.report)}
+        checkpoint.write(self.store, tensors, {"fingerprint": self.fingerprint, **facts})
+
+    def _resume(self) -> None:
+        found = checkpoint.read(self.store, self.fingerprint) if self.store is not None else None
+        if found is None:
+            return
+        tensors, facts = found
+        with torch.no_grad():
+            for item in self.learnables:
+                item.raw.copy_(tensors[f"raw.{item.name}"])
+        self.best = {item.name: tensors[f"best.{item.name}"] for item in self.learnables}
+        self.optimizer.restore(_under("optimizer.", tensors))
+        self.restore_extra(_under("extra.", tensors))
+        self.report = Report(**facts["report"])
+        self._stale, self._failures = facts["stale"], facts["failures"]
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Values:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

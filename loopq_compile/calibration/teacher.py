@@ -1,0 +1,93 @@
+"""The teacher: the captured model in full precision, asked once for every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from loopq_compile.calibration.batches import token_mask
+from loopq_compile.calibration.objective import Targets, keep_largest
+from loopq_compile.calibration.student import Student
+from loopq_compile.errors import LoopQError
+from loopq_compile.generation.sampling import logits_of
+from loopq_compile.graph.options import CalibrationOptions
+from loopq_compile.graph.signature import Signature
+
+CACHE_BYTES = 2 << 30
+"""Targets of batches are kept up to this size together; beyond it the teacher runs again."""
+
+
+class Teacher:
+    """Gives `Targets` for batches.
+
+    Args:
+        graph_module: the captured graph, before any quantization.
+        signature: its calling convention.
+        ends: nodes that hold the state at the end of each loop.
+        vocabulary: size of the vocabulary, None for models without one.
+        options: temperature and top-k.
+        kept: targets that another teacher of the same model, batches and options has given; grows as this one is asked.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        signature: Signature,
+        ends: Sequence[str],
+        vocabulary: int | None,
+        options: CalibrationOptions,
+        kept: dict[int, Targets] | None = None,
+    ) -> None:
+        self._student = Student(graph_module, ends, recompute=False, segments=1, learned=())
+        self._signature, self._ends, self._vocabulary, self._options = signature, ends, vocabulary, options
+        self._kept: dict[int, Targets] = {} if kept is None else kept
+        self._bytes = sum(x.nbytes for targets in self._kept.values() for x in _tensors(targets))
+
+    def targets(self, number: int, inputs: Sequence[Tensor]) -> Targets:
+        """What the student should predict for batch `number`.
+
+        Raises:
+            LoopQError: the model in full precision gives NaN.
+        """
+        if number not in self._kept:
+            targets = self._ask(inputs)
+            size = sum(x.nbytes for x in _tensors(targets))
+            if self._bytes + size > CACHE_BYTES:
+                return targets
+            self._kept[number], self._bytes = targets, self._bytes + size
+        return self._kept[number]
+
+    def _ask(self, inputs: Sequence[Tensor]) -> Targets:
+        with torch.no_grad():
+            results, known = self._student.run(inputs, {})
+        logits, outputs = predictions(results, self._signature, self._vocabulary)
+        states = [known[name] for name in self._ends]
+        if not all(torch.isfinite(x).all() for x in ([logits] if logits is not None else outputs)):
+            raise LoopQError("The model in full precision predicts NaN or infinite values on the calibration data.")
+        mask = token_mask(self._signature, inputs)
+        if logits is None:
+            return Targets(None, None, None, outputs, states, mask)
+        return Targets(*keep_largest(logits, self._options), [], states, mask)
+
+
+def predictions(
+    results: Sequence[Any], signature: Signature, vocabulary: int | None
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The logits among the flat `results` of a graph, None if it has none, and its floating-point results."""
+    outputs = [x for x in results if isinstance(x, Tensor) and x.is_floating_point()]
+    if vocabulary is not None:
+        try:
+            logits = logits_of(signature.restore(list(results)))
+        except LoopQError:
+            return None, outputs
+        if logits.shape[-1] == vocabulary:
+            return logits, outputs
+    return None, outputs
+
+
+def _tensors(targets: Targets) -> list[Tensor]:
+    parts = [targets.logits, targets.indices, targets.total, *targets.outputs, *targets.states]
+    return [part for part in parts if part is not None]

@@ -1,0 +1,141 @@
+"""`compile`: a looped model goes in, a quantized program comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from loopq_compile.calibration.batches import guarded
+from loopq_compile.calibration.preflight import check, says_how_to_go_on
+from loopq_compile.capture.model_checks import check_deterministic, check_model
+from loopq_compile.capture.surroundings import device_of, undisturbed
+from loopq_compile.capture.to_graph import capture
+from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.graph.options import CalibrationOptions
+from loopq_compile.graph.scheme import Scheme
+from loopq_compile.graph.shapes import infer_shapes
+from loopq_compile.graph.state import copy_graph, get_state
+from loopq_compile.methods import get_pipeline
+from loopq_compile.pipeline import Pipeline
+from loopq_compile.program import Program
+from loopq_compile.storage.artifact import read
+
+DATA_FREE = ("symmetric", "quarot")
+"""Methods that need no calibration data with dynamic scales and `weight_solver="rtn"`."""
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    scheme: str | Scheme = "w4a4",
+    method: str | Pipeline = "loopq",
+    calibration: Any = None,
+    release_model: bool = False,
+    **options: Any,
+) -> Program:
+    """Captures `model`, finds its loops, and quantizes it.
+
+    Args:
+        model: the module; it is not changed (see `release_model`), and its weights are shared where they stay in
+            floating point.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword inputs; batch and sequence become dynamic.
+            Hugging Face causal language models need none.
+        scheme: "w4a4", any "w{2..8}a{2..8,16}", or a `Scheme`.
+        method: a name out of `loopq_compile.methods.METHODS`, or a `Pipeline`.
+        calibration: iterable of token tensors `[batch, sequence]` (or tuples, dicts of inputs). May be left out for
+            `method="symmetric"` and "quarot" with dynamic scales, and for weight-only schemes, which then round to
+            nearest.
+        release_model: free the model's weights one by one as their integers are stored, which keeps memory near one
+            copy of the model. Neither the model nor anything that shares its weights can be used afterwards.
+        options: fields of `Scheme` to change, such as `group_size=64` or `skip=("*.o_proj",)`, and of
+            `CalibrationOptions`, such as `steps=300`, `seed=1`, `weight_solver="gptq"` or `checkpoint="folder"`.
+
+    Returns:
+        A `Program` that is called like the model.
+
+    Raises:
+        LoopQError: bad input; the message says what and where.
+        CaptureError: the model cannot be captured.
+    """
+    check_model(model)
+    ours = {name: options.pop(name) for name in list(options) if name in CalibrationOptions.names()}
+    _check_names(options)
+    scheme, calibration_options = Scheme.parse(scheme, **options), CalibrationOptions(**ours)
+    pipeline = get_pipeline(method)
+    needs_data = scheme.quantizes_activations and (scheme.activation == "static" or pipeline.name not in DATA_FREE)
+    if calibration is None and needs_data and pipeline.name != "custom":
+        raise LoopQError(
+            f"method={pipeline.name!r} with {scheme.activation} {scheme.name} needs calibration data: calibration="
+            "[token tensors of shape [batch, sequence]]. Without data use method='symmetric' with dynamic scales, or a "
+            "weight-only scheme such as 'w4a16'."
+        )
+    if calibration is None and isinstance(method, str) and pipeline.name not in DATA_FREE:
+        warnings.warn(
+            f"Without calibration data {scheme.name} rounds to nearest: {method!r} learns nothing.", stacklevel=2
+        )
+        pipeline = get_pipeline("symmetric")
+    graph_module = capture(model, example_inputs)
+    get_state(graph_module).release_model = release_model
+    return quantize(graph_module, scheme, pipeline, calibration, calibration_options)
+
+
+def quantize(
+    graph_module: Any,
+    scheme: Scheme,
+    pipeline: Pipeline,
+    calibration: Any = None,
+    options: CalibrationOptions | None = None,
+) -> Program:
+    """Runs `pipeline` on a captured graph, which it changes in place."""
+    with undisturbed(device_of(graph_module), torch.float32):
+        return _quantize(graph_module, scheme, pipeline, calibration, options or CalibrationOptions())
+
+
+def _quantize(
+    graph_module: Any, scheme: Scheme, pipeline: Pipeline, calibration: Any, options: CalibrationOptions
+) -> Program:
+    check(graph_module, options)
+    if calibration is not None:
+        check_deterministic(graph_module.graph)
+    state = get_state(graph_module)
+    state.scheme, state.method, state.options = scheme, pipeline.name, options
+    state.calibration = _repeatable(calibration)
+    state.teacher = copy_graph(graph_module)
+    try:
+        with says_how_to_go_on(state):
+            graph_module = pipeline.run(graph_module)
+        infer_shapes(graph_module)
+    finally:
+        state.calibration = state.teacher = None
+        state.targets.clear()
+    return Program(graph_module)
+
+
+def _repeatable(calibration: Any) -> Any:
+    """The batches as a list where they can be read only once: several passes read them."""
+    if isinstance(calibration, Iterator):
+        return list(guarded(calibration))
+    return calibration
+
+
+def _check_names(options: dict[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(Scheme)} | CalibrationOptions.names()
+    for name in options:
+        if name not in known:
+            raise LoopQError(f"compile has no option {name!r}.{did_you_mean(name, known)}")
+
+
+def load(directory: str | os.PathLike[str]) -> Program:
+    """Reads a program written by `Program.save`.
+
+    Raises:
+        LoopQError: the folder is no program, was written by a newer version, or is damaged.
+    """
+    return Program(read(directory))

@@ -1,0 +1,1 @@
+"""Text generation: sampling, decoders, and a program as a model of transformers."""

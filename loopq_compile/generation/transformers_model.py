@@ -1,0 +1,205 @@
+"""A program as a model of transformers: `generate` with all that Hugging Face's has (beams, streamers, processors).
+
+Releases differ in what they call the argument that holds keys and values (`past_key_values`, `cache`); both work here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from loopq_compile.errors import LoopQError
+from loopq_compile.generation.decoders import PAST_PREFIX, empty_cache, logits_of, present_name
+from loopq_compile.graph.state import get_state
+from loopq_compile.sources.hugging_face import SETTINGS
+
+if TYPE_CHECKING:
+    from loopq_compile.program import Program
+
+_CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+"""What the installed release calls keys and values of earlier calls."""
+
+
+class ProgramConfig(PretrainedConfig):
+    """What transformers asks of a model: the size of the vocabulary, and how many pairs of keys and values it keeps."""
+
+    model_type = "loopq_program"
+
+
+class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
+    """A `Program` that generates text through Hugging Face's interface; made by `Program.as_hugging_face`.
+
+    Its `DynamicCache` has a layer for every attention that runs: as many as loops times layers. A program that cannot
+    have a cache reads the whole text again for every token. The program stays what it is; it does not train, and is
+    saved by `Program.save`.
+    """
+
+    config_class = ProgramConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, program: Program, generation_config: GenerationConfig | str | os.PathLike[str] | None) -> None:
+        """Args: as in `Program.as_hugging_face`."""
+        pairs = len(_caches(program.cached(last_token=True))) // 2
+        sizes: dict[str, Any] = {
+            "vocab_size": _vocabulary(program), "num_hidden_layers": pairs, "use_cache": pairs > 0,
+        }  # fmt: skip
+        super().__init__(ProgramConfig(**sizes))
+        self.program, self.takes_cache = program, pairs > 0
+        if generation_config is not None:
+            self.generation_config = _generation_config(generation_config)
+        if not self.takes_cache:
+            self.generation_config.use_cache = False
+        self.eval()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. A program without a cache reads prompts at once, whatever `prefill_chunk_size` says."""
+        if not self.takes_cache and kwargs.get("prefill_chunk_size") is not None:
+            kwargs["prefill_chunk_size"] = None
+        return super().generate(*args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the program's tensors are."""
+        return next((tensor.device for tensor in self._tensors()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the program's tensors that are no integers."""
+        return next((tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()), torch.float32)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.program.graph_module.parameters()
+        yield from self.program.graph_module.buffers()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Logits of the new tokens.
+
+        Args:
+            input_ids: `[batch, new]`, tokens that the cache has not seen.
+            attention_mask: `[batch, cached + new]`, 0 on padding, which stands on the left; None: nothing is.
+            past_key_values, cache: a `DynamicCache`, which grows; None: nothing is cached yet.
+            use_cache: return keys and values, in a new cache if none was given.
+            logits_to_keep: 1 computes those of the last token alone; 0 all.
+            return_dict: False for a tuple.
+
+        Raises:
+            LoopQError: another kind of cache, or padding where the model has no attention mask.
+        """
+        held = cache if cache is not None else past_key_values
+        if self.takes_cache:
+            if held is None and use_cache:
+                held = DynamicCache()
+            logits = self._read_new(input_ids, attention_mask, held, last_token=logits_to_keep == 1)
+        else:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            logits = self.program.reader().read(input_ids, mask.to(input_ids))
+        logits = logits[:, -logits_to_keep:]
+        output = CausalLMOutputWithPast(**{"logits": logits, _CACHE: held})
+        return output.to_tuple() if return_dict is False else output
+
+    def _read_new(self, input_ids: Tensor, attention_mask: Tensor | None, held: Any, last_token: bool) -> Tensor:
+        """Logits of new tokens; puts their keys and values into `held`."""
+        past = _cached_length(held)
+        cached = self.program.cached(last_token)
+        assert cached is not None
+        ids, mask, *_ = get_state(cached.graph_module).signature.inputs
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
+        given = {ids.name: input_ids, mask.name: attention_mask.to(mask.dtype)}
+        specs = _caches(cached)
+        for layer, (keys, values) in enumerate(zip(specs[::2], specs[1::2], strict=True)):
+            for spec, name in ((keys, "keys"), (values, "values")):
+                kept = getattr(held.layers[layer], name) if past else empty_cache(spec, len(input_ids), 1)
+                given[spec.name] = kept
+        result = cached(**given)
+        for layer, (keys, values) in enumerate(zip(specs[::2], specs[1::2], strict=True)):
+            present = result[present_name(keys.name)], result[present_name(values.name)]
+            if past:  # what the layer holds is in there already; `update` would append it once more
+                held.layers[layer].keys, held.layers[layer].values = present
+            elif held is not None:
+                held.update(*present, layer)
+        return logits_of(result)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """The arguments of the next call of `forward`: `input_ids` `[batch, all]` without what the cache has seen."""
+        held = cache if cache is not None else past_key_values
+        past = held.get_seq_length() if held is not None else 0
+        whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
+        given = {
+            "input_ids": input_ids[:, past:] if whole else input_ids,
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
+            _CACHE: held,
+        }
+        return given | ({} if logits_to_keep is None else {"logits_to_keep": logits_to_keep})
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refused: `Program.save` writes a program.
+
+        Raises:
+            LoopQError: always.
+        """
+        raise LoopQError("A program is saved by program.save(directory), and read by loopq_compile.load(directory).")
+
+
+def _cached_length(held: Any) -> int:
+    """Tokens in a cache, 0 without one.
+
+    Raises:
+        LoopQError: it is of another kind.
+    """
+    if held is None:
+        return 0
+    if type(held) is not DynamicCache:
+        raise LoopQError(f"A program keeps keys and values in a DynamicCache; got {type(held).__name__}.")
+    return held.get_seq_length()
+
+
+def _caches(cached: Program | None) -> list[Any]:
+    """Inputs with keys and values, of each attention in turn."""
+    inputs = get_state(cached.graph_module).signature.inputs if cached is not None else ()
+    return [spec for spec in inputs if spec.name.startswith(PAST_PREFIX)]
+
+
+def _vocabulary(program: Program) -> int:
+    """Entries of the logits."""
+    reader = program.reader()
+    return reader.read(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64)).shape[-1]
+
+
+def _generation_config(given: GenerationConfig | str | os.PathLike[str]) -> GenerationConfig:
+    if isinstance(given, GenerationConfig):
+        return GenerationConfig.from_dict(given.to_dict())
+    folder = Path(given)
+    if not (folder / SETTINGS[0]).is_file():
+        raise LoopQError(f"There is no {SETTINGS[0]} in {folder}; leave generation_config out, or give an object.")
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise LoopQError(f"{folder / SETTINGS[0]} cannot be read: {error}") from error

@@ -1,7 +1,0 @@
-"""Pages that need no network: a report on what quantization did to every loop, and a whole program to browse."""
-
-from loopq_compile.report.browse import browse
-from loopq_compile.report.measure import measure
-from loopq_compile.report.render import render, trajectory, write, write_page
-
-__all__ = ["browse", "measure", "render", "trajectory", "write", "write_page"]

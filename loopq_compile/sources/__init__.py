@@ -1,0 +1,1 @@
+"""Models, tokenizers and calibration text, by name or path."""

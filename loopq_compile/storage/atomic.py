@@ -1,0 +1,329 @@
+"""Output that is whole or not there, and never at the cost of what others put beside it.
+
+New files are written into a hidden folder inside of the target, `.loopq-part-XXXX`, on the same disk. When all of them
+are there, that folder is renamed to `.loopq-new`; from this moment the new output counts. `settle` then takes the old
+files away and moves the new ones up, the manifest last. A kill before the rename leaves the old output as it was; after
+a kill behind it whoever reads or writes the folder next finishes the move.
+
+Only files that a manifest of ours lists are replaced or removed. Everything else in the folder stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from loopq_compile.errors import LoopQError
+from loopq_compile.storage.manifest import RESULTS, ManifestKind, listed, manifests, write_manifest
+
+_PART, _NEW = ".loopq-part-", ".loopq-new"
+
+
+@contextlib.contextmanager
+def writing_folder(
+    directory: str | os.PathLike[str], kind: ManifestKind, *, add: bool = False, more: dict[str, Any] | None = None
+) -> Iterator[Path]:
+    """Yields a temporary folder; its files become those of `directory` when the block ends well, and vanish otherwise.
+
+    Args:
+        directory: where the files shall stand. What else is there stays; a link to a folder stays a link.
+        kind: of manifest, which is written about the files.
+        add: keep the files that an earlier manifest of this kind lists; else they go.
+        more: what else to write into the manifest.
+
+    Raises:
+        LoopQError: a file of the same name is there that no manifest lists, or writing fails (no permission, disk
+            full).
+    """
+    goal = check_folder(directory, kind)
+    with _cannot_write(goal), _staging(goal) as (made, signals):
+        yield made
+        names = [path.name for path in made.iterdir()]
+        with _locked(goal):
+            _move_up(goal)
+            _check_names(goal, names, kind, made)
+            write_manifest(made, kind, names, more, listed(goal, kind) if add else {})
+            for name in (*names, kind.file, "."):
+                _flush(made / name)
+            with signals.held():
+                made.rename(goal / _NEW)
+                _flush(goal)
+                _move_up(goal)
+
+
+@contextlib.contextmanager
+def writing_file(file: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a path to write to; what is there becomes `file` when the block ends well, and vanishes otherwise.
+
+    A link to a file stays a link; a pipe or a device is written to directly.
+
+    Raises:
+        LoopQError: `file` is a folder, or writing fails.
+    """
+    check_file(file)
+    goal = real_path(file)
+    with _cannot_write(goal):
+        if goal.exists() and not goal.is_file():
+            yield goal
+            return
+        with _staging(goal.parent) as (made, _):
+            yield made / goal.name
+            if goal.exists():
+                shutil.copymode(goal, made / goal.name)
+            _flush(made / goal.name)
+            os.replace(made / goal.name, goal)
+
+
+def write_text(file: str | os.PathLike[str], text: str) -> Path:
+    """Writes text as UTF-8; a file that is there stays until the new one is complete.
+
+    Raises:
+        LoopQError: the file cannot be written.
+    """
+    with writing_file(file) as path:
+        path.write_text(text, encoding="utf-8")
+    return Path(file).expanduser()
+
+
+def write_results(directory: str | os.PathLike[str], texts: Mapping[str, str]) -> list[Path]:
+    """Writes text files by name beside earlier results in a folder.
+
+    Raises:
+        LoopQError: a file of one of these names is there that is not ours, or the folder cannot be written.
+    """
+    with writing_folder(directory, RESULTS, add=True) as made:
+        for name, text in texts.items():
+            (made / name).write_text(text, encoding="utf-8")
+    return [Path(directory).expanduser() / name for name in texts]
+
+
+def check_file(file: str | os.PathLike[str]) -> None:
+    """Refuses early what `writing_file` would refuse after the work is done.
+
+    Raises:
+        LoopQError: it is a folder, or cannot be written.
+    """
+    goal = real_path(file)
+    with _cannot_write(goal):
+        if goal.is_dir():
+            raise LoopQError(f"Cannot write to {goal}: it is a folder; give a file.")
+        _check_writable(goal.parent if goal.is_file() else goal)
+
+
+def check_folder(directory: str | os.PathLike[str], kind: ManifestKind, names: Iterable[str] = ()) -> Path:
+    """The real path of `directory`; refuses early what `writing_folder` would refuse after the work is done.
+
+    Args:
+        directory: where files shall be written.
+        kind: of manifest.
+        names: of files, as far as they are known.
+
+    Raises:
+        LoopQError: it is a file or cannot be written, or holds a file of one of these names that is not ours.
+    """
+    goal = real_path(directory)
+    with _cannot_write(goal):
+        if goal.exists() and not goal.is_dir():
+            raise LoopQError(f"Cannot write to {goal}: it is a file; give a folder.")
+        _check_writable(goal)
+        if goal.is_dir():
+            _check_names(goal, names, kind)
+    return goal
+
+
+def settle(directory: str | os.PathLike[str]) -> None:
+    """Finishes the move of a write that was killed when all of its files were there; does nothing elsewhere.
+
+    Raises:
+        LoopQError: the files cannot be moved.
+    """
+    goal = Path(directory)
+    try:
+        if _is_folder(goal / _NEW):
+            with _locked(goal):
+                _move_up(goal)
+    except OSError as error:
+        raise LoopQError(
+            f"A write to {goal} was cut off and cannot be finished: {error.strerror or error}. Write it again, or "
+            f"move the files in {goal / _NEW} up by hand."
+        ) from error
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path with `~` and links resolved; of a link that leads nowhere, where it leads.
+
+    Raises:
+        LoopQError: the path is empty, or links form a ring.
+    """
+    if not os.fspath(path):
+        raise LoopQError("An output needs a path; got an empty one.")
+    try:
+        real = Path(path).expanduser().resolve()
+        if real.is_symlink():
+            raise LoopQError(f"{path} is a link that leads to itself.")
+        return real
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no such user, or a ring
+        raise LoopQError(f"Cannot write to {path}: {error}.") from error
+
+
+def _check_writable(goal: Path) -> None:
+    above = next(folder for folder in (goal, *goal.parents) if folder.exists())
+    if above != goal and not above.is_dir():
+        raise LoopQError(f"Cannot write to {goal}: {above} is a file.")
+    if not os.access(above, os.W_OK | (os.X_OK if above.is_dir() else 0)):
+        raise LoopQError(f"Cannot write to {goal}: no permission to write in {above}.")
+
+
+def _check_names(goal: Path, names: Iterable[str], kind: ManifestKind, made: Path | None = None) -> None:
+    """Refuses names that are taken by files that are not ours, or that belong to an output of another kind."""
+    known = manifests(goal)
+    ours = {kind.file, *known.get(kind.file, ())} if kind.file in known else set()
+    others = {name for file, files in known.items() if file != kind.file for name in files}
+    for name in (kind.file, *names):
+        there = goal / name
+        if not os.path.lexists(there) or (name in ours - others and not _is_folder(there)):
+            continue
+        if name not in others:
+            raise LoopQError(
+                f"{there} is there already, and no manifest says that loopq_compile wrote it. Give another folder, or "
+                "move that file away."
+            )
+        if made is not None and (made / name).read_bytes() != there.read_bytes():
+            raise LoopQError(
+                f"{there} belongs to another output of loopq_compile in that folder and would change. Give another "
+                "folder."
+            )
+
+
+def _move_up(goal: Path) -> None:
+    """Takes old files away and moves those of `.loopq-new` into `goal`; goes on where a killed one stopped.
+
+    Old files go first, so that other programs find the new ones, or none, and never a mixture.
+    """
+    ready = goal / _NEW
+    if not _is_folder(ready):
+        return
+    before = manifests(goal)
+    for file, files in manifests(ready).items():
+        others = {name for other, names in before.items() if other != file for name in names}
+        here = [name for name in files if os.path.lexists(ready / name)]
+        for name in before.get(file, {}):
+            if (name in here or name not in {*files, *others}) and not _is_folder(goal / name):
+                (goal / name).unlink(missing_ok=True)
+        for name in (*here, file):
+            os.replace(ready / name, goal / name)
+    shutil.rmtree(ready)
+    _flush(goal)
+
+
+@contextlib.contextmanager
+def _staging(goal: Path) -> Iterator[tuple[Path, _Signals]]:
+    """A hidden folder inside of `goal` that goes away with the block, and with SIGTERM; so do folders made for it.
+
+    It stays locked while its process lives, by which others know which ones a killed process has left.
+    """
+    made: Path | None = None
+    new_folders = [folder for folder in (goal, *goal.parents) if not folder.exists()]
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(_Signals())
+        try:
+            goal.mkdir(parents=True, exist_ok=True)
+            with _locked(goal):
+                for left in goal.glob(f"{_PART}*"):
+                    with _locked(left, wait=False) as free:
+                        if free:
+                            shutil.rmtree(left, ignore_errors=True)
+                made = Path(tempfile.mkdtemp(prefix=_PART, dir=goal))
+                stack.enter_context(_locked(made, wait=False))
+            yield made, signals
+        finally:
+            if made is not None:
+                shutil.rmtree(made, ignore_errors=True)
+            for folder in new_folders:
+                with contextlib.suppress(OSError):  # it is not empty, or others took it away
+                    folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock on a folder, which ends with its process; yields whether it is held. Not every system has locks."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(handle)
+
+
+class _Signals:
+    """Within this block, signals that would end the process raise an exception first, so that it cleans up."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, Any] = {}
+        self._caught: list[int] = []
+        self._hold = False
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGTERM", "SIGHUP", "SIGINT"):
+                number = getattr(signal, name, None)
+                if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._caught:
+            os.kill(os.getpid(), self._caught[0])
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Signals wait until the end of `_Signals`."""
+        self._hold = True
+        yield
+
+    def _stop(self, number: int, _: object) -> None:
+        first = not self._caught
+        self._caught.append(number)
+        if first and not self._hold:
+            raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def _cannot_write(goal: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LoopQError(f"Cannot write to {goal}: {error.strerror or error}.") from error
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or what a folder lists, is on the disk; some file systems cannot, which is no failure."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

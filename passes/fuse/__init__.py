@@ -1,0 +1,1 @@
+"""Fuses operators into those that kernels compute."""

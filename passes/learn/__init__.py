@@ -1,0 +1,1 @@
+"""Learns scales, transforms, adapters and rounding from calibration data."""

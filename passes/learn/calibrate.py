@@ -1,0 +1,223 @@
+"""`calibrate`: trajectory-aware calibration (LoopQ section 4.4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from loopq_compile.calibration.batches import calibration_batches
+from loopq_compile.calibration.data import Batch, regroup
+from loopq_compile.calibration.learnable import RATES, Learnable
+from loopq_compile.calibration.states import adapter_names, loop_ends
+from loopq_compile.calibration.steps import FUSED_STEPS, Plan
+from loopq_compile.calibration.student import Student
+from loopq_compile.calibration.teacher import Teacher
+from loopq_compile.calibration.training import Training
+from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.graph.constants import evaluate
+from loopq_compile.graph.options import CalibrationOptions
+from loopq_compile.graph.state import CompilerState, get_state, get_tensor, set_tensor
+from loopq_compile.operators import ops
+from loopq_compile.operators.precision import wide
+from loopq_compile.passes.base import Pass, PassResult
+from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
+
+LARGEST_CONDITION = 1e4
+"""States with a transform whose condition number is larger are not kept."""
+KEPT_BYTES = 4 << 30
+"""Without `recompute="on"`, everything is kept for the backward pass up to this estimate."""
+
+
+class Calibrate(Pass):
+    """Learns what the passes before put in: transforms, ranges and clip ratios, rounding, adapters.
+
+    Before: a program that runs, with tables, offsets and adapters at their starting values. After: the same graph with
+    learned values, the best of those seen on held-out batches, starting values included. Teacher is the captured model;
+    labels play no part.
+
+    Does nothing if there is nothing to learn.
+
+    Args:
+        share: part of the method's steps that this phase takes.
+        default_steps: the method's steps where the options leave them open.
+        kinds: what is learned, out of `trajectory.learnable.RATES`; None for everything.
+        trajectory: whether states at the ends of loops count, or predictions alone.
+        final_share: in place of the option of that name.
+    """
+
+    def __init__(
+        self,
+        share: float = 1.0,
+        default_steps: int = 300,
+        kinds: Iterable[str] | None = None,
+        trajectory: bool = True,
+        final_share: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.share, self.default_steps, self.trajectory = share, default_steps, trajectory
+        self.final_share = final_share
+        self.kinds = frozenset(RATES if kinds is None else kinds)
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        state = self.state(graph_module)
+        if state.teacher is None:
+            raise InternalError("calibrate needs the captured graph as a teacher; run it through compile or quantize.")
+        if state.calibration is None:
+            raise LoopQError(f"method={state.method!r} learns from calibration data: calibration=[token tensors].")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        state = self.state(graph_module)
+        options = state.options
+        if self.final_share is not None:
+            options = dataclasses.replace(options, final_share=self.final_share)
+        learnables = find_learnables(graph_module, self.kinds)
+        total = options.steps or self.default_steps
+        steps = max(1, round(total * self.share))
+        if options.fused == "auto":  # the phases of a method share what compiling costs
+            options = dataclasses.replace(options, fused="on" if total >= FUSED_STEPS else "off")
+        if not learnables:
+            return PassResult(graph_module, False)
+        phase = len(state.results.setdefault("calibration", []))
+        training = self.training(graph_module, learnables, options, steps, phase)
+        learned = training.run(f"Calibrating {state.method}")
+        for name, value in learned.items():
+            set_tensor(graph_module, name, value.to(get_tensor(graph_module, name).dtype).contiguous())
+        report = training.report
+        state.results["calibration"].append({**asdict(report), "phase": phase, "learned": count_by_kind(learnables)})
+        state.note(
+            f"{report.steps} steps, {report.tokens:,} tokens: divergence from the teacher on {len(training.held)} "
+            f"batches {report.start:.4f} -> {report.best:.4f} (step {report.best_step})"
+            + (f", {report.skipped} steps skipped" if report.skipped else "")
+            + (f", {report.refused} states refused" if report.refused else "")
+        )
+        return PassResult(graph_module, bool(learned))
+
+    def training(
+        self,
+        graph_module: fx.GraphModule,
+        learnables: list[Learnable],
+        options: CalibrationOptions,
+        steps: int,
+        phase: int,
+    ) -> Training:
+        """One phase, ready to run."""
+        state = self.state(graph_module)
+        vocabulary = vocabulary_size(graph_module)
+        batches = regroup(list(calibration_batches(state.calibration, state.signature, vocabulary)), options.batch_rows)
+        ends = loop_ends(graph_module) if self.trajectory else []
+        adapters = adapter_names(graph_module, ends)
+        names = [item.name for item in learnables]
+        recompute = self._recompute(graph_module, batches[0])
+        student = Student(graph_module, [*ends, *adapters], recompute, learned=names)
+        kept = state.targets.setdefault(tuple(ends), {})
+        teacher = Teacher(_teacher(state), state.signature, ends, vocabulary, options, kept)
+        store, mark = None, ""
+        if options.checkpoint:
+            store = Path(options.checkpoint) / f"phase-{phase}.safetensors"
+            mark = fingerprint(student.tensors, state, batches, names, steps)
+        return Training(
+            Plan(learnables, batches, options, steps, guard, store, mark),
+            student,
+            teacher,
+            signature=state.signature,
+            vocabulary=vocabulary,
+            ends=ends,
+            adapters=adapters,
+        )
+
+    def _recompute(self, graph_module: fx.GraphModule, batch: Batch) -> bool:
+        wanted = get_state(graph_module).options.recompute
+        return wanted == "on" if wanted != "auto" else activation_bytes(graph_module, batch) > KEPT_BYTES
+
+
+def find_learnables(graph_module: fx.GraphModule, kinds: frozenset[str]) -> list[Learnable]:
+    """The tensors of the graph that may change, out of `kinds`, at their present values."""
+    scheme = get_state(graph_module).scheme
+    static = scheme is not None and scheme.activation == "static"
+    wanted: dict[fx.Node, str] = {}
+    for node in graph_module.graph.nodes:
+        kind = node.meta.get("loopq_learn")
+        if "loopq_group" in node.meta:
+            kind = "range" if static else "clip"
+        if node.op == "get_attr" and kind in kinds:
+            wanted[node] = kind
+    scales = {node: _scale_behind(node) for node, kind in wanted.items() if kind == "rounding"}
+    units = dict(evaluate(graph_module, scales.values()))
+    return [
+        Learnable.of(
+            str(node.target),
+            kind,
+            get_tensor(graph_module, str(node.target)),
+            wide(units[scales[node]]) if node in scales else None,
+        )
+        for node, kind in wanted.items()
+    ]
+
+
+def _scale_behind(rounding: fx.Node) -> fx.Node:
+    """The scale `[outputs, groups]` that the weight is rounded with behind the offset `rounding`."""
+    for add in rounding.users:
+        for quantize in add.users:
+            if quantize.target is ops.quantize.default:
+                return quantize.args[1]  # type: ignore[return-value]
+    raise InternalError(f"Nothing is rounded behind {rounding.name!r}.")
+
+
+def _teacher(state: CompilerState) -> fx.GraphModule:
+    assert state.teacher is not None
+    return state.teacher
+
+
+def guard(values: dict[str, Tensor]) -> str | None:
+    """A reason not to keep `values` (by constant name), None if there is none."""
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            return f"{name} is not finite"
+        if name.endswith((".left", ".right")) and torch.linalg.cond(value.float()).max() > LARGEST_CONDITION:
+            return f"{name} has a condition number above {LARGEST_CONDITION:g}"
+    return None
+
+
+def activation_bytes(graph_module: fx.GraphModule, batch: Batch) -> float:
+    """About how much a step keeps for its backward pass without recomputation."""
+    tokens = max(tensor[..., 0].numel() if tensor.is_floating_point() else tensor.numel() for tensor in batch)
+    total = 0
+    for node in graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point():
+            total += math.prod(size for size in value.shape if isinstance(size, int))
+    return 4.0 * total * tokens
+
+
+def count_by_kind(learnables: Sequence[Learnable]) -> dict[str, int]:
+    """Numbers that are learned, by kind."""
+    counts: dict[str, int] = {}
+    for item in learnables:
+        counts[item.kind] = counts.get(item.kind, 0) + item.raw.numel()
+    return counts
+
+
+def fingerprint(
+    tensors: Mapping[str, Tensor], state: CompilerState, batches: Sequence[Batch], learned: Sequence[str], steps: int
+) -> str:
+    """Hash of all that decides the result: the graph's `tensors`, options, data, and what is `learned` for how long."""
+    options = {k: v for k, v in state.options.to_dict().items() if k not in ("checkpoint", "checkpoint_every")}
+    digest = hashlib.sha256(repr((options, state.scheme, state.method, steps, list(learned))).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
+    for batch in batches:
+        for tensor in batch:
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

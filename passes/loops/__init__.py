@@ -1,0 +1,1 @@
+"""Finds loops, rolls them up, and stops them early."""

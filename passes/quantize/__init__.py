@@ -1,0 +1,1 @@
+"""Finds linears, and quantizes weights and activations."""

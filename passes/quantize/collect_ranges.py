@@ -1,0 +1,122 @@
+"""`collect-ranges`: measures the inputs of quantized linears on calibration data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from loopq_compile.calibration.batches import calibration_batches, count_tokens, first_batches, real_tokens, token_mask
+from loopq_compile.calibration.overflow import cause
+from loopq_compile.calibration.ranges import Statistics
+from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.graph.loops import get_tag
+from loopq_compile.graph.state import CompilerState, get_tensor
+from loopq_compile.graph.weights import site_calls
+from loopq_compile.passes.base import Pass, PassResult
+from loopq_compile.progress import progress
+
+
+class CollectRanges(Pass):
+    """Fills `state.statistics[group][row]` with statistics of the activations each group reads in each loop.
+
+    Before: linears are annotated. After: the same graph, statistics measured in one pass over the calibration batches;
+    memory depends on the model, not on the number of batches. Rows count loop iterations, 0 outside loops.
+
+    Does nothing for weight-only schemes, and without calibration data where scales are dynamic (their clip ratios
+    stay 1).
+
+    Tokens that an attention mask masks do not count.
+
+    Args:
+        max_tokens: statistics come from the first batches of about so many tokens together.
+    """
+
+    def __init__(self, max_tokens: int = 16384) -> None:
+        super().__init__()
+        self.max_tokens = max_tokens
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        state = self.state(graph_module)
+        if state.scheme is None or not state.sites:
+            raise InternalError("collect-ranges needs annotate-linears before it.")
+        if state.scheme.quantizes_activations and state.scheme.activation == "static" and state.calibration is None:
+            raise LoopQError(
+                f"Static activation scales ({state.scheme.name}) need calibration data: calibration=[token "
+                "tensors], or Scheme(activation='dynamic')."
+            )
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        state = self.state(graph_module)
+        assert state.scheme is not None
+        if state.calibration is None or not state.scheme.quantizes_activations:
+            return PassResult(graph_module, False)
+        observer = _Observer(graph_module, state)
+        every = calibration_batches(state.calibration, state.signature, vocabulary_size(graph_module))
+        batches = first_batches(every, self.max_tokens)
+        tokens = 0
+        for inputs in progress(batches, "Measuring activations", total=_length(state.calibration)):
+            observer.inputs = inputs
+            observer.mask = token_mask(state.signature, inputs)
+            with torch.no_grad():
+                observer.run(*inputs)
+            tokens += count_tokens(inputs)
+        state.statistics = observer.statistics
+        state.note(f"{tokens} tokens")
+        return PassResult(graph_module, False)
+
+
+def vocabulary_size(graph_module: fx.GraphModule) -> int | None:
+    """Rows of the embedding that reads the token ids, None if there is none."""
+    for node in graph_module.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default and node.args[1].op == "placeholder":
+            return get_tensor(graph_module, str(node.args[0].target)).shape[0]
+    return None
+
+
+def _length(calibration: Any) -> int | None:
+    try:
+        return len(calibration)
+    except TypeError:
+        return None
+
+
+class _Observer(fx.Interpreter):
+    """Runs the graph and measures what quantized linears read."""
+
+    def __init__(self, graph_module: fx.GraphModule, state: CompilerState) -> None:
+        super().__init__(graph_module, garbage_collect_values=True)
+        assert state.scheme is not None
+        self.bits, self.size = state.scheme.activation_bits, state.scheme.group_size
+        self.limit = state.scheme.limit(self.bits)
+        self.statistics: dict[str, dict[int, Statistics]] = {}
+        self.inputs: list[Tensor] = []
+        self.mask: Tensor | None = None
+        self.watched: dict[fx.Node, set[tuple[str, int]]] = {}
+        for site, calls in site_calls(graph_module):
+            for node in calls:
+                self.watched.setdefault(node.args[0], set()).add((site.group, state.loops.row(get_tag(node))))  # type: ignore[arg-type]
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        for group, row in sorted(self.watched.get(n, ())):
+            self._measure(n, value, group, row)
+        return value
+
+    def _measure(self, node: fx.Node, value: Tensor, group: str, row: int) -> None:
+        value = real_tokens(value, self.mask)
+        if not torch.isfinite(value).all():
+            tag = get_tag(node)
+            where = f"{group!r}{f' in {tag}' if tag else ''} (node {node.name!r})"
+            reason = cause(self.module, self.inputs)  # type: ignore[arg-type]
+            raise LoopQError(
+                reason
+                or f"The input of {where} becomes NaN or infinite on the calibration data, before any quantization."
+            )
+        size = self.size if self.size != -1 else value.shape[-1]
+        rows = self.statistics.setdefault(group, {})
+        if row not in rows:
+            rows[row] = Statistics.empty(value.shape[-1] // size)
+        if len(value):
+            rows[row].update(value, size, self.bits, self.limit)

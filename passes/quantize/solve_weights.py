@@ -1,0 +1,216 @@
+"""`solve-weights`: integers for quantized weights that make up for their own rounding errors.
+
+**Order.** A weight that T loops use must be known before its first use can be run, and its inputs in later loops depend
+on weights that are solved after it. So the graphs are walked several times, a *sweep* each: a weight is solved where it
+is used first, with inputs of that use as the weights solved so far make them, and those of later uses as the sweep
+before saw them (before the first sweep a run with the weights as they are). The inputs' second moments hardly depend on
+roundings, so one sweep is enough for `gptq`.
+
+Corrections of LoaQ do depend on them: they are made of the *errors* of the inputs, and moments from a run with weights
+rounded to nearest would correct errors in later loops that no longer exist. (Measured on the bundled model at w4a16:
+perplexity 1.07 times that of full precision with form 1, 4.9 times with form 2, where gptq gives 1.02.) So `loaq`
+starts with a sweep without corrections if there are loops, and corrects half of what is found: all weights of all loops
+mend the same error at once, and full steps overshoot.
+
+**Cost.** A sweep runs both graphs over all batches once and adds `K²` products a token for each input of width K (twice
+that for `loaq`); a weight costs about three Cholesky factorizations and four products `K² out`. Kept in memory are,
+beside the model, the live values of all batches and one `K²` matrix (`loaq`: four) for each looped input.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from torch import Tensor, fx
+
+from loopq_compile.calibration.batches import calibration_batches, first_batches, token_mask
+from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.graph.loops import get_tag
+from loopq_compile.graph.state import CompilerState
+from loopq_compile.passes.base import Pass, PassResult
+from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
+from loopq_compile.progress import progress
+from loopq_compile.solvers.chains import Chain, Family, find_chains, find_families, write_codes
+from loopq_compile.solvers.observe import Layer, Observer
+from loopq_compile.solvers.solve import Options, Solution, solve
+from loopq_compile.solvers.statistics import Split
+
+
+class SolveWeights(Pass):
+    """Chooses the integers of quantized weights by what they do to outputs on the calibration data.
+
+    Before: `dequantize(quantize(W', scale), scale)` in front of linears, W' the (transformed) weight. After:
+    `dequantize(quantize(W' + rounding, scale), scale)` with a constant `rounding` such that the integers are the
+    solver's, and scales (or the clip ratios they are computed from) that fit them; `pack-weights` stores the integers.
+
+    A weight that T loops use is solved once, for the sum of the statistics of all T (see `loopq_compile.solvers.loaq`);
+    one with a chain for every loop is solved for each loop alone.
+
+    Does nothing with the solver "rtn", which is what quantize nodes do by themselves, and to chains that a solver has
+    been at already, so that roundings learned since stay.
+
+    Args:
+        solver: "rtn", "gptq", or "loaq". `weight_solver` of the calibration options goes before it.
+        damping: share of the Hessian's diagonal that is added to it.
+        act_order: round columns by falling `diag H`.
+        alpha, beta: shares of LoaQ's corrections; None to choose them on a quarter of the tokens.
+        form: of LoaQ: 1 compares outputs of linears, 2 what they make of the residual stream, 3 that behind a norm.
+        refine: sweeps of coordinate descent over the integers behind GPTQ.
+        refit_scales: also choose scales; otherwise they stay.
+        sweeps: how often the graph is walked to solve.
+        loop_weights: "equal", "relative" (a loop counts by its error relative to the energy of its inputs), or one
+            number for every row of a per-loop table.
+        centered: offsets put weights into the middle of their integers' intervals; False keeps them as near to where
+            they were as that allows, for calibration to go on from there.
+        max_tokens: statistics come from the first batches of about so many tokens together.
+
+    Raises:
+        LoopQError: no calibration data, unusable statistics, or unknown options.
+    """
+
+    def __init__(
+        self,
+        solver: str = "gptq",
+        *,
+        damping: float = 0.01,
+        act_order: bool = False,
+        alpha: float | None = 0.5,
+        beta: float | None = 0.2,
+        form: int = 2,
+        refine: int = 2,
+        refit_scales: bool = True,
+        sweeps: int = 1,
+        loop_weights: str | Sequence[float] = "equal",
+        centered: bool = True,
+        max_tokens: int = 16384,
+    ) -> None:
+        self.options = Options(solver, damping, act_order, alpha, beta, form, refine, refit_scales)
+        if sweeps < 1:
+            raise LoopQError(f"SolveWeights(sweeps={sweeps!r}) must be at least 1.")
+        if isinstance(loop_weights, str) and loop_weights not in ("equal", "relative"):
+            raise LoopQError(f"SolveWeights(loop_weights={loop_weights!r}): 'equal', 'relative' or a list of numbers.")
+        self.sweeps, self.loop_weights, self.max_tokens = sweeps, loop_weights, max_tokens
+        self.centered = centered
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        state = self.state(graph_module)
+        options = replace(self.options, solver=state.options.weight_solver or self.options.solver)
+        if options.solver == "rtn":
+            return PassResult(graph_module, False)
+        chains = [chain for chain in find_chains(graph_module) if not chain.solved]
+        if not chains:
+            return PassResult(graph_module, False)
+        if state.calibration is None:
+            raise LoopQError(f"The weight solver {options.solver!r} needs calibration data: calibration=[tokens].")
+        if options.solver == "loaq" and state.teacher is None:
+            raise InternalError("solve-weights: loaq compares with state.teacher, the graph before quantization.")
+        every = calibration_batches(state.calibration, state.signature, vocabulary_size(graph_module))
+        batches = list(first_batches(every, self.max_tokens))
+        solver = _Solver(graph_module, state, batches, options, self.loop_weights, self.centered)
+        solver.run(chains, self.sweeps)
+        for note in solver.notes():
+            state.note(note)
+        return PassResult(graph_module, True)
+
+
+class _Solver:
+    """Walks the graphs and solves on the way."""
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        state: CompilerState,
+        batches: list[list[Tensor]],
+        options: Options,
+        loop_weights: str | Sequence[float],
+        centered: bool,
+    ) -> None:
+        self.graph_module, self.state, self.batches = graph_module, state, batches
+        self.options, self.loop_weights, self.centered = options, loop_weights, centered
+        self.solutions: dict[str, list[Solution]] = {}
+
+    def run(self, chains: list[Chain], sweeps: int) -> None:
+        """All sweeps."""
+        observer = self._observer()
+        families = find_families(chains, lambda linear: observer.write(linear) is not None)
+        plan = [self.options] * sweeps
+        later: dict[int, Split] = {}
+        if any(family.calls > 1 for family in families):
+            later = self._measure(families)
+            if self.options.corrects:
+                plan.insert(0, replace(self.options, alpha=0.0, beta=0.0))
+        for number, options in enumerate(plan, 1):
+            later = self._sweep(families, later, options, again=number < len(plan))
+
+    def notes(self) -> Iterator[str]:
+        """What was achieved, by the last part of the sites' names."""
+        for kind, found in self.solutions.items():
+            before, after, alpha, beta = (
+                sum(getattr(solution, name) for solution in found) / len(found)
+                for name in ("before", "after", "alpha", "beta")
+            )
+            shares = f", alpha {alpha:.2f}, beta {beta:.2f}" if self.options.solver == "loaq" else ""
+            yield f"{kind}: relative output error {before:.2e} -> {after:.2e} ({len(found)} weights{shares})"
+
+    def _observer(self) -> Observer:
+        teacher = self.state.teacher if self.options.solver == "loaq" else None
+        masks = [token_mask(self.state.signature, batch) for batch in self.batches]
+        return Observer(self.graph_module, teacher, self.batches, self.options.form, masks)
+
+    def _measure(self, families: list[Family]) -> dict[int, Split]:
+        """Sums of the moments of every call but the first, by family, with the weights as they are."""
+        later: dict[int, Split] = {}
+        stops = [(index, number) for index, family in enumerate(families) for number in range(1, family.calls)]
+        for index, _, split, _ in self._walk(families, stops, "Measuring later loops"):
+            later[index] = later[index].add(split) if index in later else split
+        return later
+
+    def _sweep(
+        self, families: list[Family], later: dict[int, Split], options: Options, again: bool
+    ) -> dict[int, Split]:
+        """Solves all weights. Returns what `_measure` would, with the weights of this sweep; nothing unless `again`."""
+        measured: dict[int, Split] = {}
+        self.solutions = defaultdict(list)
+        stops = [(index, call) for index, family in enumerate(families) for call in range(family.calls if again else 1)]
+        for index, number, split, observer in self._walk(families, stops, "Solving weights"):
+            if number:
+                measured[index] = measured[index].add(split) if index in measured else split
+                continue
+            if index in later:
+                split.add(later.pop(index))
+            for chain in families[index].chains:
+                self.solutions[chain.site.name.rpartition(".")[2]].append(self._solve(observer, chain, split, options))
+        return measured
+
+    def _walk(
+        self, families: list[Family], stops: list[tuple[int, int]], title: str
+    ) -> Iterator[tuple[int, int, Split, Observer]]:
+        """Walks to the `stops` (family and call) in program order, and yields the weighted moments there."""
+        observer = self._observer()
+        position = observer.walk.position
+        order = sorted(stops, key=lambda stop: position(families[stop[0]].first(stop[1], position)[0]))
+        for index, number in progress(order, title, len(order)):
+            linear, chain = families[index].first(number, position)
+            weight = observer.walk.constant(chain.plain).float()
+            split = observer.measure(Layer(linear, weight, chain.original(self.graph_module)))
+            yield index, number, split.times(self._loop_weight(linear, split)), observer
+
+    def _loop_weight(self, linear: fx.Node, split: Split) -> float:
+        """What a call counts for in the sum over loops."""
+        if self.loop_weights == "equal":
+            return 1.0
+        if self.loop_weights == "relative":
+            return split.fit.tokens / max(float(split.fit.hessian.diagonal().sum()), 1e-12)
+        row = self.state.loops.row(get_tag(linear))
+        if row >= len(self.loop_weights):
+            raise LoopQError(f"loop_weights has {len(self.loop_weights)} numbers; {linear.name!r} runs in loop {row}.")
+        return float(self.loop_weights[row])
+
+    def _solve(self, observer: Observer, chain: Chain, split: Split, options: Options) -> Solution:
+        plain = observer.walk.constant(chain.plain)
+        grid = chain.grid(observer.walk.constant(chain.quantize.args[1]), plain.shape[1])
+        solution = solve(plain.float(), chain.original(self.graph_module), grid, split, options, chain.where)
+        write_codes(self.graph_module, chain, plain, solution.codes, solution.grid, self.centered)
+        return solution

@@ -1,0 +1,1 @@
+"""Scaling, transforms and adapters around quantized linears."""

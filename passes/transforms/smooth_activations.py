@@ -1,0 +1,131 @@
+"""`smooth-activations`: moves outlier channels from activations into weights (SmoothQuant, Xiao et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from loopq_compile.calibration.batches import calibration_batches, first_batches, real_tokens, token_mask
+from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.graph.loops import get_tag
+from loopq_compile.graph.state import get_tensor
+from loopq_compile.graph.weights import weight_chain
+from loopq_compile.passes.base import Pass, PassResult
+from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
+from loopq_compile.passes.transforms.tables import (
+    Use,
+    add_table,
+    group_tables,
+    group_uses,
+    insert_diagonal,
+    table_type,
+    weight_type,
+)
+from loopq_compile.progress import progress
+
+SCALE_RANGE = 1e-5, 1e5
+"""Smoothing factors stay inside, so that channels that hardly ever speak do not make their weights vanish. In float16
+they stay where the type holds the factor and its inverse as normal numbers."""
+
+
+class SmoothActivations(Pass):
+    """Divides each channel of what a group reads by `s_j`, and multiplies its weights by it.
+
+    Before: the linears of a group read `x`. After: they read `x * diagonal`, and their weights are multiplied by
+    `1 / diagonal`, with `diagonal = 1 / s` and
+
+        s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)            (SmoothQuant eq. 4)
+
+    where the maxima run over all calibration tokens that no mask hides, in all loops, and over all weights of the
+    group. Channels that are always zero, in the input or in the weights, keep `s_j = 1`. The function stays the same.
+
+    Does nothing to groups that have a transform already, and to weight-only schemes.
+
+    Args:
+        alpha: how much of the difficulty moves into the weights, from 0 (activations are left with it) to 1.
+        learn: lets calibration change the diagonal.
+        max_tokens: maxima are taken over the first batches of about so many tokens together.
+
+    Raises:
+        LoopQError: alpha is out of range, or there is no calibration data.
+    """
+
+    def __init__(self, alpha: float = 0.5, learn: bool = False, max_tokens: int = 16384) -> None:
+        super().__init__()
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+            raise LoopQError(f"SmoothActivations(alpha={alpha!r}) must lie between 0 and 1.")
+        self.alpha, self.learn, self.max_tokens = alpha, learn, max_tokens
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        state = self.state(graph_module)
+        if state.scheme is None or not state.sites:
+            raise InternalError("smooth-activations needs annotate-linears before it.")
+        if state.calibration is None and state.scheme.quantizes_activations:
+            raise LoopQError(
+                "Smoothing measures activations and needs calibration data: calibration=[token tensors]. Without data "
+                "use method='symmetric' or 'quarot' with dynamic scales."
+            )
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        state = self.state(graph_module)
+        assert state.scheme is not None
+        present = group_tables(graph_module)
+        uses = {group: found for group, found in group_uses(graph_module).items() if group not in present}
+        if not uses or not state.scheme.quantizes_activations:
+            return PassResult(graph_module, False)
+        observer = _Observer(graph_module, uses)
+        every = calibration_batches(state.calibration, state.signature, vocabulary_size(graph_module))
+        for inputs in progress(first_batches(every, self.max_tokens), "Measuring channels"):
+            observer.mask = token_mask(state.signature, inputs)
+            with torch.no_grad():
+                observer.run(*inputs)
+        for group, found in uses.items():
+            scale = smoothing_scale(observer.largest[group], _largest_weight(graph_module, found), self.alpha)
+            least = torch.finfo(weight_type(graph_module, found)).tiny
+            values = (1 / scale.clamp(least, 1 / least)).to(table_type(graph_module, found)).unsqueeze(0)
+            table = add_table(graph_module, group, "diagonal", values, "diagonal" if self.learn else None)
+            insert_diagonal(graph_module, group, found, table)
+        state.note(f"{len(uses)} groups, alpha {self.alpha:g}")
+        return PassResult(graph_module, True)
+
+
+def smoothing_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """The factors `s_j` (SmoothQuant eq. 4) from the largest magnitudes of each input channel, `[d]` both."""
+    scale = activation.double().pow(alpha) / weight.double().pow(1 - alpha)
+    alive = (activation > 0) & (weight > 0)
+    return torch.where(alive, scale, torch.ones_like(scale)).clamp(*SCALE_RANGE)
+
+
+def _largest_weight(graph_module: fx.GraphModule, uses: list[Use]) -> Tensor:
+    """Largest magnitude of each input channel over all weights of a group, `[d]`."""
+    weights = {str(weight_chain(linear)[0].target) for use in uses for linear in use.linears}
+    return torch.stack([get_tensor(graph_module, name).detach().float().abs().amax(0) for name in weights]).amax(0)
+
+
+class _Observer(fx.Interpreter):
+    """Runs the graph and keeps the largest magnitude of every channel that a group reads, `[d]` by group."""
+
+    def __init__(self, graph_module: fx.GraphModule, uses: dict[str, list[Use]]) -> None:
+        super().__init__(graph_module, garbage_collect_values=True)
+        self.largest: dict[str, Tensor] = {}
+        self.mask: Tensor | None = None
+        self.watched: dict[fx.Node, set[str]] = {}
+        for group, found in uses.items():
+            for use in found:
+                self.watched.setdefault(use.x, set()).add(group)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        for group in self.watched.get(n, ()):
+            rows = real_tokens(value.detach(), self.mask)
+            largest = rows.abs().amax(0).float() if len(rows) else rows.new_zeros(rows.shape[-1])
+            if not largest.isfinite().all():
+                tag = get_tag(n)
+                raise LoopQError(
+                    f"The input of {group!r}{f' in {tag}' if tag else ''} (node {n.name!r}) becomes NaN or infinite on "
+                    "the calibration data, before any quantization."
+                )
+            self.largest[group] = torch.maximum(self.largest.get(group, largest), largest)
+        return value

@@ -1,0 +1,138 @@
+"""The differentiable form of a program: the same numbers, and gradients summed over loops."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from loopq_compile.calibration.student import Student
+from loopq_compile.graph.state import get_tensor
+from loopq_compile.passes.transforms.widen import loop_groups, widen
+from tests.calibration.tools import learned_tensors, prepared
+from tests.tiny import tokens
+
+
+@pytest.fixture(scope="module")
+def program():
+    return prepared(loops=3)
+
+
+@pytest.mark.parametrize("segments", [1, 3, None, 40])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_student_computes_what_the_program_computes(program, segments, recompute):
+    student = Student(program, [], recompute, segments)
+    for inputs in (tokens(7), tokens(8, 1, 5)):
+        with torch.no_grad():
+            expected = program(inputs)
+            results, _ = student.run([inputs], {})
+        for result, wanted in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_the_student_of_the_captured_graph_computes_what_the_model_computes(program):
+    from loopq_compile.graph.state import get_state
+    from tests.tiny import tiny_model
+
+    with torch.no_grad():
+        results, _ = Student(get_state(program).teacher).run([tokens(7)], {})
+        expected = tiny_model(3)(tokens(7))
+    torch.testing.assert_close(results[0], expected["logits"], rtol=1e-6, atol=1e-6)
+
+
+def test_values_take_the_place_of_constants(program):
+    student = Student(program)
+    name = next(name for name in student.tensors if name.endswith(".left"))
+    with torch.no_grad():
+        same, _ = student.run([tokens(7)], {name: student.tensors[name].clone()})
+        other, _ = student.run(
+            [tokens(7)], {name: student.tensors[name] + 0.1 * torch.rand(student.tensors[name].shape)}
+        )
+        before, _ = student.run([tokens(7)], {})
+    assert same[0].equal(before[0]) and not other[0].equal(before[0])
+    assert get_tensor(program, name).equal(student.tensors[name]), "the program keeps its own"
+
+
+def gradients(program, recompute, segments=None):
+    student = Student(program, [], recompute, segments)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in learned_tensors(program).items()}
+    results, _ = student.run([tokens(3)], leaves)
+    results[0].square().mean().backward()
+    return {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def test_recomputation_and_cuts_do_not_change_gradients(program):
+    expected = gradients(program, False, 1)
+    assert all(gradient is not None for gradient in expected.values())
+    for recompute, segments in ((True, None), (True, 7), (False, None)):
+        got = gradients(program, recompute, segments)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_gradients_of_shared_tables_are_the_sum_over_loops():
+    """One leaf for all loops gets what its copies, one for each loop, get together."""
+    shared, relaxed = prepared(loops=3), prepared(loops=3)
+    group = "layers.0.gate+up"
+    assert group in loop_groups(relaxed)
+    widen(relaxed, group)
+    one, each = gradients(shared, False), gradients(relaxed, False)
+    for part in ("left", "right"):
+        name = f"transform.layers_0_gate_up.{part}"
+        assert each[name].shape[0] == 3 and one[name].shape[0] == 1
+        torch.testing.assert_close(each[name].sum(0), one[name][0], rtol=1e-4, atol=1e-7)
+        assert (each[name][0] - each[name][2]).abs().max() > 0
+    for weight in ("gate", "up"):
+        for part in ("clip", "rounding"):
+            rows = [each[f"layers.0.{weight}.weight_loop{row}_{part}"] for row in range(3)]
+            torch.testing.assert_close(sum(rows), one[f"layers.0.{weight}.weight_{part}"], rtol=1e-4, atol=1e-7)
+
+
+class Looped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = torch.tanh(self.layer(x))
+        return x
+
+
+def codes(ratio):
+    """Four-bit integers whose gradient is that of `ratio` inside the range, none outside."""
+    whole = ratio.detach().round().clamp(-8, 7)
+    inside = (ratio.detach() <= 7) & (ratio.detach() >= -8)
+    return torch.where(inside, ratio + (whole - ratio.detach()), whole)
+
+
+def largest(rows):
+    """The entry of largest magnitude in each row, which a signed scale follows."""
+    return rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
+
+
+def test_gradients_are_those_of_a_model_written_by_hand():
+    """W4A4 with dynamic scales, transform, clips and rounding, in plain PyTorch."""
+    torch.manual_seed(0)
+    model = Looped().eval()
+    x = torch.randn(2, 5, 16)
+    graph_module = prepared(model=model, example=(x,), data=[(torch.randn(2, 5, 16),)], adapters=False)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in learned_tensors(graph_module).items()}
+    results, _ = Student(graph_module).run([x], leaves)
+    results[0].square().sum().backward()
+
+    hand = {name: tensor.clone().requires_grad_() for name, tensor in learned_tensors(graph_module).items()}
+    left, right = (next(t for n, t in hand.items() if n.endswith(part))[0] for part in ("left", "right"))
+    clips = next(tensor for name, tensor in hand.items() if name.startswith("activation_clip"))
+    matrix = torch.kron(left, right)
+    weight = model.layer.weight.detach() @ torch.linalg.inv(matrix).t()
+    scale = largest(weight) * hand["layer.weight_clip"] / -8
+    rounded = codes((weight + hand["layer.weight_rounding"]) / scale) * scale
+    state = x
+    for loop in range(3):
+        moved = state @ matrix
+        step = largest(moved) * clips[loop] / -8
+        state = torch.tanh(F.linear(codes(moved / step) * step, rounded))
+    torch.testing.assert_close(results[0], state, rtol=1e-4, atol=1e-5)
+    state.square().sum().backward()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, hand[name].grad, rtol=1e-2, atol=1e-3, msg=name)
