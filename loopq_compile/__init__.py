@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from loopq_compile._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from loopq_compile import methods as pipelines
     from loopq_compile.compiler import compile, load
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from loopq_compile.pipeline import Pipeline
     from loopq_compile.program import Program
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "CaptureError": "errors",

@@ -20,10 +20,10 @@ from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.shapes import infer_shapes
-from loopq_compile.graph.state import copy_graph, get_state
+from loopq_compile.graph.state import RunContext, copy_graph, get_state
 from loopq_compile.methods import get_pipeline
 from loopq_compile.pipeline import Pipeline
-from loopq_compile.program import Program
+from loopq_compile.program import Program, failures_with_programs
 from loopq_compile.storage.artifact import read
 
 DATA_FREE = ("symmetric", "quarot")
@@ -82,7 +82,7 @@ def compile(
         )
         pipeline = get_pipeline("symmetric")
     graph_module = capture(model, example_inputs)
-    get_state(graph_module).release_model = release_model
+    get_state(graph_module).run.release_model = release_model
     return quantize(graph_module, scheme, pipeline, calibration, calibration_options)
 
 
@@ -106,15 +106,14 @@ def _quantize(
         check_deterministic(graph_module.graph)
     state = get_state(graph_module)
     state.scheme, state.method, state.options = scheme, pipeline.name, options
-    state.calibration = _repeatable(calibration)
-    state.teacher = copy_graph(graph_module)
+    state.run.calibration = _repeatable(calibration)
+    state.run.teacher = copy_graph(graph_module)
     try:
-        with says_how_to_go_on(state):
+        with says_how_to_go_on(state), failures_with_programs():
             graph_module = pipeline.run(graph_module)
         infer_shapes(graph_module)
     finally:
-        state.calibration = state.teacher = None
-        state.targets.clear()
+        state.run = RunContext()
     return Program(graph_module)
 
 

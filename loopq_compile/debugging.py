@@ -9,15 +9,13 @@ import traceback
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.graph.state import attach_state, get_state
-
-if TYPE_CHECKING:
-    from loopq_compile.program import Program
+from loopq_compile.graph.state import RunContext, attach_state, get_state
+from loopq_compile.storage.artifact import save
 
 VARIABLE = "LOOPQ_COMPILE_DEBUG"
 
@@ -39,18 +37,14 @@ class Snapshot:
         }
         state = get_state(graph_module)
         sites = {name: copy.copy(site) for name, site in state.sites.items()}
-        self._state = replace(
-            state, sites=sites, log=list(state.log), notes=[], calibration=None, teacher=None, targets={}
-        )
+        self._state = replace(state, sites=sites, log=list(state.log), run=RunContext())
 
     @cached_property
-    def program(self) -> Program:
-        """The program, which runs, prints and saves."""
-        from loopq_compile.program import Program
-
+    def graph_module(self) -> fx.GraphModule:
+        """The graph, which runs, prints and can be saved."""
         graph_module = fx.GraphModule(self._parts, self._graph)
         attach_state(graph_module, self._state)
-        return Program(graph_module)
+        return graph_module
 
 
 @dataclass
@@ -60,18 +54,21 @@ class PassFailure:
     Args:
         pass_name: the pass that failed.
         passes_before: those that had run, in order.
-        snapshot: the program in front of it.
+        snapshot: the graph before it.
+        program: the last valid `Program`, where the pass ran in `compile` or in a method of a program: print it, run
+            it, or `save` it. With `release_model`, `pack-weights` frees tensors in place; a program from before a
+            failure there prints, and no longer runs. None where `Pipeline.run` was called with a graph.
     """
 
     pass_name: str
     passes_before: list[str]
     snapshot: Snapshot
+    program: Any = None
 
     @property
-    def program(self) -> Program:
-        """The last valid program: print it, run it, or `save` it. With `release_model`, `pack-weights` frees tensors
-        in place; a program from before a failure there prints, and no longer runs."""
-        return self.snapshot.program
+    def graph_module(self) -> fx.GraphModule:
+        """The last valid graph."""
+        return self.snapshot.graph_module
 
 
 class DebugFolder:
@@ -116,7 +113,7 @@ class DebugFolder:
         """The traceback in `failure.txt`, the last valid program in `last-valid/`."""
         self._write("failure.txt", f"{failure.pass_name}\n\n{''.join(traceback.format_exception(error))}")
         with contextlib.suppress(Exception):  # the failure itself matters more: a full disk, tensors freed in place
-            failure.program.save(self.folder / "last-valid")
+            save(failure.graph_module, self.folder / "last-valid")
 
     def _write(self, name: str, text: str) -> None:
         try:

@@ -10,7 +10,8 @@ from torch.fx.passes.infra.pass_base import PassBase
 from loopq_compile.calibration.overflow import Probe
 from loopq_compile.debugging import DebugFolder, PassFailure, Snapshot
 from loopq_compile.errors import InternalError, LoopQError, did_you_mean
-from loopq_compile.graph.state import MADE_BY, LogEntry, get_state
+from loopq_compile.graph.keys import MADE_BY
+from loopq_compile.graph.state import LogEntry, get_state
 from loopq_compile.graph.verify import verify_tags
 from loopq_compile.passes.base import Pass
 
@@ -89,7 +90,7 @@ class Pipeline:
             LoopQError: from a pass, about the input.
             InternalError: a pass broke the graph; the message names it and the passes before it.
 
-        Both carry `error.failure`, a `loopq_compile.debugging.PassFailure`, whose `program` is the last valid one.
+        Both carry `error.failure`, a `loopq_compile.debugging.PassFailure`, whose `graph_module` is the last valid one.
         """
         done: list[str] = []
         debug = DebugFolder.from_environment(self.name)
@@ -113,7 +114,7 @@ class Pipeline:
     def _apply(self, item: PassBase, graph_module: fx.GraphModule, done: list[str], probe: Probe) -> fx.GraphModule:
         name = pass_name(item)
         state = get_state(graph_module)
-        state.notes = []
+        state.run.notes = []
         before = set(graph_module.graph.nodes)
         try:
             result = item(graph_module)
@@ -134,7 +135,7 @@ class Pipeline:
         except Exception as error:
             history = ", ".join(done) or "none"
             raise InternalError(f"Pass {name!r} failed (passes before it: {history}): {error}") from error
-        get_state(graph_module).log.append(LogEntry(name, bool(result.modified), list(state.notes)))
+        get_state(graph_module).log.append(LogEntry(name, bool(result.modified), list(state.run.notes)))
         return graph_module
 
     def _find(self, name: str, occurrence: int) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from loopq_compile.errors import LoopQError
+from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.generation.decoders import (
     CachedDecoder,
     Chosen,
@@ -21,9 +22,9 @@ from loopq_compile.generation.decoders import (
     RecomputingDecoder,
     Variants,
     complete,
-    has_cache,
     read_texts,
 )
+from loopq_compile.graph.caches import has_cache
 from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
 from loopq_compile.graph.loops import LoopStructure
 from loopq_compile.graph.scheme import Scheme
@@ -221,7 +222,8 @@ class Program:
 
         copied = copy_graph(self.graph_module)
         attach_state(copied, replace(get_state(self.graph_module), log=list(self.log)))
-        return Program(Pipeline(list(passes)).run(copied))
+        with failures_with_programs():
+            return Program(Pipeline(list(passes)).run(copied))
 
     def lower(self, backend: str, **options: Any) -> Any:
         """An executable made by `backend` ("reference", "onnx" or "triton"); see `loopq_compile.backends`."""
@@ -377,3 +379,15 @@ class Program:
         from loopq_compile.storage.artifact import save
 
         save(self.graph_module, directory)
+
+
+@contextlib.contextmanager
+def failures_with_programs() -> Iterator[None]:
+    """Inside, an error of a pass carries `failure.program`, the last valid program."""
+    try:
+        yield
+    except (LoopQError, InternalError) as error:
+        failure = error.failure
+        if failure is not None and failure.program is None:
+            failure.program = Program(failure.graph_module)
+        raise

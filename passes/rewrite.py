@@ -28,6 +28,7 @@ from torch import fx
 
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.insert import inserting
+from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import LoopTag, get_tag
 from loopq_compile.passes.base import Pass, PassResult
 
@@ -216,7 +217,7 @@ def _check_inside(match: Match, taken: set[fx.Node]) -> None:
 def _replace(graph: fx.Graph, match: Match, replacement: fx.Graph) -> None:
     anchor = match.anchor
     values: dict[fx.Node, Any] = {n: match.values[n.name] for n in replacement.find_nodes(op="placeholder")}
-    with inserting(graph, before=anchor, tag=match.tag, site=anchor.meta.get("loopq_site", "")):
+    with inserting(graph, before=anchor, tag=match.tag, site=anchor.meta.get(SITE, "")):
         new = graph.graph_copy(replacement, values)
     if not isinstance(new, fx.Node):
         raise LoopQError(f"The replacement at {anchor.name!r} must return the value of one operator or a parameter.")

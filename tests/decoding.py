@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import loopq_compile as lq
 from loopq_compile.capture.to_graph import capture
-from loopq_compile.generation.sampling import logits_of
 from loopq_compile.graph.signature import Signature
+from loopq_compile.graph.texts import logits_of
 from loopq_compile.models import Huginn, LoopFormer, LoopFormerConfig, Nanbeige, Ouro, OuroConfig, Parcae, repeat_layers
 from loopq_compile.passes.loops.tag_loops import TagLoops
 from tests.looped_models import HUGINN, NANBEIGE, PARCAE, UniversalTransformer, with_random_weights

@@ -17,8 +17,8 @@ from loopq_compile import LoopQError
 from loopq_compile.backends.onnx import OnnxExecutable
 from loopq_compile.capture.to_graph import capture
 from loopq_compile.compiler import quantize
-from loopq_compile.generation.sampling import logits_of
 from loopq_compile.graph.scheme import Scheme
+from loopq_compile.graph.texts import logits_of
 from loopq_compile.methods import get_pipeline
 from loopq_compile.program import Program
 from tests.backends.onnx.graphs import in_float32

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from loopq_compile.backends.onnx.loop import LOOPS
 from loopq_compile.errors import LoopQError
-from loopq_compile.generation.decoders import cache_inputs, empty_cache, last_logits, present_name
+from loopq_compile.graph.caches import cache_inputs, empty_cache, present_name
 from loopq_compile.graph.early_exit import EXIT_THRESHOLD, LOOPS_SPENT, has_early_exit, threshold_tensor
 from loopq_compile.graph.signature import Signature
+from loopq_compile.graph.texts import last_logits
 
 _LOGITS = "logits"
 PREFILL_CHUNK = 128

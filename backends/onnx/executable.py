@@ -16,11 +16,11 @@ from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
 from loopq_compile.backends.onnx.decoder import PREFILL_CHUNK, OnnxDecoder
 from loopq_compile.backends.onnx.folder import check_references
 from loopq_compile.backends.onnx.loop import LOOPS
-from loopq_compile.errors import LoopQError
-from loopq_compile.generation.decoders import Chosen, Decoder, complete, has_cache, read_texts
+from loopq_compile.errors import LoopQError, first_line
+from loopq_compile.generation.decoders import Chosen, Decoder, complete, read_texts
+from loopq_compile.graph.caches import has_cache
 from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
 from loopq_compile.storage.atomic import settle
-from loopq_compile.storage.manifest import first_line
 
 
 class OnnxExecutable:

@@ -20,17 +20,10 @@ import onnx
 from onnx import numpy_helper
 
 from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
-from loopq_compile.errors import LoopQError
+from loopq_compile.errors import LoopQError, first_line
 from loopq_compile.storage.artifact import Verified
 from loopq_compile.storage.atomic import check_folder, settle, writing_folder
-from loopq_compile.storage.manifest import (
-    ManifestKind,
-    check_files,
-    check_name,
-    check_regular,
-    first_line,
-    read_json,
-)
+from loopq_compile.storage.manifest import ManifestKind, check_files, check_name, check_regular, read_json
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 KIND = ManifestKind("onnx_manifest.json", "loopq_compile.onnx", 1, "export")

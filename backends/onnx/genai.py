@@ -22,9 +22,9 @@ import onnx
 from loopq_compile.backends.onnx.folder import add_files
 from loopq_compile.backends.onnx.genai_tokenizer import TOKENIZER_CLASS, TOKENIZER_CONFIG, with_special_tokens
 from loopq_compile.errors import LoopQError
-from loopq_compile.generation.decoders import PAST_PREFIX, PRESENT_PREFIX
 from loopq_compile.generation.sampling import whole_number
-from loopq_compile.sources.loading import TOKENIZER_FILE, read_tokenizer
+from loopq_compile.generation.tokenizer import TOKENIZER_FILE, read_tokenizer
+from loopq_compile.graph.caches import PAST_PREFIX, PRESENT_PREFIX
 from loopq_compile.storage.atomic import settle
 
 CONFIG_FILE = "genai_config.json"

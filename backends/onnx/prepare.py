@@ -13,11 +13,11 @@ from torch import Tensor, fx
 import loopq_compile.operators  # noqa: F401  (registers torch.ops.loopq)
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.constants import constant_nodes, evaluate
+from loopq_compile.graph.keys import BITS, SITE, TRANSFORM
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.recurrence import module_calls
 from loopq_compile.graph.rolled import RolledLoop
 from loopq_compile.graph.state import get_state, get_tensor
-from loopq_compile.passes.transforms.tables import TRANSFORM
 
 _aten, _loopq = torch.ops.aten, torch.ops.loopq
 _READERS = {
@@ -171,5 +171,5 @@ def _copy_outputs(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]
 
 def _origin(node: fx.Node) -> Origin:
     tag, calls = get_tag(node), module_calls(node)
-    site = node.meta.get("loopq_site") or (calls[-1][0] if calls else "")
-    return Origin(node.name, tag.label if tag else "", site, node.meta.get("loopq_bits"))
+    site = node.meta.get(SITE) or (calls[-1][0] if calls else "")
+    return Origin(node.name, tag.label if tag else "", site, node.meta.get(BITS))

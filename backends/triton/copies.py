@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from loopq_compile.graph.rolled import RolledLoop
-from loopq_compile.graph.state import attach_state, get_state
+from loopq_compile.graph.state import RunContext, attach_state, get_state
 
 
 def private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -25,7 +25,7 @@ def private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
             loop._modules = {"body": _copy_graph(module.body)}
             setattr(copied, name, loop)
     state = get_state(graph_module)
-    attach_state(copied, dataclasses.replace(state, log=list(state.log), results={}, notes=[]))
+    attach_state(copied, dataclasses.replace(state, log=list(state.log), results={}, run=RunContext()))
     return copied
 
 

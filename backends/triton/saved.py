@@ -34,13 +34,13 @@ from loopq_compile.backends.triton.kernels import KERNELS
 from loopq_compile.backends.triton.launches import ROWS, launches
 from loopq_compile.backends.triton.operators import INTERPRETED
 from loopq_compile.backends.triton.static_decoder import step_of
-from loopq_compile.errors import LoopQError
-from loopq_compile.generation.decoders import has_cache
+from loopq_compile.errors import LoopQError, first_line
+from loopq_compile.graph.caches import has_cache
 from loopq_compile.graph.rolled import rolled_loops
 from loopq_compile.graph.state import get_state
 from loopq_compile.storage import artifact
 from loopq_compile.storage.atomic import check_folder
-from loopq_compile.storage.manifest import PROGRAM, check_files, first_line, read_json
+from loopq_compile.storage.manifest import PROGRAM, check_files, read_json
 
 CASE_FILE, BINARY_FILE = "kernels.json", "kernels.safetensors"
 _KEPT = ("json", "cubin")

@@ -8,24 +8,34 @@ front of every step: no cache is copied, and nothing but the contents of the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
 from loopq_compile.backends.triton.copies import on_device, private_copy
 from loopq_compile.errors import LoopQError
-from loopq_compile.generation.decoders import CachedDecoder, has_cache, last_logits
+from loopq_compile.generation.decoders import CachedDecoder
+from loopq_compile.graph.caches import has_cache
 from loopq_compile.graph.early_exit import has_early_exit
-from loopq_compile.graph.signature import LOOPS_AXIS, PAST, InputSpec
+from loopq_compile.graph.signature import LOOPS_AXIS, PAST, InputSpec, Signature
+from loopq_compile.graph.texts import last_logits
 from loopq_compile.passes.cache.fix_cache import FixCache
 from loopq_compile.pipeline import Pipeline
 
-if TYPE_CHECKING:
-    from loopq_compile.backends.triton.executable import TritonExecutable
-
 Step = Callable[[], None]
 _WARM_UP = 2
+
+
+class Lowered(Protocol):
+    """What a decoder needs of a lowered program with a key-value cache, a `TritonExecutable`."""
+
+    graph_module: fx.GraphModule
+    signature: Signature
+    loops: int
+    device: torch.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class StaticDecoder:
@@ -42,7 +52,7 @@ class StaticDecoder:
 
     def __init__(
         self,
-        run: TritonExecutable,
+        run: Lowered,
         capacity: int,
         capture: Callable[[Step, Sequence[Tensor]], Step] | None,
     ) -> None:
@@ -113,7 +123,7 @@ def step_of(graph_module: fx.GraphModule) -> fx.GraphModule:
 class _Step:
     """The buffers of one batch size, and the step that works on them."""
 
-    def __init__(self, run: TritonExecutable, graph_module: fx.GraphModule, batch: int, capacity: int) -> None:
+    def __init__(self, run: Lowered, graph_module: fx.GraphModule, batch: int, capacity: int) -> None:
         ids, mask, *caches = run.signature.inputs
         self.run, self.graph_module = run, graph_module
         self.replay: Step | None = None

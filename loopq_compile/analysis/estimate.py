@@ -146,7 +146,7 @@ def _seconds(
     graph_module = copy_graph(captured)
     state = get_state(graph_module)
     state.scheme, state.method, state.options = scheme, pipeline.name, replace(options, checkpoint=None)
-    state.calibration, state.teacher = batches[:2], copy_graph(captured)
+    state.run.calibration, state.run.teacher = batches[:2], copy_graph(captured)
     tokens = sum(batch.numel() for batch in batches)
     seconds = _NODE_SECONDS * len(captured.graph.nodes)
     work: _Work | None = None
@@ -157,7 +157,7 @@ def _seconds(
         elif work is None:
             spent = _timed(lambda item=item: Pipeline([item]).run(graph_module))  # type: ignore[misc]
             if isinstance(item, CollectRanges | SmoothActivations):
-                seen = sum(batch.numel() for batch in state.calibration)
+                seen = sum(batch.numel() for batch in state.run.calibration)
                 spent *= min(tokens, item.max_tokens) / seen
             seconds += spent
     return seconds
@@ -173,7 +173,7 @@ class _Work:
     def __init__(self, graph_module: fx.GraphModule, options: CalibrationOptions) -> None:
         self.graph_module, self.options = graph_module, options
         state = get_state(graph_module)
-        rows = state.calibration
+        rows = state.run.calibration
         self.step = self.token = 0.0
         learnables = find_learnables(graph_module, Calibrate().kinds)
         if learnables:

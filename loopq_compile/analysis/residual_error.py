@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from loopq_compile.calibration.batches import bind_batch
+from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.printer import site_of
 from loopq_compile.graph.scheme import Scheme
@@ -61,8 +62,8 @@ def points(reference: fx.GraphModule) -> list[Point]:
         loop = tag.index[0] if tag and tag.loops[0] == 0 else None
         if node in residual:
             found.append(Point(node.name, "state", re.sub(r"\.slice\(.*?\)", "", site_of(node)), loop))
-        elif node.meta.get("loopq_site") in quantized and node.target is torch.ops.aten.linear.default:
-            found.append(Point(node.name, "linear", node.meta["loopq_site"], loop))
+        elif node.meta.get(SITE) in quantized and node.target is torch.ops.aten.linear.default:
+            found.append(Point(node.name, "linear", node.meta[SITE], loop))
     return found
 
 

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
+from loopq_compile.graph.keys import GROUP, TRANSFORM
 from loopq_compile.graph.scheme import quantized_range
 from loopq_compile.graph.state import CompilerState, Site, get_state, get_tensor
 from loopq_compile.operators import ops
 from loopq_compile.passes.quantize.other_products import OTHER_PRODUCTS
 from loopq_compile.passes.transforms.conditioning import condition_numbers
-from loopq_compile.passes.transforms.tables import TRANSFORM
 
 _PARTS = (
     "integer weights",
@@ -57,11 +57,11 @@ def activation_rows(graph_module: fx.GraphModule) -> dict[str, Tensor]:
     scheme = get_state(graph_module).scheme
     rows: dict[str, Tensor] = {}
     for node in graph_module.graph.nodes:
-        if "loopq_group" in node.meta and scheme is not None:
+        if GROUP in node.meta and scheme is not None:
             table = get_tensor(graph_module, str(node.target)).float()
             static = scheme.activation == "static"
             values = table.amax(1) * quantized_range(scheme.activation_bits)[1] if static else table.mean(1)
-            rows[node.meta["loopq_group"]] = values
+            rows[node.meta[GROUP]] = values
     return rows
 
 
@@ -127,6 +127,6 @@ def _part(node: fx.Node, tensor: Tensor) -> str:
         return "transforms"
     if any(user.target is ops.transition_adapter.default for row in (node, *node.users) for user in row.users):
         return "adapters"
-    if "loopq_group" in node.meta:
+    if GROUP in node.meta:
         return "per-loop tables"
     return "their scales" if name.endswith("_scale") else "floating point"

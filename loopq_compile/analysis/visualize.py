@@ -16,11 +16,12 @@ import torch
 from torch import fx
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.graph.keys import MADE_BY
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.names import shown_name
 from loopq_compile.graph.printer import site_of
 from loopq_compile.graph.shapes import type_of
-from loopq_compile.graph.state import MADE_BY, get_state
+from loopq_compile.graph.state import get_state
 
 COLOURS = {
     "input": "#ffffff",

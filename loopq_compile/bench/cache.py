@@ -12,7 +12,7 @@ from loopq_compile.bench.cells import Values
 from loopq_compile.bench.results import Report
 from loopq_compile.compiler import compile as compile_model
 from loopq_compile.evaluation.perplexity import Remembered, evaluate
-from loopq_compile.generation.decoders import cache_inputs
+from loopq_compile.graph.caches import cache_inputs
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.signature import Signature
 from loopq_compile.graph.state import get_state

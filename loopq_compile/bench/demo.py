@@ -15,12 +15,13 @@ from torch import Tensor
 from loopq_compile import bench, bundled
 from loopq_compile.backends.onnx.folder import KIND, MODEL_FILE
 from loopq_compile.bench.demo_figures import check_document, figures, rewrite
-from loopq_compile.evaluation.perplexity import Remembered, evaluate, tokenize
+from loopq_compile.evaluation.perplexity import Remembered, evaluate
 from loopq_compile.generation.sampling import generate
+from loopq_compile.generation.tokenizer import TOKENIZER_FILE, tokenize
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.program import Program
-from loopq_compile.sources.loading import TOKENIZER_FILE, Loaded, save_beside
+from loopq_compile.sources.loading import Loaded, save_beside
 from loopq_compile.storage.artifact import FILES, save
 from loopq_compile.storage.atomic import check_folder, write_results
 from loopq_compile.storage.manifest import PROGRAM, RESULTS, listed

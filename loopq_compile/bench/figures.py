@@ -156,10 +156,10 @@ def _ranges(study: Study, scheme: Scheme) -> Values:
     """By group inside a loop, the percentile of each iteration."""
     graph_module = copy_graph(study.captured)
     state = get_state(graph_module)
-    state.scheme, state.calibration = _static(scheme), study.batches()
+    state.scheme, state.run.calibration = _static(scheme), study.batches()
     Pipeline([TagLoops(), CanonicalizeLinears(), AnnotateLinears(), CollectRanges()]).run(graph_module)
     found = {}
-    for group, rows in state.statistics.items():
+    for group, rows in state.run.statistics.items():
         if len(rows) > 1:
             pooled = [rows[row].pooled() for row in sorted(rows)]
             found[group] = [float(static_range(x, 8, "percentile", PERCENTILE)) for x in pooled]

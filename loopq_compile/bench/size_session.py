@@ -55,8 +55,9 @@ def run(job: Job) -> dict[str, dict[str, float]]:
     """Builds, compiles and exports the model in this process; what `measure` returns."""
     import torch
 
-    import loopq_compile as lq
     from loopq_compile.bench.random_models import random_model
+    from loopq_compile.compiler import compile
+    from loopq_compile.graph.scheme import Scheme
     from loopq_compile.models import OuroConfig
 
     steps: dict[str, dict[str, float]] = {}
@@ -72,8 +73,8 @@ def run(job: Job) -> dict[str, dict[str, float]]:
     model = random_model(OuroConfig.from_dict(job.config))
     done("random model")
     example = torch.ones(2, 8, dtype=torch.int64)
-    scheme = lq.Scheme.parse(job.scheme, group_size=job.group_size)
-    program = lq.compile(model, example, scheme=scheme, method="symmetric", release_model=True)
+    scheme = Scheme.parse(job.scheme, group_size=job.group_size)
+    program = compile(model, example, scheme=scheme, method="symmetric", release_model=True)
     del model
     done("capture and passes")
     options: dict[str, Any] = {"target": "onnxruntime", "form": "rolled", "cache": True, "last_token": True}

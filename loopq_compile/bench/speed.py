@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-import loopq_compile
+from loopq_compile._version import __version__
 from loopq_compile.bench.cells import Cells, Values
 from loopq_compile.bench.results import Report
 from loopq_compile.bench.speed_session import Job, load, measure
@@ -134,7 +134,7 @@ def _onnx_row(job: Job, export: _Export, cells: Cells, say: Callable[[str], None
 def _cell(row: Values, job: Job, cells: Cells, say: Callable[[str], None], run: Callable[[], Values]) -> Values:
     """A row, measured or kept; one that fails says why, and is tried again next time."""
     say(f"{row['runs']}, {row['form']}")
-    about = {"speed": row, "version": loopq_compile.__version__, "torch": torch.__version__, **asdict(job)}
+    about = {"speed": row, "version": __version__, "torch": torch.__version__, **asdict(job)}
     try:
         return row | cells.get(f"{row['runs']}-{row['form']}", about, run)
     except LoopQError as error:

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from loopq_compile.bench.session import peak, resident
-from loopq_compile.errors import LoopQError
+from loopq_compile.errors import LoopQError, first_line
 from loopq_compile.generation.decoders import Decoder
-from loopq_compile.storage.manifest import first_line
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.generation.decoders import Decoder, logits_of
+from loopq_compile.generation.decoders import Decoder
 from loopq_compile.graph.scheme import Scheme
+from loopq_compile.graph.texts import logits_of
 from loopq_compile.program import Program
 
 GROUP_SIZE = 32

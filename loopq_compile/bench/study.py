@@ -74,7 +74,7 @@ class Study:
 
     @cached_property
     def _about(self) -> Values:
-        from loopq_compile import __version__
+        from loopq_compile._version import __version__
 
         tokens = hashlib.blake2b(self.tokens.numpy().tobytes(), digest_size=8).hexdigest()
         weights = fingerprint(self.model)

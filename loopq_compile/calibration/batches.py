@@ -10,8 +10,8 @@ from torch import Tensor
 
 from loopq_compile.capture.surroundings import plain
 from loopq_compile.errors import LoopQError, did_you_mean
-from loopq_compile.generation.decoders import text_inputs
 from loopq_compile.graph.signature import Signature
+from loopq_compile.graph.texts import text_inputs
 
 
 def calibration_batches(calibration: Any, signature: Signature, vocabulary: int | None) -> Iterator[list[Tensor]]:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from loopq_compile.calibration.student import Segment, fuse_pairs, make_segment
+from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.recurrence import weight_roots
 
@@ -65,7 +66,7 @@ class _Stretch:
 
     @property
     def sites(self) -> list[str]:
-        return [linear.meta["loopq_site"] for linear in self.linears]
+        return [linear.meta[SITE] for linear in self.linears]
 
 
 def find_blocks(graph_module: fx.GraphModule, teacher: fx.GraphModule, sites: Iterable[str]) -> list[Block]:
@@ -85,7 +86,7 @@ def find_blocks(graph_module: fx.GraphModule, teacher: fx.GraphModule, sites: It
     body = [node for node in graph.nodes if node not in constant and node.op == "call_function"]
     wanted = set(sites)
     linear = torch.ops.aten.linear.default
-    linears = [node for node in body if node.target is linear and node.meta.get("loopq_site") in wanted]
+    linears = [node for node in body if node.target is linear and node.meta.get(SITE) in wanted]
     if not linears:
         return []
     stretches = _join(body, _stretches(body, shared, linears))

@@ -17,9 +17,10 @@ from torch import Tensor, fx
 
 from loopq_compile.calibration.batches import calibration_batches
 from loopq_compile.errors import LoopQError
+from loopq_compile.graph.keys import MADE_BY, SITE
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.signature import InputSpec
-from loopq_compile.graph.state import MADE_BY, get_state, get_tensor
+from loopq_compile.graph.state import get_state, get_tensor
 
 _SIZES = {"batch": 2}
 _LENGTH = 32
@@ -65,7 +66,7 @@ class Probe:
 
 def cause(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> str | None:
     """Why a graph that passes have changed is not finite on `inputs`; None if the captured model is not either."""
-    teacher = get_state(graph_module).teacher
+    teacher = get_state(graph_module).run.teacher
     if teacher is None or {node.name for node in origins(teacher, inputs)} - _masks(teacher):
         return None
     node = next(iter(origins(graph_module, inputs)), None)
@@ -82,7 +83,7 @@ def _masks(graph_module: fx.GraphModule) -> set[str]:
 
 
 def _message(who: str, node: fx.Node) -> str:
-    tag, site = get_tag(node), node.meta.get("loopq_site")
+    tag, site = get_tag(node), node.meta.get(SITE)
     where = ", ".join(filter(None, [f"of {site!r}" if site else "", str(tag) if tag else ""]))
     return (
         f"{who} makes numbers that the model's type does not hold (float16 ends at 65504): node {node.name!r}"
@@ -122,8 +123,8 @@ class _Run(fx.Interpreter):
 def example(graph_module: fx.GraphModule) -> list[Tensor]:
     """Inputs to try a graph on: the beginning of the calibration data, or random ones where there are none."""
     state = get_state(graph_module)
-    if state.calibration is not None:
-        batch = next(calibration_batches(state.calibration, state.signature, None))
+    if state.run.calibration is not None:
+        batch = next(calibration_batches(state.run.calibration, state.signature, None))
         return [_beginning(tensor, spec) for tensor, spec in zip(batch, state.signature.inputs, strict=True)]
     generator = torch.Generator().manual_seed(0)
     return [_random(spec, _rows(graph_module, spec.name), generator) for spec in state.signature.inputs]

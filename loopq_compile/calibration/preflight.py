@@ -14,22 +14,6 @@ from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.state import CompilerState, get_tensor
 
-_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def check_type(name: str, dtype: torch.dtype) -> None:
-    """Refuses weights in a type that models do not compute in.
-
-    Raises:
-        LoopQError: a floating-point type other than float64, float32, bfloat16 and float16.
-    """
-    if dtype.is_floating_point and dtype not in _PLAIN:
-        kind = str(dtype).removeprefix("torch.")
-        raise LoopQError(
-            f"Weight {name!r} is stored in {kind}, which is quantized already. Load the model in bfloat16 or float32 "
-            "(with transformers: dequantize=True in its quantization_config), then compile it."
-        )
-
 
 def check(graph_module: fx.GraphModule, options: CalibrationOptions) -> None:
     """Refuses options that do not go with a captured graph.

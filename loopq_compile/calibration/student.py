@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
+from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.recurrence import weight_roots
 from loopq_compile.graph.state import get_tensor
 from loopq_compile.operators import ops
@@ -167,9 +168,7 @@ def make_segment(nodes: Sequence[fx.Node], later: Sequence[fx.Node], kept: set[s
 
 
 def _default_segments(body: Sequence[fx.Node]) -> int:
-    groups = {
-        node.args[0] for node in body if node.target is torch.ops.aten.linear.default and "loopq_site" in node.meta
-    }
+    groups = {node.args[0] for node in body if node.target is torch.ops.aten.linear.default and SITE in node.meta}
     return max(1, len(groups) // 4)
 
 

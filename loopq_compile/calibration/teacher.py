@@ -12,9 +12,9 @@ from loopq_compile.calibration.batches import token_mask
 from loopq_compile.calibration.objective import Targets, keep_largest
 from loopq_compile.calibration.student import Student
 from loopq_compile.errors import LoopQError
-from loopq_compile.generation.sampling import logits_of
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.signature import Signature
+from loopq_compile.graph.texts import logits_of
 
 CACHE_BYTES = 2 << 30
 """Targets of batches are kept up to this size together; beyond it the teacher runs again."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from loopq_compile.calibration.preflight import check_type
 from loopq_compile.errors import CaptureError, LoopQError
 
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 """PyTorch's wrappers around a model, and where they keep it."""
 
@@ -73,7 +73,7 @@ def check_weights(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise LoopQError(f"Weight {name!r} has no data (it is on the meta device); load the checkpoint first.")
-        check_type(name, tensor.dtype)
+        _check_type(name, tensor.dtype)
         if not (tensor.is_floating_point() and tensor.numel() and tensor.ndim):
             continue
         if not torch.isfinite(torch.stack(tensor.aminmax())).all():
@@ -130,3 +130,17 @@ def _draws(node: fx.Node) -> bool:
     given |= {**dict(zip(given, node.args, strict=False)), **node.kwargs}
     rate = given.get("dropout_p", given.get("p", 1.0) if "dropout" in str(node.target) else 1.0)
     return rate != 0 and given.get("train", given.get("training", True)) is not False
+
+
+def _check_type(name: str, dtype: torch.dtype) -> None:
+    """Refuses weights in a type that models do not compute in.
+
+    Raises:
+        LoopQError: a floating-point type other than float64, float32, bfloat16 and float16.
+    """
+    if dtype.is_floating_point and dtype not in _PLAIN:
+        kind = str(dtype).removeprefix("torch.")
+        raise LoopQError(
+            f"Weight {name!r} is stored in {kind}, which is quantized already. Load the model in bfloat16 or float32 "
+            "(with transformers: dequantize=True in its quantization_config), then compile it."
+        )

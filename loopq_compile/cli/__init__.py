@@ -43,7 +43,7 @@ app.command("bisect")(bisect.bisect_command)
 
 def _version(asked: bool) -> None:
     if asked:
-        from loopq_compile import __version__
+        from loopq_compile._version import __version__
 
         typer.echo(f"loopq-compile {__version__}")
         raise typer.Exit()

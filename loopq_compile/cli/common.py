@@ -160,7 +160,8 @@ def load(
     dtype: str = "float32",
 ) -> Loaded:
     """`load_model`, with the tokenizer of `tokenizer_file` if one is given, and layers repeated as `repeat` says."""
-    from loopq_compile.sources.loading import load_model, read_tokenizer, repeat_in
+    from loopq_compile.generation.tokenizer import read_tokenizer
+    from loopq_compile.sources.loading import load_model, repeat_in
 
     if tokenizer_file:
         read_tokenizer(tokenizer_file)  # which may fail; loading a model takes long

@@ -102,8 +102,9 @@ def _score_text(
     max_tokens: int,
     exit_threshold: float | None,
 ) -> None:
-    from loopq_compile.evaluation.perplexity import Remembered, evaluate, tokenize
+    from loopq_compile.evaluation.perplexity import Remembered, evaluate
     from loopq_compile.generation.decoders import TokenByToken
+    from loopq_compile.generation.tokenizer import tokenize
 
     content, source = text_source(file, max_tokens) if file else (None, "")
     rows: list[dict[str, Any]] = []

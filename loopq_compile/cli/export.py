@@ -176,7 +176,8 @@ def _export_kernels(loaded: Loaded, out: Path, architectures: str, options: dict
 def _end_tokens(loaded: Loaded, form: str) -> int | list[int]:
     """What ends a text in onnxruntime-genai; checked before anything is written."""
     from loopq_compile.backends.onnx.genai import ROLLED_REFUSAL
-    from loopq_compile.sources.loading import END_TOKENS, end_tokens
+    from loopq_compile.generation.tokenizer import END_TOKENS
+    from loopq_compile.sources.loading import end_tokens
 
     if form == "rolled":
         raise LoopQError(ROLLED_REFUSAL)

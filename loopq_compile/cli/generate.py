@@ -59,8 +59,8 @@ def generate_command(
     """
     import torch
 
-    from loopq_compile.evaluation.perplexity import tokenize
     from loopq_compile.generation.sampling import stream, whole_number
+    from loopq_compile.generation.tokenizer import tokenize
     from loopq_compile.sources.loading import end_tokens
 
     _check_sampling(do_sample, temperature, top_k, top_p)

@@ -50,7 +50,7 @@ def report_command(
     """
     from loopq_compile.analysis.report import measure, trajectory, write, write_page
     from loopq_compile.analysis.report.measure import check_names
-    from loopq_compile.evaluation.perplexity import tokenize
+    from loopq_compile.generation.tokenizer import tokenize
     from loopq_compile.storage.atomic import check_file
 
     check_names(programs)

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from loopq_compile.errors import LoopQError, did_you_mean
-from loopq_compile.evaluation.perplexity import logits_caller, without_limits
+from loopq_compile.evaluation.perplexity import logits_caller
 from loopq_compile.generation.decoders import Decoder, RecomputingDecoder
 from loopq_compile.generation.sampling import stream
+from loopq_compile.generation.tokenizer import without_limits
 from loopq_compile.progress import progress
 from loopq_compile.sources.hugging_face import SETTINGS, SOURCE_CONFIG
 
@@ -263,7 +264,7 @@ class _Sized:
 
 def _tokenizer(tokenizer: Any, settings: Mapping[str, str]) -> PreTrainedTokenizerFast:
     """A tokenizer of transformers: with its settings, or with the first and last token that can be told without."""
-    from loopq_compile.sources.loading import end_token
+    from loopq_compile.generation.tokenizer import end_token
 
     files = {name: text for name, text in settings.items() if name in SETTINGS and name != SOURCE_CONFIG}
     if "tokenizer_config.json" in files:

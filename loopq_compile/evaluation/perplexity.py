@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.generation.decoders import logits_of, with_text_inputs
+from loopq_compile.generation.decoders import with_text_inputs
+from loopq_compile.graph.texts import logits_of
 from loopq_compile.progress import progress
 
 LENGTH, STRIDE, BATCH = 256, 128, 8
@@ -162,41 +163,6 @@ class Remembered:
                 self._kept.popitem(last=False)
             self._kept[key] = logits
         return self._kept[key]
-
-
-def without_limits(tokenizer: Any) -> Any:
-    """`tokenizer` without the truncation and padding that a `tokenizer.json` may hold, which transformers ignores, too.
-
-    Args:
-        tokenizer: a `tokenizers.Tokenizer`; it stays as it is, and is returned itself if it has neither.
-    """
-    if tokenizer is None or (tokenizer.truncation is None and tokenizer.padding is None):
-        return tokenizer
-    copied = type(tokenizer).from_str(tokenizer.to_str())
-    copied.no_truncation()
-    copied.no_padding()
-    return copied
-
-
-def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None) -> Tensor:
-    """Token ids of `text`, `[n]`, cut to `max_tokens`.
-
-    Args:
-        tokenizer: a `tokenizers.Tokenizer`; truncation and padding stored in it do not apply.
-        text: any text.
-        max_tokens: None or 0 keeps all.
-
-    Raises:
-        LoopQError: there is no tokenizer, or the text has no token.
-    """
-    if tokenizer is None:
-        raise LoopQError("This model came without a tokenizer; name a tokenizer.json with --tokenizer.")
-    if max_tokens:
-        text = text[: max_tokens * 64]  # no tokenizer makes tokens that long; saves encoding a long rest
-    ids = without_limits(tokenizer).encode(text).ids[: max_tokens or None]
-    if not ids:
-        raise LoopQError("The text is empty: it has no token.")
-    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _checked(tokens: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, fx
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.graph.caches import cache_inputs, empty_cache, has_cache, present_name
 from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit, spent_of, threshold_tensor
-from loopq_compile.graph.signature import LOOPS_AXIS, PAST, InputSpec, Signature
+from loopq_compile.graph.signature import Signature
+from loopq_compile.graph.texts import MADE_OF_MASK, last_logits, logits_of, text_inputs
 
 T = TypeVar("T")
-PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
-"""What names of cache inputs and outputs begin with; a number and `.key` or `.value` follow."""
 
 
 class Decoder(Protocol):
@@ -32,50 +32,6 @@ class Decoder(Protocol):
             attention_mask: `[batch, total]`, all tokens so far; 0 on padding, which stands on the left.
         """
         ...
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits `[batch, sequence, vocabulary]` in what a model, a program or an ONNX file returns.
-
-    Raises:
-        LoopQError: there is no such tensor.
-    """
-    found = _logits_in(output)
-    if isinstance(found, Tensor) and found.ndim == 2:
-        raise LoopQError(
-            f"The model returns logits {list(found.shape)}, of one token of each row. Text is scored with those of all "
-            "tokens: return logits [batch, sequence, vocabulary]."
-        )
-    if not isinstance(found, Tensor) or found.ndim != 3:
-        raise LoopQError(
-            f"The model returns {type(output).__name__} without logits [batch, sequence, vocabulary]; text cannot be "
-            "scored or generated with it."
-        )
-    return found
-
-
-def last_logits(output: Any, batch: int) -> Tensor:
-    """The logits `[batch, vocabulary]` of the last token in what a model, a program or an ONNX file returns.
-
-    A model may return only these (`head(x[:, -1])`), or those of all tokens.
-
-    Raises:
-        LoopQError: there is no such tensor.
-    """
-    found = _logits_in(output)
-    if isinstance(found, Tensor) and found.ndim == 2 and len(found) == batch:
-        return found
-    return logits_of(output)[:, -1]
-
-
-def _logits_in(output: Any) -> Any:
-    """What stands where logits are expected: the output itself, its `logits`, or its first element."""
-    found = output
-    if not isinstance(found, Tensor):
-        found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if found is None and isinstance(output, tuple | list) and output:
-        found = output[0]
-    return found
 
 
 class RecomputingDecoder:
@@ -125,7 +81,7 @@ def read_texts(run: Callable[..., Any], signature: Signature, **extra: Any) -> R
     """
     inputs = [spec for spec in signature.inputs if spec.name not in extra]
     first, *others = inputs
-    if {spec.name for spec in others} - set(_MADE_OF_MASK) or first.dtype.is_floating_point:
+    if {spec.name for spec in others} - set(MADE_OF_MASK) or first.dtype.is_floating_point:
         raise LoopQError(
             "generate feeds token ids, an attention mask, position ids and token types; this program takes "
             f"{[spec.name for spec in inputs]}."
@@ -139,19 +95,6 @@ def read_texts(run: Callable[..., Any], signature: Signature, **extra: Any) -> R
     return RecomputingDecoder(call, takes_mask=bool(others))
 
 
-def text_inputs(signature: Signature, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Inputs of a program by name, from token ids `[batch, sequence]`: whatever stands beside them follows.
-
-    Args:
-        signature: the program's calling convention.
-        ids: its first input.
-        mask: `[batch, sequence]`, 0 on padding; without it there is none. Positions count what is not padding.
-    """
-    first, *others = signature.inputs
-    mask = torch.ones(ids.shape[:2], dtype=torch.int64, device=ids.device) if mask is None else mask
-    return {first.name: ids} | {spec.name: _made_of(spec, mask) for spec in others if spec.name in _MADE_OF_MASK}
-
-
 def with_text_inputs(model: Callable[..., Any]) -> Callable[[Tensor], Any]:
     """`model` as a function of token ids `[batch, sequence]` of texts without padding.
 
@@ -159,27 +102,9 @@ def with_text_inputs(model: Callable[..., Any]) -> Callable[[Tensor], Any]:
     other is called with the ids only.
     """
     signature = getattr(model, "signature", None)
-    if not isinstance(signature, Signature) or not set(_MADE_OF_MASK) & {spec.name for spec in signature.inputs[1:]}:
+    if not isinstance(signature, Signature) or not set(MADE_OF_MASK) & {spec.name for spec in signature.inputs[1:]}:
         return model
     return model if has_cache(signature) or has_early_exit(signature) else read_texts(model, signature).model
-
-
-_MADE_OF_MASK: dict[str, Callable[[Tensor], Tensor]] = {
-    "attention_mask": lambda mask: mask,
-    "position_ids": lambda mask: (mask.cumsum(1) - 1).clamp_min(0),
-    "token_type_ids": torch.zeros_like,
-}
-"""What may stand beside token ids, made of the attention mask."""
-
-
-def _made_of(spec: InputSpec, mask: Tensor) -> Tensor:
-    """One row stands for all where the program was captured so, such as with positions `[1, sequence]`."""
-    value = _MADE_OF_MASK[spec.name](mask).to(spec.dtype)
-    if len(spec.shape) == 1 or spec.shape[0] == 1:
-        if not bool((value == value[:1]).all()):
-            raise LoopQError(f"This program was captured with {spec}, one row for all: rows cannot be padded unlike.")
-        value = value[0] if len(spec.shape) == 1 else value[:1]
-    return value
 
 
 class CachedDecoder:
@@ -208,11 +133,6 @@ class CachedDecoder:
         self.loops_spent += spent_of(result)
         self.past = {name: result[present_name(name)] for name in self.past}
         return last_logits(result, len(new_ids))
-
-
-def has_cache(signature: Signature) -> bool:
-    """Whether a program takes keys and values of earlier calls."""
-    return any(spec.name.startswith(PAST_PREFIX) for spec in signature.inputs)
 
 
 class Chosen:
@@ -290,12 +210,6 @@ class TokenByToken:
         return torch.stack(logits, 1)
 
 
-def cache_inputs(signature: Signature) -> tuple[InputSpec, InputSpec, list[InputSpec]]:
-    """Of a program with a key-value cache: token ids, the attention mask, and the cache."""
-    ids, mask, *others = signature.inputs
-    return ids, mask, [spec for spec in others if spec.name.startswith(PAST_PREFIX)]
-
-
 def complete(
     signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any], loops: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -328,14 +242,3 @@ def _with_empty_cache(
         if given.get(mask.name) is None:
             given[mask.name] = torch.ones(tokens.shape, dtype=mask.dtype)
     return given
-
-
-def present_name(name: str) -> str:
-    """The output whose value the input `name` takes in the next call."""
-    return PRESENT_PREFIX + name.removeprefix(PAST_PREFIX)
-
-
-def empty_cache(spec: InputSpec, batch: int, loops: int) -> Tensor:
-    """The cache before the first token."""
-    sizes = {"batch": batch, PAST: 0, LOOPS_AXIS: loops}
-    return torch.zeros([sizes[size] if isinstance(size, str) else size for size in spec.shape], dtype=spec.dtype)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.generation.decoders import Decoder, RecomputingDecoder, logits_of
+from loopq_compile.generation.decoders import Decoder, RecomputingDecoder
+from loopq_compile.graph.texts import logits_of
 
 __all__ = ["generate", "logits_of", "stream"]
 _LEAST_TEMPERATURE = 1e-300

@@ -9,20 +9,19 @@ import os
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.generation.decoders import PAST_PREFIX, empty_cache, logits_of, present_name
+from loopq_compile.generation.text_program import TextProgram
+from loopq_compile.graph.caches import PAST_PREFIX, empty_cache, present_name
 from loopq_compile.graph.state import get_state
-from loopq_compile.sources.hugging_face import SETTINGS
-
-if TYPE_CHECKING:
-    from loopq_compile.program import Program
+from loopq_compile.graph.texts import logits_of
 
 _CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 """What the installed release calls keys and values of earlier calls."""
@@ -45,7 +44,9 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = ProgramConfig
     main_input_name = "input_ids"
 
-    def __init__(self, program: Program, generation_config: GenerationConfig | str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self, program: TextProgram, generation_config: GenerationConfig | str | os.PathLike[str] | None
+    ) -> None:
         """Args: as in `Program.as_hugging_face`."""
         pairs = len(_caches(program.cached(last_token=True))) // 2
         sizes: dict[str, Any] = {
@@ -181,13 +182,13 @@ def _cached_length(held: Any) -> int:
     return held.get_seq_length()
 
 
-def _caches(cached: Program | None) -> list[Any]:
+def _caches(cached: TextProgram | None) -> list[Any]:
     """Inputs with keys and values, of each attention in turn."""
     inputs = get_state(cached.graph_module).signature.inputs if cached is not None else ()
     return [spec for spec in inputs if spec.name.startswith(PAST_PREFIX)]
 
 
-def _vocabulary(program: Program) -> int:
+def _vocabulary(program: TextProgram) -> int:
     """Entries of the logits."""
     reader = program.reader()
     return reader.read(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64)).shape[-1]
@@ -197,9 +198,11 @@ def _generation_config(given: GenerationConfig | str | os.PathLike[str]) -> Gene
     if isinstance(given, GenerationConfig):
         return GenerationConfig.from_dict(given.to_dict())
     folder = Path(given)
-    if not (folder / SETTINGS[0]).is_file():
-        raise LoopQError(f"There is no {SETTINGS[0]} in {folder}; leave generation_config out, or give an object.")
+    if not (folder / GENERATION_CONFIG_NAME).is_file():
+        raise LoopQError(
+            f"There is no {GENERATION_CONFIG_NAME} in {folder}; leave generation_config out, or give an object."
+        )
     try:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
-        raise LoopQError(f"{folder / SETTINGS[0]} cannot be read: {error}") from error
+        raise LoopQError(f"{folder / GENERATION_CONFIG_NAME} cannot be read: {error}") from error

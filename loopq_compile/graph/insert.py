@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from loopq_compile.errors import InternalError
+from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import LoopTag, set_tag
 from loopq_compile.graph.state import free_name, set_tensor
 
@@ -40,7 +41,7 @@ def inserting(graph: fx.Graph, *, before: fx.Node, tag: LoopTag | None, site: st
     for node in made:
         set_tag(node, None if node.op == "get_attr" else tag)
         if site:
-            node.meta["loopq_site"] = site
+            node.meta[SITE] = site
 
 
 def call(graph: fx.Graph, operator: Any, *args: Any) -> fx.Node:

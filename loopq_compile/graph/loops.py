@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import fx
 
-TAG = "loopq_loop"
-"""Key in `node.meta` under which a node keeps its `LoopTag`. Passes copy it to every node they create."""
+from loopq_compile.graph.keys import TAG
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from loopq_compile.graph.keys import MADE_BY, SITE, SOURCE
 from loopq_compile.graph.loops import LoopTag, get_tag
 from loopq_compile.graph.rolled import rolled_loops
 from loopq_compile.graph.shapes import type_of
-from loopq_compile.graph.state import MADE_BY, get_state
+from loopq_compile.graph.state import get_state
 
-SOURCE = "loopq_source"
-"""Key in `node.meta` for `source_of`, kept where stack traces are not (in saved programs)."""
 _COMMENT_COLUMN = 88
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n(.*)')
 _LIBRARY = str(PurePath(torch.__file__).parent)
@@ -78,8 +77,8 @@ def print_transition(graph_module: fx.GraphModule, boundary: int = 0, context: i
 
 def site_of(node: fx.Node) -> str:
     """The linear or group a node serves, else the module it comes from."""
-    if node.meta.get("loopq_site"):
-        return node.meta["loopq_site"]
+    if node.meta.get(SITE):
+        return node.meta[SITE]
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = stack[-1][0] if stack else ""
     return "" if path.startswith("_empty") else path.split("@")[0]

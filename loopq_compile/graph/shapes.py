@@ -13,11 +13,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from loopq_compile.graph.conditions import evaluate
+from loopq_compile.graph.keys import BITS, TYPE
 from loopq_compile.graph.signature import LOOPS_AXIS, PAST, TOTAL, Signature
 from loopq_compile.graph.state import get_state, get_tensor
-
-TYPE = "loopq_type"
-"""Key in `node.meta` for a node's type as text, kept when shapes themselves are not (in saved programs)."""
 
 _SHORT = {
     torch.float32: "f32",
@@ -107,7 +105,7 @@ def type_of(node: fx.Node) -> str:
 def _type(graph_module: fx.GraphModule, node: fx.Node, names: dict[str, str]) -> str:
     value = get_tensor(graph_module, str(node.target)) if node.op == "get_attr" else node.meta.get("val")
     if isinstance(value, Tensor):
-        bits = node.meta.get("loopq_bits")
+        bits = node.meta.get(BITS)
         element = _SHORT.get(value.dtype, str(value.dtype).removeprefix("torch."))
         if bits and value.dtype == torch.int8:
             element = f"i{bits}"

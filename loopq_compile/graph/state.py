@@ -14,8 +14,6 @@ from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.signature import Signature
 
-MADE_BY = "loopq_pass"
-"""Key in `node.meta` for the name of the pass that made a node."""
 _KEY = "loopq"
 
 
@@ -48,6 +46,27 @@ class Site:
 
 
 @dataclass
+class RunContext:
+    """What passes share while one pipeline runs, and what is dropped when it ends.
+
+    Args:
+        calibration: an iterable of inputs; None without calibration data.
+        teacher: the captured graph before any pass, with the same node names; None where nothing asks for it.
+        targets: cached teacher outputs per batch, by the nodes that are watched, for later phases that watch them too.
+        statistics: what `collect-ranges` measured, by group and row of its per-loop table.
+        release_model: free the captured model's weights one by one as their integers are stored.
+        notes: lines for the log entry of the pass that is running.
+    """
+
+    calibration: Any = None
+    teacher: fx.GraphModule | None = None
+    targets: dict[tuple[str, ...], dict[int, Any]] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    release_model: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
 class CompilerState:
     """Compiler state that travels with a graph.
 
@@ -59,14 +78,10 @@ class CompilerState:
         scheme: bits and groups; None before a pipeline runs.
         method: name of the pipeline.
         sites: linears by weight name, filled by `annotate-linears`.
-        calibration: the calibration batches while a pipeline runs (an iterable of inputs), None without.
         options: of calibration.
-        teacher: the captured graph as it was, with the same node names; None where nothing asks for it.
-        targets: what the teacher said of calibration batches, by number, for later phases that watch the same nodes.
-        statistics: what `collect-ranges` measured, by group and row of its per-loop table.
-        release_model: free the captured model's weights one by one as their integers are stored.
         results: what passes found out, as plain values for JSON, by topic.
         log: one entry per pass.
+        run: what lives for one run of a pipeline; never saved.
     """
 
     signature: Signature
@@ -76,19 +91,14 @@ class CompilerState:
     scheme: Scheme | None = None
     method: str = ""
     sites: dict[str, Site] = field(default_factory=dict)
-    calibration: Any = None
     options: CalibrationOptions = field(default_factory=CalibrationOptions)
-    teacher: fx.GraphModule | None = None
-    targets: dict[tuple[str, ...], dict[int, Any]] = field(default_factory=dict)
-    statistics: dict[str, Any] = field(default_factory=dict)
-    release_model: bool = False
     results: dict[str, Any] = field(default_factory=dict)
     log: list[LogEntry] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    run: RunContext = field(default_factory=RunContext)
 
     def note(self, text: str) -> None:
         """A line for the log entry of the pass that is running."""
-        self.notes.append(text)
+        self.run.notes.append(text)
 
 
 def attach_state(graph_module: fx.GraphModule, state: CompilerState) -> None:

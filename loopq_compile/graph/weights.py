@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from loopq_compile.errors import InternalError
+from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.state import Site, get_state
 from loopq_compile.operators import ops
 
@@ -33,7 +34,7 @@ def site_calls(graph_module: fx.GraphModule) -> list[tuple[Site, list[fx.Node]]]
     sites = {site.name: site for site in get_state(graph_module).sites.values() if site.reason is None}
     calls: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph_module.graph.nodes:
-        name = node.meta.get("loopq_site", "")
+        name = node.meta.get(SITE, "")
         if node.target is _aten.linear.default and name in sites:
             calls[name].append(node)
     return [(sites[name], nodes) for name, nodes in calls.items()]

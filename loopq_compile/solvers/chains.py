@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from loopq_compile.errors import InternalError
 from loopq_compile.graph.constants import chain_name, evaluate, root_weight
 from loopq_compile.graph.insert import add_constant, call, inserting
+from loopq_compile.graph.keys import SOLVED
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import Site, get_tensor, set_tensor
 from loopq_compile.graph.weights import site_calls, weight_chain
@@ -23,8 +24,6 @@ from loopq_compile.solvers.rtn import Grid
 _aten = torch.ops.aten
 _REACH = 0.45
 """How far from an integer's middle an offset may put a weight, in units of the scale; half of one is the border."""
-SOLVED = "loopq_solver"
-"""Key in `node.meta` of an addition of rounding offsets that a solver wrote."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from loopq_compile.calibration.batches import real_tokens
 from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.solvers.residual import Write, find_write, has_norm, inverse_rms, norm_gain
 from loopq_compile.solvers.statistics import Moments, Sample, Split
@@ -160,6 +161,6 @@ def _check(linear: fx.Node, moments: Moments) -> None:
         if tensor is not None and not torch.isfinite(tensor).all():
             tag = get_tag(linear)
             raise LoopQError(
-                f"The input of {linear.meta.get('loopq_site', linear.name)!r} ({tag or 'outside loops'}) becomes "
+                f"The input of {linear.meta.get(SITE, linear.name)!r} ({tag or 'outside loops'}) becomes "
                 "NaN or infinite on the calibration data, so its weight cannot be solved."
             )

@@ -16,8 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
-from loopq_compile.errors import LoopQError
-from loopq_compile.storage.manifest import first_line
+from loopq_compile.errors import LoopQError, first_line
 
 FIELD = "text"
 """Where records have their text, if nobody says otherwise."""

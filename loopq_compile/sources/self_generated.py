@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.generation.sampling import logits_of
+from loopq_compile.graph.texts import logits_of
 from loopq_compile.progress import progress
 from loopq_compile.sources.calibration_text import read_text
 from loopq_compile.storage.atomic import writing_file
@@ -135,7 +135,7 @@ def calibration_data(
 
 def _rows_of_text(source: str, tokenizer: Any, samples: int, length: int, seed: int) -> list[Tensor]:
     from loopq_compile import bundled
-    from loopq_compile.evaluation.perplexity import tokenize
+    from loopq_compile.generation.tokenizer import tokenize
 
     if source in ("docs", "mixed", "bundled"):
         own = bundled.load_tokenizer()

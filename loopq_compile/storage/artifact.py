@@ -18,14 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
-import loopq_compile
-from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile._version import __version__
+from loopq_compile.errors import InternalError, LoopQError, first_line
+from loopq_compile.graph.keys import BITS, GROUP, LEARN, MADE_BY, TRANSFORM
 from loopq_compile.graph.loops import LoopStructure, LoopTag
 from loopq_compile.graph.names import safe_name, shown_name
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.shapes import infer_shapes
 from loopq_compile.graph.signature import signature_from_dict, signature_to_dict
-from loopq_compile.graph.state import MADE_BY, CompilerState, LogEntry, Site, attach_state, get_state, get_tensor
+from loopq_compile.graph.state import CompilerState, LogEntry, Site, attach_state, get_state, get_tensor
 from loopq_compile.graph.verify import verify_tags
 from loopq_compile.storage.atomic import check_folder, settle, writing_folder
 from loopq_compile.storage.conform import conform
@@ -40,7 +41,6 @@ from loopq_compile.storage.manifest import (
     check_regular,
     check_version,
     digest,
-    first_line,
     read_json,
 )
 
@@ -166,7 +166,7 @@ def _describe(graph_module: fx.GraphModule) -> dict[str, Any]:
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "readable_from": FORMAT_VERSION,
-        "loopq_compile": loopq_compile.__version__,
+        "loopq_compile": __version__,
         "torch": torch.__version__,
         "model": state.model_name,
         "signature": signature_to_dict(state.signature),
@@ -186,7 +186,7 @@ def _packed(graph_module: fx.GraphModule) -> dict[str, list[int]]:
     """Integer weights of at most 4 bits, which are stored two to the byte, with their shapes."""
     packed = {}
     for node in graph_module.graph.nodes:
-        bits = node.meta.get("loopq_bits", 8)
+        bits = node.meta.get(BITS, 8)
         if node.op == "call_function" and bits <= 4 and node.args[0].op == "get_attr":
             shape = list(get_tensor(graph_module, str(node.args[0].target)).shape)
             if shape[-1] % 2 == 0:
@@ -250,7 +250,7 @@ def check_values(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> None:
 
 def _is_table(node: fx.Node) -> bool:
     """Whether a stored tensor came with quantization: ranges, clip ratios, scales, transforms, adapters."""
-    made = any(node.meta.get(key) for key in ("loopq_group", "loopq_transform", "loopq_learn", MADE_BY))
+    made = any(node.meta.get(key) for key in (GROUP, TRANSFORM, LEARN, MADE_BY))
     return made or str(node.target).endswith(("_scale", "_clip"))
 
 

@@ -12,12 +12,11 @@ from torch import Tensor, fx
 
 import loopq_compile.operators  # noqa: F401  (registers the operators that graphs refer to)
 from loopq_compile.errors import LoopQError
+from loopq_compile.graph.keys import BITS, GROUP, LEARN, MADE_BY, SITE, SOURCE, TRANSFORM, TYPE
 from loopq_compile.graph.loops import LoopTag, get_tag, set_tag
 from loopq_compile.graph.names import safe_name, shown_name
-from loopq_compile.graph.printer import SOURCE, site_of, source_of
+from loopq_compile.graph.printer import site_of, source_of
 from loopq_compile.graph.rolled import RolledLoop
-from loopq_compile.graph.shapes import TYPE
-from loopq_compile.graph.state import MADE_BY
 
 _NAMESPACES = ("aten", "loopq", "prims")
 _FORBIDDEN = ("from_file",)
@@ -31,7 +30,7 @@ _FUNCTIONS = {
     for name in names.split()
     if hasattr(module, name)
 }
-_KEPT = ("loopq_site", "loopq_group", "loopq_bits", "loopq_transform", "loopq_learn", MADE_BY, TYPE, SOURCE)
+_KEPT = (SITE, GROUP, BITS, TRANSFORM, LEARN, MADE_BY, TYPE, SOURCE)
 
 
 def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
@@ -70,7 +69,7 @@ def graph_from_json(data: list[dict[str, Any]]) -> fx.Graph:
 
 
 def _checked(entry: dict[str, Any], key: str) -> Any:
-    kind = int if key == "loopq_bits" else str
+    kind = int if key == BITS else str
     if not isinstance(entry[key], kind):
         raise LoopQError(f"Node {entry['name']!r} has {entry[key]!r} as {key}")
     return entry[key]
@@ -122,7 +121,7 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
     tag = get_tag(node)
     if tag is not None:
         entry["tag"] = [list(tag.loops), list(tag.index)]
-    if node.op == "call_function" and site_of(node) != node.meta.get("loopq_site"):
+    if node.op == "call_function" and site_of(node) != node.meta.get(SITE):
         entry["module"] = site_of(node)
     kept = {**node.meta, SOURCE: source_of(node)}
     return entry | {key: kept[key] for key in _KEPT if kept.get(key)}

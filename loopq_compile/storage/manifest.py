@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import loopq_compile
-from loopq_compile.errors import LoopQError
+from loopq_compile._version import __version__
+from loopq_compile.errors import LoopQError, first_line
 
 MANIFEST_FILE = "manifest.json"
 FAMILY = "loopq_compile."
@@ -77,7 +77,7 @@ def write_manifest(
         "format": kind.format,
         "version": kind.version,
         "readable_from": kind.version,
-        "loopq_compile": loopq_compile.__version__,
+        "loopq_compile": __version__,
         **(more or {}),
         "files": dict(sorted({**(known or {}), **made}.items())),
     }
@@ -221,12 +221,6 @@ def digest(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), found
-
-
-def first_line(error: object) -> str:
-    """The first line of an error, cut to a length that people read."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300].rstrip(".")
 
 
 def _record(path: Path, name: str, entry: Any) -> FileRecord:

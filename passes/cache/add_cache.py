@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.generation.decoders import PAST_PREFIX, PRESENT_PREFIX, has_cache
+from loopq_compile.graph.caches import PAST_PREFIX, PRESENT_PREFIX, has_cache
 from loopq_compile.graph.insert import inserting
 from loopq_compile.graph.loops import get_tag, set_tag
 from loopq_compile.graph.shapes import infer_shapes

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.generation.decoders import PAST_PREFIX
+from loopq_compile.graph.caches import PAST_PREFIX
 from loopq_compile.graph.rolled import RolledLoop
 from loopq_compile.passes.base import Pass, PassResult
 

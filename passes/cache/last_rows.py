@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from loopq_compile.graph.keys import TAG
 from loopq_compile.graph.loops import get_tag, set_tag
 from loopq_compile.passes.cache.cache_regions import Regions, is_pointwise, shape_of
 
@@ -52,7 +53,7 @@ class LastRows:
             made = graph.create_node(
                 "call_function", target, args, kwargs or {}, name=f"{node.name.removesuffix('_new')}_new"
             )
-        made.meta.update({k: v for k, v in node.meta.items() if k not in ("val", "loopq_loop", "custom")})
+        made.meta.update({k: v for k, v in node.meta.items() if k not in ("val", TAG, "custom")})
         set_tag(made, get_tag(node))
         return made
 

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from loopq_compile.graph.insert import call, inserting
+from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import get_tensor
 from loopq_compile.operators import ops
@@ -45,7 +46,7 @@ class FuseAdapters(Pass):
                 entries.append(entry(node, reason=f"it has rank {rank}; a kernel holds {self.highest_rank}"))
                 continue
             ((index, _),) = indices
-            with inserting(graph, before=node, tag=get_tag(node), site=node.meta.get("loopq_site", "")):
+            with inserting(graph, before=node, tag=get_tag(node), site=node.meta.get(SITE, "")):
                 fused = call(graph, ops.transition_adapter_row.default, u, *tables, down, up, index)
             node.replace_all_uses_with(fused)
             graph.erase_node(node)

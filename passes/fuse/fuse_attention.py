@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from loopq_compile.generation.decoders import has_cache
+from loopq_compile.graph.caches import has_cache
 from loopq_compile.graph.insert import call, inserting
+from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.shapes import infer_shapes
 from loopq_compile.operators import ops
@@ -48,7 +49,7 @@ class FuseAttention(Pass):
             except Refusal as reason:
                 entries.append(entry(node, reason=str(reason)))
                 continue
-            with inserting(graph, before=node, tag=get_tag(node), site=node.meta.get("loopq_site", "")):
+            with inserting(graph, before=node, tag=get_tag(node), site=node.meta.get(SITE, "")):
                 fused = call(graph, ops.cached_attention.default, *arguments)
             node.replace_all_uses_with(fused)
             graph.erase_node(node)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from loopq_compile.graph.insert import add_constant, attribute_name, call, inserting
+from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.shapes import infer_shapes
 from loopq_compile.graph.state import get_tensor
@@ -168,7 +169,7 @@ def _describe(use: _Use) -> Entry:
 
 def _key(linears: list[fx.Node]) -> tuple[Any, ...]:
     """What launches that differ only in the loop have in common: sites and biases."""
-    return tuple((linear.meta.get("loopq_site", ""), *linear.args[2:]) for linear in linears)
+    return tuple((linear.meta.get(SITE, ""), *linear.args[2:]) for linear in linears)
 
 
 def _launches(uses: list[_Use]) -> list[tuple[_Use, list[list[fx.Node]]]]:
@@ -230,7 +231,7 @@ def _bits(codes: Tensor) -> int:
 def _insert_quantize(graph_module: fx.GraphModule, use: _Use) -> list[fx.Node]:
     """Codes and scales of what the linears of `use` read."""
     graph, old = graph_module.graph, use.activation.quantize
-    with inserting(graph, before=old, tag=get_tag(old), site=old.meta.get("loopq_site", "")):
+    with inserting(graph, before=old, tag=get_tag(old), site=old.meta.get(SITE, "")):
         made = call(graph, ops.quantize_packed.default, *use.activation.arguments())
         return [graph.call_function(operator.getitem, (made, number)) for number in (0, 1)]
 
@@ -249,7 +250,7 @@ def _replace_linears(
         codes, scale, bias = (*stack.nodes, None)[:3]
         numbers = (row, use.activation.group_size, linears[0].meta["val"].dtype)
         first = linears[0]
-        with inserting(graph, before=first, tag=get_tag(first), site=old.meta.get("loopq_site", "")):
+        with inserting(graph, before=first, tag=get_tag(first), site=old.meta.get(SITE, "")):
             result = call(graph, ops.packed_linear.default, *integers, codes, scale, bias, *numbers)
             results = [result]
             if len(linears) > 1:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import get_state, get_tensor
 from loopq_compile.operators import ops
@@ -109,7 +110,7 @@ def record(graph_module: fx.GraphModule, entries: list[Entry]) -> None:
 def entry(node: fx.Node, parts: tuple[str, ...] = (), reason: str = "") -> Entry:
     """A line of the report about `node`."""
     tag = get_tag(node)
-    return Entry(node.name, tag.label if tag else "", node.meta.get("loopq_site", ""), parts, reason)
+    return Entry(node.name, tag.label if tag else "", node.meta.get(SITE, ""), parts, reason)
 
 
 def match_activation(graph_module: fx.GraphModule, quantize: fx.Node, limits: Limits) -> Activation:

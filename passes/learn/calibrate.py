@@ -22,6 +22,7 @@ from loopq_compile.calibration.teacher import Teacher
 from loopq_compile.calibration.training import Training
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.graph.constants import evaluate
+from loopq_compile.graph.keys import GROUP, LEARN
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.state import CompilerState, get_state, get_tensor, set_tensor
 from loopq_compile.operators import ops
@@ -67,9 +68,9 @@ class Calibrate(Pass):
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         state = self.state(graph_module)
-        if state.teacher is None:
+        if state.run.teacher is None:
             raise InternalError("calibrate needs the captured graph as a teacher; run it through compile or quantize.")
-        if state.calibration is None:
+        if state.run.calibration is None:
             raise LoopQError(f"method={state.method!r} learns from calibration data: calibration=[token tensors].")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -110,13 +111,15 @@ class Calibrate(Pass):
         """One phase, ready to run."""
         state = self.state(graph_module)
         vocabulary = vocabulary_size(graph_module)
-        batches = regroup(list(calibration_batches(state.calibration, state.signature, vocabulary)), options.batch_rows)
+        batches = regroup(
+            list(calibration_batches(state.run.calibration, state.signature, vocabulary)), options.batch_rows
+        )
         ends = loop_ends(graph_module) if self.trajectory else []
         adapters = adapter_names(graph_module, ends)
         names = [item.name for item in learnables]
         recompute = self._recompute(graph_module, batches[0])
         student = Student(graph_module, [*ends, *adapters], recompute, learned=names)
-        kept = state.targets.setdefault(tuple(ends), {})
+        kept = state.run.targets.setdefault(tuple(ends), {})
         teacher = Teacher(_teacher(state), state.signature, ends, vocabulary, options, kept)
         store, mark = None, ""
         if options.checkpoint:
@@ -143,8 +146,8 @@ def find_learnables(graph_module: fx.GraphModule, kinds: frozenset[str]) -> list
     static = scheme is not None and scheme.activation == "static"
     wanted: dict[fx.Node, str] = {}
     for node in graph_module.graph.nodes:
-        kind = node.meta.get("loopq_learn")
-        if "loopq_group" in node.meta:
+        kind = node.meta.get(LEARN)
+        if GROUP in node.meta:
             kind = "range" if static else "clip"
         if node.op == "get_attr" and kind in kinds:
             wanted[node] = kind
@@ -171,8 +174,8 @@ def _scale_behind(rounding: fx.Node) -> fx.Node:
 
 
 def _teacher(state: CompilerState) -> fx.GraphModule:
-    assert state.teacher is not None
-    return state.teacher
+    assert state.run.teacher is not None
+    return state.run.teacher
 
 
 def guard(values: dict[str, Tensor]) -> str | None:

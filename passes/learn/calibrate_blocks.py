@@ -51,24 +51,26 @@ class CalibrateBlocks(Pass):
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         state = self.state(graph_module)
-        if state.teacher is None:
+        if state.run.teacher is None:
             raise InternalError("calibrate-blocks needs the captured graph as a teacher; run it through compile.")
-        if state.calibration is None:
+        if state.run.calibration is None:
             raise LoopQError(f"method={state.method!r} learns from calibration data: calibration=[token tensors].")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
-        assert state.teacher is not None
+        assert state.run.teacher is not None
         found = find_learnables(graph_module, self.kinds)
         sites = [site.name for site in state.sites.values() if site.reason is None]
-        blocks = find_blocks(graph_module, state.teacher, sites) if found else []
+        blocks = find_blocks(graph_module, state.run.teacher, sites) if found else []
         blocks = [block for block in blocks if _learned_in(block, found)]
         if not blocks:
             return PassResult(graph_module, False)
         options = state.options
         vocabulary = vocabulary_size(graph_module)
-        batches = regroup(list(calibration_batches(state.calibration, state.signature, vocabulary)), options.batch_rows)
-        recorder = Recorder(state.teacher, batches, block_names(blocks))
+        batches = regroup(
+            list(calibration_batches(state.run.calibration, state.signature, vocabulary)), options.batch_rows
+        )
+        recorder = Recorder(state.run.teacher, batches, block_names(blocks))
         results = state.results.setdefault("blocks", [])
         run, mark = len(results), ""
         if options.checkpoint:

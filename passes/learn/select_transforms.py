@@ -14,6 +14,7 @@ from loopq_compile.calibration.states import adapter_names, loop_ends
 from loopq_compile.calibration.student import Student
 from loopq_compile.calibration.teacher import Teacher, predictions
 from loopq_compile.errors import InternalError
+from loopq_compile.graph.keys import TRANSFORM
 from loopq_compile.graph.state import attach_state, copy_graph, get_state
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.learn.calibrate import find_learnables
@@ -57,13 +58,13 @@ class SelectTransforms(Pass):
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         state = self.state(graph_module)
-        if state.teacher is None or state.calibration is None:
+        if state.run.teacher is None or state.run.calibration is None:
             raise InternalError("select-transforms needs the captured graph as a teacher, and calibration data.")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
         found = state.results.setdefault("slt", {"scores": [], "selected": [], "candidates": 0})
-        with_transform = {node.meta.get("loopq_transform") for node in graph_module.graph.nodes}
+        with_transform = {node.meta.get(TRANSFORM) for node in graph_module.graph.nodes}
         groups = [group for group in loop_groups(graph_module) if group in with_transform]
         total = len(groups) + len(found["selected"])
         budget = min(total, max(LEAST_GROUPS, round(state.options.selection_budget * total)))
@@ -90,9 +91,7 @@ def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, f
     attach_state(relaxed, dataclasses.replace(state, results={}))
     widen(relaxed, *groups)
     owner = {
-        str(node.target): node.meta["loopq_transform"]
-        for node in relaxed.graph.nodes
-        if node.meta.get("loopq_transform") in groups
+        str(node.target): node.meta[TRANSFORM] for node in relaxed.graph.nodes if node.meta.get(TRANSFORM) in groups
     }
     learnables = [
         item
@@ -105,12 +104,12 @@ def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, f
     watched = [*ends, *adapter_names(relaxed, ends)]
     student = Student(relaxed, watched, learned={item.name for item in learnables})
     vocabulary = vocabulary_size(relaxed)
-    assert state.teacher is not None
-    teacher = Teacher(state.teacher, state.signature, ends, vocabulary, state.options)
+    assert state.run.teacher is not None
+    teacher = Teacher(state.run.teacher, state.signature, ends, vocabulary, state.options)
     objective = Objective(state.options, len(ends))
     sums = {item.name: torch.zeros_like(item.raw) for item in learnables}
     squares = {item.name: torch.zeros_like(item.raw[0]) for item in learnables}
-    batches = regroup(list(calibration_batches(state.calibration, state.signature, vocabulary)), 1)[:SEQUENCES]
+    batches = regroup(list(calibration_batches(state.run.calibration, state.signature, vocabulary)), 1)[:SEQUENCES]
     for number, inputs in enumerate(progress(batches, "Scoring transforms", len(batches))):
         targets = teacher.targets(number, inputs)
         with torch.enable_grad():

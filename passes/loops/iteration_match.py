@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.constants import constant_nodes, evaluate, independent_nodes
 from loopq_compile.graph.insert import call
+from loopq_compile.graph.keys import TAG
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import get_tensor
 from loopq_compile.operators import ops
@@ -315,7 +316,7 @@ def _table_name(node: fx.Node) -> str:
 
 def _copy_meta(copy: fx.Node, node: fx.Node) -> None:
     """What describes a node in every loop alike: all but its tag and the types seen in one loop."""
-    copy.meta.update({k: v for k, v in node.meta.items() if k not in ("val", "loopq_loop", "custom")})
+    copy.meta.update({k: v for k, v in node.meta.items() if k not in ("val", TAG, "custom")})
 
 
 def _call(node: fx.Node) -> str:

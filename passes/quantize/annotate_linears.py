@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.names import shown_name
 from loopq_compile.graph.recurrence import MATRIX_PRODUCTS
 from loopq_compile.graph.scheme import Scheme
@@ -24,7 +25,7 @@ HEADS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out")
 
 
 class AnnotateLinears(Pass):
-    """Lists the linears in `state.sites` and marks their nodes with `node.meta["loopq_site"]`.
+    """Lists the linears in `state.sites` and marks their nodes with `node.meta[SITE]`.
 
     Before: linears are `aten.linear` with a weight as second argument. After: the same graph; every weight of a linear
     has a `Site` that is quantized or has a reason not to be, and belongs to a transform-weight group: the linears
@@ -51,7 +52,7 @@ class AnnotateLinears(Pass):
             site.reason = _default_reason(graph_module, weight, nodes, vocabularies)
             state.sites[weight] = site
             for node in nodes:
-                node.meta["loopq_site"] = site.name
+                node.meta[SITE] = site.name
         _apply_patterns(state.sites.values(), state.scheme)
         _leave_misfits(state.sites.values(), state.scheme)
         _name_groups(state, calls)

@@ -19,7 +19,7 @@ from loopq_compile.progress import progress
 
 
 class CollectRanges(Pass):
-    """Fills `state.statistics[group][row]` with statistics of the activations each group reads in each loop.
+    """Fills `state.run.statistics[group][row]` with statistics of the activations each group reads in each loop.
 
     Before: linears are annotated. After: the same graph, statistics measured in one pass over the calibration batches;
     memory depends on the model, not on the number of batches. Rows count loop iterations, 0 outside loops.
@@ -41,7 +41,7 @@ class CollectRanges(Pass):
         state = self.state(graph_module)
         if state.scheme is None or not state.sites:
             raise InternalError("collect-ranges needs annotate-linears before it.")
-        if state.scheme.quantizes_activations and state.scheme.activation == "static" and state.calibration is None:
+        if state.scheme.quantizes_activations and state.scheme.activation == "static" and state.run.calibration is None:
             raise LoopQError(
                 f"Static activation scales ({state.scheme.name}) need calibration data: calibration=[token "
                 "tensors], or Scheme(activation='dynamic')."
@@ -50,19 +50,19 @@ class CollectRanges(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
         assert state.scheme is not None
-        if state.calibration is None or not state.scheme.quantizes_activations:
+        if state.run.calibration is None or not state.scheme.quantizes_activations:
             return PassResult(graph_module, False)
         observer = _Observer(graph_module, state)
-        every = calibration_batches(state.calibration, state.signature, vocabulary_size(graph_module))
+        every = calibration_batches(state.run.calibration, state.signature, vocabulary_size(graph_module))
         batches = first_batches(every, self.max_tokens)
         tokens = 0
-        for inputs in progress(batches, "Measuring activations", total=_length(state.calibration)):
+        for inputs in progress(batches, "Measuring activations", total=_length(state.run.calibration)):
             observer.inputs = inputs
             observer.mask = token_mask(state.signature, inputs)
             with torch.no_grad():
                 observer.run(*inputs)
             tokens += count_tokens(inputs)
-        state.statistics = observer.statistics
+        state.run.statistics = observer.statistics
         state.note(f"{tokens} tokens")
         return PassResult(graph_module, False)
 

@@ -10,6 +10,7 @@ from torch import fx
 
 from loopq_compile.errors import InternalError
 from loopq_compile.graph.insert import add_constant, attribute_name, call, inserting
+from loopq_compile.graph.keys import BITS, GROUP, SITE
 from loopq_compile.graph.loops import LoopTag, get_tag
 from loopq_compile.graph.scheme import Scheme, quantized_range
 from loopq_compile.graph.state import CompilerState, get_tensor
@@ -59,7 +60,7 @@ class InsertActivationQdq(Pass):
         size = scheme.group_size if scheme.group_size != -1 else width
         columns = width // size if scheme.activation_granularity == "group" else 1
         table = add_constant(graph_module, table_name(group, scheme), torch.ones(1, columns, dtype=dtype))
-        table.meta["loopq_group"] = group
+        table.meta[GROUP] = group
         return table
 
 
@@ -83,7 +84,7 @@ def _readers(graph: fx.Graph, state: CompilerState) -> dict[tuple[fx.Node, str, 
     by_name = {site.name: site for site in state.sites.values()}
     readers: dict[tuple[fx.Node, str, LoopTag | None], list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        site = by_name.get(node.meta.get("loopq_site", "")) if node.target is _aten.linear.default else None
+        site = by_name.get(node.meta.get(SITE, "")) if node.target is _aten.linear.default else None
         if site is not None and site.reason is None:
             readers[node.args[0], site.group, get_tag(node)].append(node)
     return dict(readers)
@@ -96,5 +97,5 @@ def _insert_pair(graph: fx.Graph, x: fx.Node, table: fx.Node, scheme: Scheme, wi
     if scheme.activation == "dynamic":
         scale = call(graph, ops.dynamic_scale.default, x, scale, size, scheme.limit(scheme.activation_bits))
     codes = call(graph, ops.quantize.default, x, scale, size, q_min, q_max)
-    codes.meta["loopq_bits"] = scheme.activation_bits
+    codes.meta[BITS] = scheme.activation_bits
     return call(graph, ops.dequantize.default, codes, scale, size)

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from loopq_compile.graph.constants import chain_name, constant_nodes, evaluate
 from loopq_compile.graph.insert import add_constant
+from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.state import get_tensor
 from loopq_compile.memory import release
 from loopq_compile.operators import ops
@@ -23,7 +24,7 @@ class PackWeights(Pass):
     scale)` with constants `<weight>_codes` (int8) and `<weight>_scale`, or `<weight>_loop<row>_codes` for a weight with
     a transform per loop. The floating-point weight and what else nothing reads any more leave the graph.
 
-    With `state.release_model`, the memory of a weight is freed as soon as its integers are there.
+    With `release_model`, the memory of a weight is freed as soon as its integers are there.
 
     Does nothing to activations: their quantize nodes read values that are not constant.
     """
@@ -35,7 +36,7 @@ class PackWeights(Pass):
         scales = {n.args[1] for n in quantized if n.args[1].op != "get_attr"}
         names = _names(graph_module, quantized)
         targets = {*quantized, *scales}
-        done_with = _last_readers(graph, constant, targets) if self.state(graph_module).release_model else {}
+        done_with = _last_readers(graph, constant, targets) if self.state(graph_module).run.release_model else {}
         for node, value in evaluate(graph_module, targets):
             _replace(graph_module, node, f"{names[node]}_{'scale' if node in scales else 'codes'}", value)
             release(get_tensor(graph_module, str(root.target)) for root in done_with.get(node, ()))
@@ -82,7 +83,7 @@ def _last_readers(graph: fx.Graph, constant: set[fx.Node], targets: set[fx.Node]
 
 def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> None:
     constant = add_constant(graph_module, name, value.clone(memory_format=torch.contiguous_format))
-    constant.meta["loopq_site"] = node.meta.get("loopq_site", "")
+    constant.meta[SITE] = node.meta.get(SITE, "")
     node.replace_all_uses_with(constant)
     graph_module.graph.erase_node(node)
 

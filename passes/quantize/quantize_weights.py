@@ -9,6 +9,7 @@ from loopq_compile.calibration.ranges import weight_scale
 from loopq_compile.errors import InternalError
 from loopq_compile.graph.constants import chain_name, evaluate, root_weight
 from loopq_compile.graph.insert import add_constant, call, inserting
+from loopq_compile.graph.keys import BITS, LEARN
 from loopq_compile.graph.scheme import Scheme, quantized_range
 from loopq_compile.graph.state import Site, get_tensor
 from loopq_compile.graph.weights import site_calls, weight_chain
@@ -80,18 +81,18 @@ class QuantizeWeights(Pass):
         offset = self._add_rounding(graph_module, name, end) if self.rounding else None
         with inserting(graph, before=end.next, tag=None, site=site.name):
             if self.learnable:
-                scale.meta["loopq_learn"] = "weight_clip"
+                scale.meta[LEARN] = "weight_clip"
                 scale = call(graph, ops.dynamic_scale.default, end, scale, size, scheme.limit(scheme.weight_bits))
             shifted = call(graph, torch.ops.aten.add.Tensor, end, offset) if offset else end
             codes = call(graph, ops.quantize.default, shifted, scale, size, *limits)
             dequantized = call(graph, ops.dequantize.default, codes, scale, size)
-        dequantized.meta["loopq_bits"] = scheme.weight_bits
+        dequantized.meta[BITS] = scheme.weight_bits
         return dequantized
 
     def _add_rounding(self, graph_module: fx.GraphModule, name: str, end: fx.Node) -> fx.Node:
         zeros = torch.zeros_like(wide(get_tensor(graph_module, str(root_weight(end).target))))
         node = add_constant(graph_module, f"{name}_rounding", zeros)
-        node.meta["loopq_learn"] = "rounding"
+        node.meta[LEARN] = "rounding"
         return node
 
 

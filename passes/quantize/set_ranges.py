@@ -7,6 +7,7 @@ from torch import fx
 
 from loopq_compile.calibration.ranges import Statistics, dynamic_clip, static_range
 from loopq_compile.errors import InternalError
+from loopq_compile.graph.keys import GROUP
 from loopq_compile.graph.scheme import Scheme, quantized_range
 from loopq_compile.graph.state import get_tensor, set_tensor
 from loopq_compile.operators.quantize import bounded
@@ -25,12 +26,12 @@ class SetRanges(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
         scheme = state.scheme
-        tables = [node for node in graph_module.graph.nodes if "loopq_group" in node.meta]
-        if scheme is None or not tables or (not state.statistics and scheme.activation == "dynamic"):
+        tables = [node for node in graph_module.graph.nodes if GROUP in node.meta]
+        if scheme is None or not tables or (not state.run.statistics and scheme.activation == "dynamic"):
             return PassResult(graph_module, False)
         for table in tables:
-            group = table.meta["loopq_group"]
-            measured = state.statistics.get(group)
+            group = table.meta[GROUP]
+            measured = state.run.statistics.get(group)
             if not measured:
                 raise InternalError(f"set-ranges: no statistics for {group!r}; collect-ranges must come before.")
             old = get_tensor(graph_module, str(table.target))

@@ -102,11 +102,11 @@ class SolveWeights(Pass):
         chains = [chain for chain in find_chains(graph_module) if not chain.solved]
         if not chains:
             return PassResult(graph_module, False)
-        if state.calibration is None:
+        if state.run.calibration is None:
             raise LoopQError(f"The weight solver {options.solver!r} needs calibration data: calibration=[tokens].")
-        if options.solver == "loaq" and state.teacher is None:
-            raise InternalError("solve-weights: loaq compares with state.teacher, the graph before quantization.")
-        every = calibration_batches(state.calibration, state.signature, vocabulary_size(graph_module))
+        if options.solver == "loaq" and state.run.teacher is None:
+            raise InternalError("solve-weights: loaq compares with state.run.teacher, the graph before quantization.")
+        every = calibration_batches(state.run.calibration, state.signature, vocabulary_size(graph_module))
         batches = list(first_batches(every, self.max_tokens))
         solver = _Solver(graph_module, state, batches, options, self.loop_weights, self.centered)
         solver.run(chains, self.sweeps)
@@ -155,7 +155,7 @@ class _Solver:
             yield f"{kind}: relative output error {before:.2e} -> {after:.2e} ({len(found)} weights{shares})"
 
     def _observer(self) -> Observer:
-        teacher = self.state.teacher if self.options.solver == "loaq" else None
+        teacher = self.state.run.teacher if self.options.solver == "loaq" else None
         masks = [token_mask(self.state.signature, batch) for batch in self.batches]
         return Observer(self.graph_module, teacher, self.batches, self.options.form, masks)
 

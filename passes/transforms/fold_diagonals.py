@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.graph.keys import LEARN
 from loopq_compile.graph.names import shown_name
 from loopq_compile.graph.state import get_tensor, set_tensor
 from loopq_compile.passes.base import Pass, PassResult
-from loopq_compile.passes.transforms.tables import LEARN, group_tables
+from loopq_compile.passes.transforms.tables import group_tables
 
 _aten = torch.ops.aten
 

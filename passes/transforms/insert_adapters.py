@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from loopq_compile.graph.insert import add_constant, call, inserting
+from loopq_compile.graph.keys import LEARN
 from loopq_compile.graph.loops import Boundary, get_tag
 from loopq_compile.operators import ops
 from loopq_compile.operators.precision import wide_type
@@ -71,7 +72,7 @@ class InsertAdapters(Pass):
             part: add_constant(graph_module, f"{prefix}.{part}", tensor.to(dtype)) for part, tensor in tensors.items()
         }
         for table in made.values():
-            table.meta["loopq_learn"] = "adapter"
+            table.meta[LEARN] = "adapter"
         return made
 
 

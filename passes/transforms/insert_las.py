@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from loopq_compile.graph.keys import GROUP
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import get_tensor, set_tensor
 from loopq_compile.passes.base import Pass, PassResult
@@ -22,7 +23,7 @@ class InsertLas(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
         widened = 0
-        for table in [node for node in graph_module.graph.nodes if "loopq_group" in node.meta]:
+        for table in [node for node in graph_module.graph.nodes if GROUP in node.meta]:
             rows = [user for user in table.users if user.target is torch.ops.aten.select.int]
             count = max((state.loops.iterations(get_tag(row)) for row in rows), default=1)
             values = get_tensor(graph_module, str(table.target))

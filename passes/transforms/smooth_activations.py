@@ -62,7 +62,7 @@ class SmoothActivations(Pass):
         state = self.state(graph_module)
         if state.scheme is None or not state.sites:
             raise InternalError("smooth-activations needs annotate-linears before it.")
-        if state.calibration is None and state.scheme.quantizes_activations:
+        if state.run.calibration is None and state.scheme.quantizes_activations:
             raise LoopQError(
                 "Smoothing measures activations and needs calibration data: calibration=[token tensors]. Without data "
                 "use method='symmetric' or 'quarot' with dynamic scales."
@@ -76,7 +76,7 @@ class SmoothActivations(Pass):
         if not uses or not state.scheme.quantizes_activations:
             return PassResult(graph_module, False)
         observer = _Observer(graph_module, uses)
-        every = calibration_batches(state.calibration, state.signature, vocabulary_size(graph_module))
+        every = calibration_batches(state.run.calibration, state.signature, vocabulary_size(graph_module))
         for inputs in progress(first_batches(every, self.max_tokens), "Measuring channels"):
             observer.mask = token_mask(state.signature, inputs)
             with torch.no_grad():

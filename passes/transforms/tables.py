@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from loopq_compile.graph.insert import add_constant, attribute_name, call, inserting
+from loopq_compile.graph.keys import LEARN, SITE, TRANSFORM
 from loopq_compile.graph.loops import LoopTag, get_tag
 from loopq_compile.graph.state import get_state, get_tensor
 from loopq_compile.graph.weights import site_calls, weight_chain
@@ -23,10 +24,6 @@ from loopq_compile.operators import ops
 from loopq_compile.operators.precision import wide_type
 
 _aten = torch.ops.aten
-TRANSFORM = "loopq_transform"
-"""Key in the meta of a transform's tables for the name of the group."""
-LEARN = "loopq_learn"
-"""Key in the meta of tables that calibration may learn, and as what."""
 
 Inverses = dict[int, tuple[fx.Node, ...]]
 """By row, the nodes of a transform's inverse."""
@@ -147,7 +144,7 @@ def _insert(
         for linear in use.linears:
             end = weight_chain(linear)[-1]
             if (end, number) not in behind:
-                with inserting(graph, before=end.next, tag=None, site=linear.meta["loopq_site"]):
+                with inserting(graph, before=end.next, tag=None, site=linear.meta[SITE]):
                     behind[end, number] = call(graph, operator, end, *inverses[number])
             linear.update_arg(0, transformed)
             linear.update_arg(1, behind[end, number])
@@ -180,7 +177,7 @@ def reads_stream(use: Use) -> bool:
     stack, seen = [use.x], set[fx.Node]()
     while stack:
         node = stack.pop()
-        if node in seen or (node.target is _aten.linear.default and "loopq_site" in node.meta):
+        if node in seen or (node.target is _aten.linear.default and SITE in node.meta):
             continue
         seen.add(node)
         value = node.meta.get("val")

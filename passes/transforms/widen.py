@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from loopq_compile.graph.insert import add_constant
+from loopq_compile.graph.keys import TRANSFORM
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import get_state, get_tensor, set_tensor
 from loopq_compile.graph.weights import site_calls, weight_chain
@@ -35,9 +36,9 @@ def widen(graph_module: fx.GraphModule, *groups: str) -> None:
     state = get_state(graph_module)
     counts = loop_groups(graph_module)
     order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
-    for table in [node for node in order if node.meta.get("loopq_transform") in groups]:
+    for table in [node for node in order if node.meta.get(TRANSFORM) in groups]:
         values = get_tensor(graph_module, str(table.target))
-        rows = counts[table.meta["loopq_transform"]]
+        rows = counts[table.meta[TRANSFORM]]
         set_tensor(graph_module, str(table.target), values[:1].repeat(rows, *[1] * (values.ndim - 1)))
         for select in [user for user in table.users if get_tag(user) is not None]:
             select.args = (table, 0, state.loops.row(get_tag(select)))
@@ -68,12 +69,12 @@ def _repeat(graph_module: fx.GraphModule, chain: list[fx.Node], row: int, order:
     behind = chain[-1].next
     for node in sorted(needed, key=order.__getitem__):
         if node.op == "get_attr":
-            copied[node] = node if node is weight or "loopq_transform" in node.meta else _own(graph_module, node, row)
+            copied[node] = node if node is weight or TRANSFORM in node.meta else _own(graph_module, node, row)
             continue
         with graph.inserting_before(behind):
             made = graph.node_copy(node, copied.__getitem__)
         table = node.args[0]
-        if node.target is _aten.select.int and isinstance(table, fx.Node) and "loopq_transform" in table.meta:
+        if node.target is _aten.select.int and isinstance(table, fx.Node) and TRANSFORM in table.meta:
             made.args = (copied[table], 0, row)
         copied[node] = made
     return copied[chain[-1]]

@@ -18,7 +18,7 @@ from tests.tiny import tokens
 def blocks_of(graph_module):
     state = get_state(graph_module)
     sites = [site.name for site in state.sites.values() if site.reason is None]
-    return find_blocks(graph_module, state.teacher, sites)
+    return find_blocks(graph_module, state.run.teacher, sites)
 
 
 def edges(blocks):
@@ -73,7 +73,7 @@ def _tensor(graph_module, name):
 def zoo_blocks(name):
     graph_module = copy_graph(zoo.tagged(name).graph_module)
     state = get_state(graph_module)
-    state.scheme, state.teacher = lq.Scheme.parse("w4a4", group_size=-1), copy_graph(graph_module)
+    state.scheme, state.run.teacher = lq.Scheme.parse("w4a4", group_size=-1), copy_graph(graph_module)
     Pipeline([TagLoops(), CanonicalizeLinears(), AnnotateLinears()]).run(graph_module)
     return blocks_of(graph_module)
 

@@ -34,7 +34,7 @@ def test_the_student_of_the_captured_graph_computes_what_the_model_computes(prog
     from tests.tiny import tiny_model
 
     with torch.no_grad():
-        results, _ = Student(get_state(program).teacher).run([tokens(7)], {})
+        results, _ = Student(get_state(program).run.teacher).run([tokens(7)], {})
         expected = tiny_model(3)(tokens(7))
     torch.testing.assert_close(results[0], expected["logits"], rtol=1e-6, atol=1e-6)
 

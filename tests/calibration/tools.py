@@ -50,9 +50,9 @@ def prepared(
     state = get_state(graph_module)
     state.scheme = lq.Scheme.parse(scheme, activation=activation, group_size=16)
     state.method = "test"
-    state.calibration = [tokens(seed, 4) for seed in range(6)] if data is None else data
+    state.run.calibration = [tokens(seed, 4) for seed in range(6)] if data is None else data
     state.options = CalibrationOptions(**{"steps": 4, "evaluate_every": 2, "validation": 0.34} | options)
-    state.teacher = copy_graph(graph_module)
+    state.run.teacher = copy_graph(graph_module)
     front = [TagLoops(), AnnotateLinears()]
     if transforms:
         front.append(InsertTransforms(learn=learn, init="hadamard" if learn == "orthogonal" else "identity"))

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.evaluation.perplexity import Remembered, evaluate, tokenize, windows
+from loopq_compile.evaluation.perplexity import Remembered, evaluate, windows
+from loopq_compile.generation.tokenizer import tokenize
 from tests.tiny import VOCABULARY, tiny_model, tiny_program, tokens
 
 TEXT = torch.randint(0, VOCABULARY, (211,), generator=torch.Generator().manual_seed(5))

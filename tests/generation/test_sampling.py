@@ -13,8 +13,9 @@ from torch import Tensor
 
 from loopq_compile.errors import LoopQError
 from loopq_compile.generation.decoders import CachedDecoder
-from loopq_compile.generation.sampling import generate, logits_of, stream
+from loopq_compile.generation.sampling import generate, stream
 from loopq_compile.graph.state import copy_graph
+from loopq_compile.graph.texts import logits_of
 from loopq_compile.program import Program
 from tests.backends.onnx import graphs
 from tests.decoding import captured

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import loopq_compile as lq
 from loopq_compile.cli.generate import pieces
-from loopq_compile.evaluation.perplexity import tokenize, without_limits
+from loopq_compile.generation.tokenizer import tokenize, without_limits
 from loopq_compile.sources.loading import load_model, save_beside
 from tests.cli_models import TEXT, tiny_ouro, tokenizer
 

@@ -26,7 +26,7 @@ def prepared(*passes, scheme="w4a4", model=None, example=None, **fields):
     graph_module = capture(model or tiny_model(), tokens() if example is None else example)
     state = get_state(graph_module)
     state.scheme = lq.Scheme.parse(scheme, **fields)
-    state.calibration = [tokens(1), tokens(2)]
+    state.run.calibration = [tokens(1), tokens(2)]
     return Pipeline([TagLoops(), AnnotateLinears(), *passes]).run(graph_module)
 
 
@@ -92,7 +92,7 @@ def test_static_ranges_are_those_of_the_loop():
         activation_range="minmax",
     )
     group = "layers.0.gate+up"
-    statistics = get_state(graph_module).statistics[group]
+    statistics = get_state(graph_module).run.statistics[group]
     table = next(n for n in graph_module.graph.nodes if n.meta.get("loopq_group") == group)
     values = get_tensor(graph_module, table.target)
     for loop in range(3):
@@ -105,7 +105,7 @@ def test_shared_ranges_cover_all_loops():
         CollectRanges(), InsertActivationQdq(), SetRanges(), activation="static", activation_range="minmax"
     )
     for node in [n for n in graph_module.graph.nodes if "loopq_group" in n.meta]:
-        measured = get_state(graph_module).statistics[node.meta["loopq_group"]].values()
+        measured = get_state(graph_module).run.statistics[node.meta["loopq_group"]].values()
         largest = torch.stack([s.largest for s in measured]).amax(0)
         torch.testing.assert_close(get_tensor(graph_module, node.target)[0] * 7, largest)
 

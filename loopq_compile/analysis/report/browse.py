@@ -15,11 +15,12 @@ from torch import fx
 
 from loopq_compile.analysis.report.render import fill
 from loopq_compile.analysis.visualize import role_of
+from loopq_compile.graph.keys import MADE_BY
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.printer import code_of, site_of, source_of
 from loopq_compile.graph.rolled import rolled_loops
 from loopq_compile.graph.shapes import type_of
-from loopq_compile.graph.state import MADE_BY, get_state
+from loopq_compile.graph.state import get_state
 
 SHOWN_USERS = 12
 """Users that a node shows at once; more are behind a click."""

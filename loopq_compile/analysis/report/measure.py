@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,15 +16,14 @@ from loopq_compile.analysis.summary import activation_rows
 from loopq_compile.calibration.batches import bind_batch
 from loopq_compile.capture.to_graph import capture
 from loopq_compile.errors import LoopQError
-from loopq_compile.generation.decoders import text_inputs, with_text_inputs
-from loopq_compile.generation.sampling import generate, logits_of
+from loopq_compile.generation.decoders import with_text_inputs
+from loopq_compile.generation.sampling import generate
+from loopq_compile.generation.text_program import TextProgram
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.state import get_state
+from loopq_compile.graph.texts import logits_of, text_inputs
 from loopq_compile.graph.weights import site_calls
-
-if TYPE_CHECKING:
-    from loopq_compile.program import Program
 
 WORST = 12
 CONTEXT = 8
@@ -34,7 +33,7 @@ Values = dict[str, Any]
 
 
 def measure(
-    program: Program,
+    program: TextProgram,
     model: nn.Module | None = None,
     tokens: Sequence[Tensor] = (),
     *,
@@ -85,7 +84,7 @@ def measure(
     return found
 
 
-def _compare(program: Program, captured: fx.GraphModule, tokens: Sequence[Tensor]) -> Values:
+def _compare(program: TextProgram, captured: fx.GraphModule, tokens: Sequence[Tensor]) -> Values:
     reference = residual_error.reference_graph(captured, program.scheme or Scheme())
     where = residual_error.points(reference)
     errors = residual_error.errors(reference, program.graph_module, where, tokens)
@@ -198,7 +197,7 @@ def _rows(tokens: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _predictions(
-    program: Program, model: nn.Module, tokens: Sequence[Tensor], tokenizer: Any
+    program: TextProgram, model: nn.Module, tokens: Sequence[Tensor], tokenizer: Any
 ) -> tuple[Values, list[Values]]:
     """How far predictions moved, over all tokens, and the tokens at which they moved most (KL divergence, in nats)."""
     found: list[Values] = []
@@ -222,7 +221,7 @@ def _predictions(
     return fidelity, sorted(found, key=lambda entry: -entry["kl"])[:WORST]
 
 
-def _sample(program: Program, model: nn.Module, row: Tensor, tokenizer: Any, new: int = 24) -> Values:
+def _sample(program: TextProgram, model: nn.Module, row: Tensor, tokenizer: Any, new: int = 24) -> Values:
     prompt = row[:, : max(1, min(16, row.shape[1] // 2))]
     texts = {
         name: _text(generate(run, prompt, new)[0, prompt.shape[1] :], tokenizer)

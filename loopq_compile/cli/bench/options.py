@@ -98,7 +98,7 @@ def load_model(
 
 def text_tokens(loaded: Loaded, file: str | None, count: int) -> tuple[Tensor, str]:
     """The first `count` token ids `[n]` of the text to score (0: all), and a sentence about where it is from."""
-    from loopq_compile.evaluation.perplexity import tokenize
+    from loopq_compile.generation.tokenizer import tokenize
 
     content, source = text_source(file, count)
     return tokenize(loaded.tokenizer, content, count), source

@@ -167,7 +167,7 @@ def _measure(
     from loopq_compile.bench.results import has_matplotlib
     from loopq_compile.bench.studies import REPORTS as MAKERS
     from loopq_compile.bench.study import Study
-    from loopq_compile.evaluation.perplexity import tokenize
+    from loopq_compile.generation.tokenizer import tokenize
 
     say = note(json)
     tokens = tokenize(loaded.tokenizer, *text)

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 
 import loopq_compile as lq
-from loopq_compile.generation.sampling import logits_of
+from loopq_compile.graph.texts import logits_of
 from tests.decoding import ids, ouro
 
 openvino = pytest.importorskip("openvino")

@@ -118,10 +118,10 @@ def test_nothing_to_learn_nothing_to_do():
 
 def test_it_needs_a_teacher_and_data():
     graph_module = prepared()
-    get_state(graph_module).calibration = None
+    get_state(graph_module).run.calibration = None
     with pytest.raises(lq.LoopQError, match="method='test' learns from calibration data"):
         Calibrate()(graph_module)
-    get_state(graph_module).teacher = None
+    get_state(graph_module).run.teacher = None
     with pytest.raises(InternalError, match="as a teacher"):
         Calibrate()(graph_module)
 

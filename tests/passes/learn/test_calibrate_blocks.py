@@ -80,10 +80,10 @@ def test_large_models_are_recorded_block_by_block(monkeypatch):
 
 def test_it_needs_a_teacher_and_data():
     graph_module = prepared(**OPTIONS)
-    get_state(graph_module).calibration = None
+    get_state(graph_module).run.calibration = None
     with pytest.raises(lq.LoopQError, match="learns from calibration data"):
         CalibrateBlocks()(graph_module)
-    get_state(graph_module).teacher = None
+    get_state(graph_module).run.teacher = None
     with pytest.raises(InternalError, match="as a teacher"):
         CalibrateBlocks()(graph_module)
 
@@ -92,7 +92,7 @@ def test_a_model_that_overflows_is_refused():
     model = nn.Sequential(nn.Embedding(64, 16), nn.Linear(16, 16), nn.Linear(16, 16)).eval()
     data = [tokens(seed, 4, 6) for seed in range(4)]
     graph_module = prepared(model=model, data=data, **OPTIONS)
-    teacher = get_state(graph_module).teacher
+    teacher = get_state(graph_module).run.teacher
     weight = next(node for node in teacher.graph.nodes if node.op == "get_attr")
     from loopq_compile.graph.state import get_tensor, set_tensor
 

@@ -144,7 +144,7 @@ def test_nothing_to_select():
 def test_it_needs_a_teacher():
     graph_module = prepared()
     state = get_state(graph_module)
-    state.teacher, state.options = None, CalibrationOptions()
+    state.run.teacher, state.options = None, CalibrationOptions()
     with pytest.raises(InternalError, match="select-transforms needs"):
         SelectTransforms()(graph_module)
     assert any(node.target is ops.kronecker.default for node in graph_module.graph.nodes)

@@ -126,10 +126,10 @@ def test_call_sites_list_the_uses_of_a_weight_in_order():
 def test_a_model_without_loop_is_said_to_be_ordinary_quantization():
     graph_module = copy.deepcopy(tagged("plain").graph_module)
     state = copy.copy(get_state(graph_module))
-    state.tags, state.notes = None, []
+    state.tags, state.run.notes = None, []
     graph_module.meta["loopq"] = state
     assert not TagLoops()(graph_module).modified
-    assert state.notes == ["no loop found: this is ordinary post-training quantization"]
+    assert state.run.notes == ["no loop found: this is ordinary post-training quantization"]
 
 
 @pytest.mark.parametrize("name", ["nested-twice", "two-loops", "plain"])

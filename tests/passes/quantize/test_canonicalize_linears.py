@@ -112,7 +112,7 @@ def test_a_weight_behind_x_at_w_is_stored_transposed_and_the_model_keeps_its_own
 def test_a_weight_used_in_several_forms_is_reported():
     graph_module = capture(Product(UNCHANGED["w as data"]), X)
     CanonicalizeLinears()(graph_module)
-    assert get_state(graph_module).notes == ["weight: used in several forms, its products stay as they are"]
+    assert get_state(graph_module).run.notes == ["weight: used in several forms, its products stay as they are"]
 
 
 def test_a_weight_read_by_two_nodes_is_one_weight():

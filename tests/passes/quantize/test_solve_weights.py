@@ -47,8 +47,8 @@ def prepared(
     else:
         graph_module = capture(model, tokens() if example is None else example)
     state = get_state(graph_module)
-    state.scheme, state.calibration = lq.Scheme.parse(scheme, **fields), batches
-    state.teacher = copy_graph(graph_module)
+    state.scheme, state.run.calibration = lq.Scheme.parse(scheme, **fields), batches
+    state.run.teacher = copy_graph(graph_module)
     front = [TagLoops(), CanonicalizeLinears(), AnnotateLinears(), *transforms]
     front += [CollectRanges(), QuantizeWeights(learnable)]
     return Pipeline([*front, InsertActivationQdq(), InsertLas(), SetRanges(), *passes]).run(graph_module)
@@ -267,7 +267,7 @@ def test_inputs_that_are_not_finite_are_an_error_that_names_site_and_loop():
 
 def test_writes_to_the_residual_stream_are_found_in_the_graph():
     graph = prepared(scheme="w4a16")
-    teacher = {node.name: node for node in get_state(graph).teacher.graph.nodes}
+    teacher = {node.name: node for node in get_state(graph).run.teacher.graph.nodes}
     found = {chain.site.name: find_write(teacher[chain.calls[0].name]) for chain in find_chains(graph)}
     assert {name for name, write in found.items() if write} == {"layers.0.attn.o_proj", "layers.0.down"}
     assert not any(has_norm(write) for write in found.values() if write)
@@ -293,7 +293,7 @@ def test_a_norm_between_a_linear_and_the_residual_stream_is_recognized_by_its_nu
     torch.manual_seed(0)
     model = Sandwich().eval()
     graph = prepared(scheme="w4a16", model=model)
-    teacher = get_state(graph).teacher
+    teacher = get_state(graph).run.teacher
     (chain,) = [chain for chain in find_chains(graph) if chain.site.name == "inner"]
     linear = next(node for node in teacher.graph.nodes if node.name == chain.calls[0].name)
     write = find_write(linear)
