@@ -1,6 +1,6 @@
-"""The README's table of architectures and features: every cell names the test behind it.
+"""The table of architectures and features in examples/README.md: every cell names the test behind it.
 
-`python -m tests.architectures` prints the table; `tests/test_architecture_table.py` compares it with the README and
+`python -m tests.architectures` prints the table; `tests/test_architecture_table.py` compares it with that file and
 looks the tests up.
 """
 

@@ -40,10 +40,10 @@ def test_custom_pass(capsys: pytest.CaptureFixture[str]) -> None:
     assert "loop=2: 8 matrix products" in capsys.readouterr().out
 
 
-def test_the_pass_in_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pass_in_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
     from tests.tiny import tiny_model, tokens
 
-    text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8").split("### Your own pass")[1]
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8").split("## Write a pass")[1]
     code = text.split("```python\n")[1].split("```")[0]
     exec(code, {"model": tiny_model(), "x": tokens(), "batches": [tokens(1)]})
     promised = code.split("  # ")[-1].split(" for a model")[0]
