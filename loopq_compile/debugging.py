@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.graph.state import RunContext, attach_state, get_state
+from loopq_compile.graph.state import RunContext, attach_state, copy_nodes, get_state
 from loopq_compile.storage.artifact import save
 
 VARIABLE = "LOOPQ_COMPILE_DEBUG"
@@ -28,8 +28,7 @@ class Snapshot:
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
-        self._graph = fx.Graph()
-        self._graph.output(self._graph.graph_copy(graph_module.graph, {}))
+        self._graph = copy_nodes(graph_module.graph)
         self._parts: dict[str, Any] = {
             str(node.target): _part(graph_module, str(node.target))
             for node in graph_module.graph.nodes

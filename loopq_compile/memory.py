@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
+import psutil
 from torch import Tensor
 
 
-def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping; None where the system does not say (no Linux)."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
-    return None
+def available_memory() -> int:
+    """Bytes that can be allocated without swapping."""
+    return psutil.virtual_memory().available
 
 
 def _find_trim() -> Callable[[int], int] | None:

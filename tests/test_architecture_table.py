@@ -1,4 +1,4 @@
-"""The table of architectures in examples/README.md is that of `tests/architectures.py`, and pytest knows every test it names."""
+"""The table in examples/README.md is that of `tests/architectures.py`, and pytest knows every test it names."""
 
 from __future__ import annotations
 

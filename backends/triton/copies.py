@@ -12,17 +12,17 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from loopq_compile.graph.rolled import RolledLoop
-from loopq_compile.graph.state import RunContext, attach_state, get_state
+from loopq_compile.graph.state import RunContext, attach_state, copy_nodes, get_state
 
 
 def private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy to fuse, bodies of rolled loops included; the program keeps its graphs, and tensors are shared until they
     are packed."""
-    copied = _copy_graph(graph_module)
+    copied = fx.GraphModule(graph_module, copy_nodes(graph_module.graph))
     for name, module in list(copied.named_children()):
         if isinstance(module, RolledLoop):
             loop = copy.copy(module)
-            loop._modules = {"body": _copy_graph(module.body)}
+            loop._modules = {"body": fx.GraphModule(module.body, copy_nodes(module.body.graph))}
             setattr(copied, name, loop)
     state = get_state(graph_module)
     attach_state(copied, dataclasses.replace(state, log=list(state.log), results={}, run=RunContext()))
@@ -34,12 +34,6 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     if device.type != "cuda" or torch.compiler.is_compiling():
         return nullcontext()
     return torch.cuda.device(device)
-
-
-def _copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    return fx.GraphModule(graph_module, graph)
 
 
 def put_on(graph_module: fx.GraphModule, device: torch.device) -> fx.GraphModule:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from loopq_compile.compiler import quantize
 from loopq_compile.errors import LoopQError
+from loopq_compile.graph.evaluate import run
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.printer import site_of
@@ -125,10 +126,14 @@ class _Watch:
         self.before, self.clock = values, time.perf_counter()
 
     def _run(self, graph_module: fx.GraphModule) -> tuple[list[Tensor], dict[str, Tensor]]:
-        recorder = _Recorder(graph_module)
-        with torch.no_grad():
-            results = recorder.run(*self.probe)
-        return [value for value in results if isinstance(value, Tensor)], recorder.values
+        values: dict[str, Tensor] = {}
+
+        def keep(node: fx.Node, value: Any) -> None:
+            if node.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point():
+                values[node.name] = value
+
+        results = run(graph_module, self.probe, keep)
+        return [value for value in results if isinstance(value, Tensor)], values
 
     def _first(self, graph_module: fx.GraphModule, values: dict[str, Tensor]) -> Place | None:
         for node in graph_module.graph.nodes:
@@ -149,20 +154,6 @@ class _Measure(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         self.watch.measure(graph_module, self.after, self.number)
         return PassResult(graph_module, False)
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps every floating-point value that depends on the inputs."""
-
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        super().__init__(graph_module, garbage_collect_values=True)
-        self.values: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point():
-            self.values[n.name] = value
-        return value
 
 
 def relative_error(expected: Tensor, actual: Tensor) -> float:

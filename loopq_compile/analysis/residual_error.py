@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from loopq_compile.calibration.batches import bind_batch
+from loopq_compile.graph.evaluate import values_of
 from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.printer import site_of
@@ -123,9 +124,8 @@ def errors(
     total: dict[str, float] = defaultdict(float)
     tokens = 0
     for batch in batches:
-        with torch.no_grad():
-            expected = _values(reference, wanted, batch)
-            actual = _values(program, wanted, batch)
+        expected = _values(reference, wanted, batch)
+        actual = _values(program, wanted, batch)
         tokens += batch.numel()
         for name, y in expected.items():
             if actual[name].shape == y.shape:
@@ -135,21 +135,4 @@ def errors(
 
 
 def _values(graph_module: fx.GraphModule, wanted: set[str], batch: Tensor) -> Mapping[str, Any]:
-    recorder = _Recorder(graph_module, wanted)
-    recorder.run(*bind_batch(batch, get_state(graph_module).signature))
-    return recorder.values
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the values of some nodes."""
-
-    def __init__(self, graph_module: fx.GraphModule, wanted: set[str]) -> None:
-        super().__init__(graph_module, garbage_collect_values=True)
-        self.wanted = wanted
-        self.values: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.wanted:
-            self.values[n.name] = value
-        return value
+    return values_of(graph_module, bind_batch(batch, get_state(graph_module).signature), wanted)

@@ -10,8 +10,8 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import torch
 from torch import fx
 
@@ -22,6 +22,9 @@ from loopq_compile.graph.names import shown_name
 from loopq_compile.graph.printer import site_of
 from loopq_compile.graph.shapes import type_of
 from loopq_compile.graph.state import get_state
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 COLOURS = {
     "input": "#ffffff",
@@ -62,6 +65,10 @@ def loop_graph(graph_module: fx.GraphModule, loop: int | None = None) -> nx.DiGr
             for node in graph_module.graph.nodes
             if (tag := get_tag(node)) and tag.loops[0] == 0 and tag.index[0] == loop
         ]
+    try:
+        import networkx as nx
+    except ImportError as error:
+        raise LoopQError("Pictures of graphs need networkx: pip install 'loopq-compile[plot]'.") from error
     graph = nx.DiGraph()
     shown = {node for node in inside if not _is_size(node)}
     for node in inside:

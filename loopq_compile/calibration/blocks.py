@@ -19,6 +19,7 @@ from loopq_compile.calibration.student import Segment, fuse_pairs, make_segment
 from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.recurrence import weight_roots
+from loopq_compile.graph.state import copy_nodes
 
 _MIXERS = ("scaled_dot_product", "softmax", "bmm", "matmul", "conv", "cumsum")
 """Parts of the names of operators that mix information across tokens."""
@@ -77,8 +78,7 @@ def find_blocks(graph_module: fx.GraphModule, teacher: fx.GraphModule, sites: It
         teacher: the captured graph. Blocks begin and end at nodes that both have.
         sites: names of the quantized linears.
     """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
+    graph = copy_nodes(graph_module.graph)
     fuse_pairs(graph)
     known = {(node.name, str(node.target)) for node in teacher.graph.nodes}
     shared = {node for node in graph.nodes if (node.name, str(node.target)) in known}

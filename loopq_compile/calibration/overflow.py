@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from loopq_compile.calibration.batches import calibration_batches
 from loopq_compile.errors import LoopQError
+from loopq_compile.graph.evaluate import run
 from loopq_compile.graph.keys import MADE_BY, SITE
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.signature import InputSpec
@@ -98,26 +99,18 @@ def stored(graph_module: fx.GraphModule) -> list[Tensor]:
 
 def origins(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> list[fx.Node]:
     """The nodes that produce NaN or infinite values from finite ones, in graph order."""
-    run = _Run(graph_module, garbage_collect_values=True)
-    with torch.no_grad():
-        run.run(*inputs)
-    return run.found
+    found: list[fx.Node] = []
+    bad: set[fx.Node] = set()
 
-
-class _Run(fx.Interpreter):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.found: list[fx.Node] = []
-        self._bad: set[fx.Node] = set()
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        numbers = n.op != "output" and isinstance(value, Tensor) and value.is_floating_point()
+    def look(node: fx.Node, value: Any) -> None:
+        numbers = node.op != "output" and isinstance(value, Tensor) and value.is_floating_point()
         if numbers and not bool(torch.isfinite(value).all()):
-            self._bad.add(n)
-            if self._bad.isdisjoint(n.all_input_nodes):
-                self.found.append(n)
-        return value
+            bad.add(node)
+            if bad.isdisjoint(node.all_input_nodes):
+                found.append(node)
+
+    run(graph_module, inputs, look)
+    return found
 
 
 def example(graph_module: fx.GraphModule) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.recurrence import weight_roots
-from loopq_compile.graph.state import get_tensor
+from loopq_compile.graph.state import copy_nodes, get_tensor
 from loopq_compile.operators import ops
 
 _SEARCH = 0.5
@@ -54,8 +54,7 @@ class Student:
         segments: int | None = None,
         learned: Collection[str] | None = None,
     ) -> None:
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(graph_module.graph, {}))
+        graph = copy_nodes(graph_module.graph)
         fuse_pairs(graph)
         self.recompute = recompute
         self.tensors: dict[str, Tensor] = {

@@ -53,11 +53,13 @@ def stream(
     decoder: Decoder = model.decoder() if hasattr(model, "decoder") else RecomputingDecoder(model)
     generator = torch.Generator().manual_seed(whole_number("seed", seed, -(2**63), 2**64 - 1))
     ends = torch.tensor(_ends(eos_token_id), dtype=torch.int64)
+    filters = _filters(top_k, top_p) if do_sample else None
 
     def choose(logits: Tensor) -> Tensor:
         if not do_sample:
             return logits.argmax(-1)
-        return torch.multinomial(_filtered(_scaled(logits, temperature), top_k, top_p), 1, generator=generator)[:, 0]
+        likely = filters(input_ids, _scaled(logits, temperature))
+        return torch.multinomial(likely.softmax(-1), 1, generator=generator)[:, 0]
 
     return _steps(decoder, choose, input_ids, mask, ends, max_new_tokens)
 
@@ -176,13 +178,13 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return scaled.to(logits.dtype)
 
 
-def _filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+def _filters(top_k: int | None, top_p: float | None) -> Any:
+    """transformers' filters of unlikely tokens, as one function of ids and logits `[batch, vocabulary]`."""
+    from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+
+    filters = LogitsProcessorList()
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    probabilities = logits.softmax(-1)
+        filters.append(TopKLogitsWarper(top_k))
     if top_p is not None:
-        ordered, index = probabilities.sort(descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p
-        probabilities = probabilities.scatter(-1, index, ordered.masked_fill(outside, 0.0))
-    return probabilities
+        filters.append(TopPLogitsWarper(top_p))
+    return filters

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from loopq_compile.graph.evaluate import sources_of
 from loopq_compile.graph.state import get_tensor
 from loopq_compile.memory import trim
 
@@ -59,13 +60,7 @@ def evaluate(graph_module: fx.GraphModule, targets: Iterable[fx.Node]) -> Iterat
     The caller may rewrite the graph between two values, but must keep the tensors.
     """
     wanted = set(targets)
-    needed: set[fx.Node] = set()
-    stack = list(wanted)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
+    needed = sources_of(wanted)
     # Collected first: the caller may replace nodes between values.
     plan = [(n, n.op, n.target, n.args, n.kwargs, n.all_input_nodes) for n in graph_module.graph.nodes if n in needed]
     readers = Counter(argument for *_, inputs in plan for argument in inputs)

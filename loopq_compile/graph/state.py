@@ -118,11 +118,16 @@ def get_state(graph_module: fx.GraphModule) -> CompilerState:
     return state
 
 
+def copy_nodes(graph: fx.Graph) -> fx.Graph:
+    """A graph with copies of all nodes, their metadata shared value by value."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    return copied
+
+
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph with a fresh state, for another pipeline. Tensors are shared; passes never change them."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    copied = fx.GraphModule(graph_module, graph)
+    copied = fx.GraphModule(graph_module, copy_nodes(graph_module.graph))
     state = get_state(graph_module)
     attach_state(copied, CompilerState(state.signature, state.model_name))
     return copied

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
-from loopq_compile.graph.state import get_tensor
+from loopq_compile.graph.evaluate import call_node
 
 
 class Walk:
@@ -49,8 +47,7 @@ class Walk:
         values = self._values[batch]
         for index in range(self._start, self._position[stop]):
             node = self._plan[index]
-            with torch.no_grad():
-                values[node] = self._compute(node, values)
+            values[node] = self._compute(node, values)
             for used in (*node.all_input_nodes, node):
                 if self._last_use.get(used, -1) <= index:
                     values.pop(used, None)
@@ -67,23 +64,20 @@ class Walk:
     def apply(self, batch: int, nodes: Sequence[fx.Node], given: dict[fx.Node, Any]) -> Any:
         """The value of the last of `nodes`, computed from the `given` values and those of the walk, which stay."""
         values = {**self._values[batch], **given}
-        with torch.no_grad():
-            for node in nodes:
-                values[node] = self._compute(node, values)
+        for node in nodes:
+            values[node] = self._compute(node, values)
         return values[nodes[-1]]
 
     def constant(self, node: fx.Node) -> Any:
         """The value of a node that depends on stored tensors alone."""
         if node not in self._constants:
             if node.op == "get_attr":
-                return get_tensor(self._graph_module, str(node.target)).detach()
-            with torch.no_grad():
-                self._constants[node] = self._compute(node, {})
+                return call_node(self._graph_module, node, self.constant)
+            self._constants[node] = self._compute(node, {})
         return self._constants[node]
 
     def _compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         def read(argument: fx.Node) -> Any:
             return values[argument] if argument in self._dynamic else self.constant(argument)
 
-        target: Any = node.target
-        return target(*map_arg(node.args, read), **map_arg(node.kwargs, read))
+        return call_node(self._graph_module, node, read)

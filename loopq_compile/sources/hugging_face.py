@@ -131,7 +131,7 @@ def _refuse_quantized(name: str, config: Mapping[str, Any]) -> None:
 def _check_memory(name: str, dtype: str, config: Mapping[str, Any]) -> None:
     """Refuses what would have to be spread over several devices (`device_map`) to be loaded."""
     stored, available = _stored_bytes(name, config), available_memory()
-    if stored is None or available is None:
+    if stored is None:
         return
     needed = stored[0] * DTYPES[dtype] // stored[1]
     if needed > available:

@@ -13,19 +13,19 @@ the graph belongs to one of these regions:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.graph.evaluate import call_node, sources_of
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.shapes import infer_shapes
 from loopq_compile.graph.signature import InputSpec
-from loopq_compile.graph.state import get_state, get_tensor
+from loopq_compile.graph.state import get_state
 
 _aten = torch.ops.aten
 ATTENTION_MASK = "attention_mask"
@@ -90,26 +90,14 @@ class Regions:
 
     def compute(self, targets: Iterable[fx.Node], length: int) -> dict[fx.Node, Tensor]:
         """The values of `targets` (nodes of positions) for two rows of `length` tokens without padding."""
-        wanted, needed = list(targets), set[fx.Node]()
-        stack = list(wanted)
-        while stack:
-            node = stack.pop()
-            if node not in needed:
-                needed.add(node)
-                stack.extend(node.all_input_nodes)
+        wanted = list(targets)
+        needed = sources_of(wanted)
         values: dict[fx.Node, Any] = {}
         for node in self.graph_module.graph.nodes:
-            if node not in needed:
-                continue
-            if node.op == "placeholder":
+            if node in needed and node.op == "placeholder":
                 values[node] = torch.ones(2, length, dtype=node.meta["val"].dtype)
-            elif node.op == "get_attr":
-                values[node] = get_tensor(self.graph_module, str(node.target)).detach()
-            else:
-                function: Callable[..., Any] = node.target  # type: ignore[assignment]
-                values[node] = function(
-                    *map_arg(node.args, values.__getitem__), **map_arg(node.kwargs, values.__getitem__)
-                )
+            elif node in needed:
+                values[node] = call_node(self.graph_module, node, values.__getitem__)
         return {node: values[node] for node in wanted}
 
 

@@ -11,6 +11,7 @@ from loopq_compile.calibration.batches import calibration_batches, count_tokens,
 from loopq_compile.calibration.overflow import cause
 from loopq_compile.calibration.ranges import Statistics
 from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.graph.evaluate import run
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import CompilerState, get_tensor
 from loopq_compile.graph.weights import site_calls
@@ -58,8 +59,7 @@ class CollectRanges(Pass):
         for inputs in progress(batches, "Measuring activations", total=_length(state.run.calibration)):
             observer.inputs = inputs
             observer.mask = token_mask(state.signature, inputs)
-            with torch.no_grad():
-                observer.run(*inputs)
+            run(graph_module, inputs, observer.watch)
             tokens += count_tokens(inputs)
         state.run.statistics = observer.statistics
         state.note(f"{tokens} tokens")
@@ -81,11 +81,11 @@ def _length(calibration: Any) -> int | None:
         return None
 
 
-class _Observer(fx.Interpreter):
-    """Runs the graph and measures what quantized linears read."""
+class _Observer:
+    """Measures what quantized linears read."""
 
     def __init__(self, graph_module: fx.GraphModule, state: CompilerState) -> None:
-        super().__init__(graph_module, garbage_collect_values=True)
+        self.graph_module = graph_module
         assert state.scheme is not None
         self.bits, self.size = state.scheme.activation_bits, state.scheme.group_size
         self.limit = state.scheme.limit(self.bits)
@@ -97,18 +97,17 @@ class _Observer(fx.Interpreter):
             for node in calls:
                 self.watched.setdefault(node.args[0], set()).add((site.group, state.loops.row(get_tag(node))))  # type: ignore[arg-type]
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+    def watch(self, n: fx.Node, value: Any) -> None:
+        """Called with every node and its value."""
         for group, row in sorted(self.watched.get(n, ())):
             self._measure(n, value, group, row)
-        return value
 
     def _measure(self, node: fx.Node, value: Tensor, group: str, row: int) -> None:
         value = real_tokens(value, self.mask)
         if not torch.isfinite(value).all():
             tag = get_tag(node)
             where = f"{group!r}{f' in {tag}' if tag else ''} (node {node.name!r})"
-            reason = cause(self.module, self.inputs)  # type: ignore[arg-type]
+            reason = cause(self.graph_module, self.inputs)
             raise LoopQError(
                 reason
                 or f"The input of {where} becomes NaN or infinite on the calibration data, before any quantization."

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from loopq_compile.calibration.batches import calibration_batches, first_batches, real_tokens, token_mask
 from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.graph.evaluate import run
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import get_tensor
 from loopq_compile.graph.weights import weight_chain
@@ -75,12 +76,11 @@ class SmoothActivations(Pass):
         uses = {group: found for group, found in group_uses(graph_module).items() if group not in present}
         if not uses or not state.scheme.quantizes_activations:
             return PassResult(graph_module, False)
-        observer = _Observer(graph_module, uses)
+        observer = _Observer(uses)
         every = calibration_batches(state.run.calibration, state.signature, vocabulary_size(graph_module))
         for inputs in progress(first_batches(every, self.max_tokens), "Measuring channels"):
             observer.mask = token_mask(state.signature, inputs)
-            with torch.no_grad():
-                observer.run(*inputs)
+            run(graph_module, inputs, observer.watch)
         for group, found in uses.items():
             scale = smoothing_scale(observer.largest[group], _largest_weight(graph_module, found), self.alpha)
             least = torch.finfo(weight_type(graph_module, found)).tiny
@@ -104,11 +104,10 @@ def _largest_weight(graph_module: fx.GraphModule, uses: list[Use]) -> Tensor:
     return torch.stack([get_tensor(graph_module, name).detach().float().abs().amax(0) for name in weights]).amax(0)
 
 
-class _Observer(fx.Interpreter):
-    """Runs the graph and keeps the largest magnitude of every channel that a group reads, `[d]` by group."""
+class _Observer:
+    """Keeps the largest magnitude of every channel that a group reads, `[d]` by group."""
 
-    def __init__(self, graph_module: fx.GraphModule, uses: dict[str, list[Use]]) -> None:
-        super().__init__(graph_module, garbage_collect_values=True)
+    def __init__(self, uses: dict[str, list[Use]]) -> None:
         self.largest: dict[str, Tensor] = {}
         self.mask: Tensor | None = None
         self.watched: dict[fx.Node, set[str]] = {}
@@ -116,8 +115,8 @@ class _Observer(fx.Interpreter):
             for use in found:
                 self.watched.setdefault(use.x, set()).add(group)
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+    def watch(self, n: fx.Node, value: Any) -> None:
+        """Called with every node and its value."""
         for group in self.watched.get(n, ()):
             rows = real_tokens(value.detach(), self.mask)
             largest = rows.abs().amax(0).float() if len(rows) else rows.new_zeros(rows.shape[-1])
@@ -128,4 +127,3 @@ class _Observer(fx.Interpreter):
                     "the calibration data, before any quantization."
                 )
             self.largest[group] = torch.maximum(self.largest.get(group, largest), largest)
-        return value

@@ -30,8 +30,15 @@ BRIEF = ["--prefill", "8", "--decode", "1,2", "--context", "4", "--steps", "2", 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-def test_the_command(tmp_path: Path) -> None:
-    arguments = ["bench", "speed", "bundled", "--schemes", "w4a8", "--head-bits", "8"]
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size by name that is small enough to measure."""
+    config = OuroConfig(vocab_size=512, total_ut_steps=2, tie_word_embeddings=False, **SIZES)
+    monkeypatch.setattr(random_models, "SIZES", {"tiny": lambda: config})
+
+
+def test_the_command(tmp_path: Path, tiny: None) -> None:
+    arguments = ["bench", "speed", "tiny", "--schemes", "w4a8", "--head-bits", "8"]
     arguments += ["--pytorch", "float32", "--out", str(tmp_path), *BRIEF]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -46,9 +53,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert (tmp_path / "speed.md").read_text().count("| ours w4a8") == 2
 
 
-def test_a_model_of_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = OuroConfig(vocab_size=512, total_ut_steps=2, tie_word_embeddings=False, **SIZES)
-    monkeypatch.setattr(random_models, "SIZES", {"tiny": lambda: config})
+def test_a_model_of_published_size(tiny: None) -> None:
     arguments = ["bench", "speed", "tiny", "--schemes", "w4a4", "--methods", "quarot", "--products", "packed", *BRIEF]
     arguments += ["--head-bits", "8", "--pytorch", "bfloat16"]
     result = CliRunner().invoke(app, arguments)

@@ -5,7 +5,7 @@ seal-rg/recurrent-pretraining (Huginn; needs transformers 4.57.6). A tiny model 
 equal those of the code), its loop is found, it is compiled to w8a8 (near the code's logits) and w4a4 (a random model is
 far off: a figure, not a check), and the w4a4 program is compared with its ONNX files, unrolled and rolled. Every way of
 calling the code that it has is captured and compared, and decoding with a key-value cache is compared with the code on
-all tokens. The status is 1 if anything is off by more than stated. loopq_compile/bench/README.md holds the last results.
+all tokens. The status is 1 if anything is off by more than stated. The last results: loopq_compile/bench/README.md.
 """
 
 from __future__ import annotations

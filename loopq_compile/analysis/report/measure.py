@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +19,7 @@ from loopq_compile.errors import LoopQError
 from loopq_compile.generation.decoders import with_text_inputs
 from loopq_compile.generation.sampling import generate
 from loopq_compile.generation.text_program import TextProgram
+from loopq_compile.graph.evaluate import values_of
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.state import get_state
@@ -122,14 +123,11 @@ def carry(reference: fx.GraphModule, program: fx.GraphModule, batch: Tensor) -> 
     if not set(names) <= here:
         return []
     inputs = bind_batch(batch, get_state(program).signature)
-    exact = _Run(reference, names)
-    exact.run(*inputs)
-    free, forced = _Run(program, names), _Run(program, names, exact.values)
-    free.run(*inputs)
-    forced.run(*inputs)
+    exact, free = (values_of(graph_module, inputs, names) for graph_module in (reference, program))
+    forced = values_of(program, inputs, names, exact)
     rows = []
     for edge, name in zip(edges, names, strict=True):
-        y, x, made = (run.values[name].float() for run in (exact, free, forced))
+        y, x, made = (values[name].float() for values in (exact, free, forced))
         norm = float(y.norm()) or 1.0
         cosine = float(nn.functional.cosine_similarity(x, y, dim=-1).mean())
         total, local = float((x - y).norm()) / norm, float((made - y).norm()) / norm
@@ -156,11 +154,11 @@ def drift(reference: fx.GraphModule, batch: Tensor) -> dict[str, Values]:
             tag, x = get_tag(linear), linear.args[0]
             if tag is not None and tag.loops == (0,) and isinstance(x, fx.Node):
                 nodes[site.group][tag.index[0]] = x.name
-    run = _Run(reference, [name for rows in nodes.values() for name in rows.values()])
-    run.run(*bind_batch(batch, get_state(reference).signature))
+    names = {name for rows in nodes.values() for name in rows.values()}
+    values = values_of(reference, bind_batch(batch, get_state(reference).signature), names)
     found = {}
     for group, rows in nodes.items():
-        flat = [run.values[rows[t]].float().flatten(0, -2) for t in sorted(rows)]
+        flat = [values[rows[t]].float().flatten(0, -2) for t in sorted(rows)]
         peaks = [float(x.abs().flatten().kthvalue(math.ceil(PEAK * x.numel())).values) for x in flat]
         sizes = [float(x.square().mean().sqrt()) for x in flat]
         mean = sum(sizes) / len(sizes) or 1.0
@@ -175,21 +173,6 @@ def drift(reference: fx.GraphModule, batch: Tensor) -> dict[str, Values]:
 def _inner(x: Tensor, y: Tensor) -> float:
     """`<XᵀX, YᵀY>` without forming either: `|X Yᵀ|²`."""
     return float((x @ y.T).square().sum())
-
-
-class _Run(fx.Interpreter):
-    """Runs a graph and keeps some values; later nodes read those of `given` in their place."""
-
-    def __init__(self, graph_module: fx.GraphModule, names: Iterable[str], given: dict[str, Tensor] | None = None):
-        super().__init__(graph_module, garbage_collect_values=True)
-        self.names, self.given, self.values = set(names), given or {}, dict[str, Tensor]()
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.names:
-            self.values[n.name] = value
-            return self.given.get(n.name, value)
-        return value
 
 
 def _rows(tokens: Sequence[Tensor]) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Every kernel compiled for every architecture, without a GPU."""
 
+import os
 import re
 import struct
 import subprocess
@@ -46,8 +47,11 @@ def test_transforms_with_long_sides(factors):
 
 @pytest.mark.parametrize("architecture", ahead.ARCHITECTURES)
 def test_every_tile_that_tuning_tries_compiles_without_spills(architecture):
+    """A third of them here, another for each neighbour; `make nightly` compiles all for each."""
     cases = ahead.tuning_cases(32, architecture)
     assert len(cases) >= 56
+    if "LOOPQ_CASES" not in os.environ:
+        cases = cases[ahead.ARCHITECTURES.index(architecture) % 3 :: 3]
     found = [ahead.compile_case(case, architecture) for case in cases]
     assert {compiled.name: compiled.problems for compiled in found if compiled.problems} == {}
 
