@@ -1,9 +1,9 @@
 """Backends: one folder each. A backend takes a finished program and returns something that runs.
 
-`get_backend("onnx").lower(program)` gives an `Executable`. Backends are imported when they are asked for, so that a
-missing optional dependency of one does not hurt the others. Packages outside this project register theirs under the
-entry point group `loopq_compile.backends`: a module (or any object) with a function `lower`. `register_backend` adds
-one for a single process.
+`get_backend("onnx").lower(program)` gives an `Executable`. Backends are imported on request, so that a missing
+optional dependency of one does not affect the others. Other packages register their backend, a module (or any object)
+with a function `lower`, under the entry point group `loopq_compile.backends`. `register_backend` adds one for a single
+process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Executable(Protocol):
 
 
 class Backend(Protocol):
-    """What a backend's package offers."""
+    """What the package of a backend provides."""
 
     def lower(self, program: Any, **options: Any) -> Executable:
         """Lowers a `Program` or its graph module; `options` are the backend's own."""
@@ -57,7 +57,7 @@ def register_backend(name: str, backend: Backend) -> None:
 
 
 def get_backend(name: str) -> Backend:
-    """The backend called `name`, imported now.
+    """The backend called `name`; imports it.
 
     Raises:
         LoopQError: the name is unknown, or the backend's dependencies are missing.

@@ -1,4 +1,4 @@
-"""Passes: one file each. `Pass` and `PassResult` are what a custom pass needs."""
+"""Passes: one file each. A custom pass needs `Pass` and `PassResult`."""
 
 from loopq_compile.passes.base import Pass, PassResult
 

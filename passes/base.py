@@ -17,12 +17,12 @@ class Pass(PassBase):
 
     A subclass implements `call`, changes the graph in place and returns `PassResult(graph_module, modified)` with an
     honest `modified`. Its docstring says what the graph looks like *before* and *after*. `requires` and `ensures`
-    raise `loopq_compile.LoopQError` for input that cannot be handled and `loopq_compile.errors.InternalError` for
-    graphs that an earlier pass should have prepared. Whatever the pass creates inside a loop must carry the loop's
-    tag (`loopq_compile.graph.loops.set_tag`, or `loopq_compile.graph.insert.inserting`, which does so).
+    raise `loopq_compile.LoopQError` for input that cannot be handled, and `loopq_compile.errors.InternalError` for
+    graphs that an earlier pass should have prepared. Every node that the pass creates inside a loop must carry the
+    loop's tag (`loopq_compile.graph.insert.inserting` sets it, or call `loopq_compile.graph.loops.set_tag`).
 
     The pipeline lints and recompiles the graph after each pass, verifies loop tags, and marks new nodes with the
-    name of the pass, so a pass need not.
+    name of the pass. A pass need not do this itself.
     """
 
     name: str = ""

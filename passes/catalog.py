@@ -1,4 +1,4 @@
-"""All passes by name: those of this package, and those that other packages add.
+"""All passes by name: built-in ones, and those that other packages add.
 
 A package declares its passes in `pyproject.toml`:
 
@@ -19,7 +19,7 @@ from loopq_compile.registry import Registry
 
 ENTRY_POINTS = "loopq_compile.passes"
 _ABSTRACT = ("base", "rewrite")
-"""Modules whose classes are there to be derived from."""
+"""Modules of base classes."""
 
 
 def pass_names() -> list[str]:
@@ -44,7 +44,7 @@ def register_pass(kind: type[Pass]) -> type[Pass]:
     """Adds a class under its own name; also a decorator.
 
     Raises:
-        LoopQError: it is no subclass of `Pass`, or the name is taken.
+        LoopQError: it is not a subclass of `Pass`, or the name is taken.
     """
     _registry().register(getattr(kind, "name", ""), kind)
     return kind
@@ -52,14 +52,14 @@ def register_pass(kind: type[Pass]) -> type[Pass]:
 
 def _check(name: str, item: Any) -> None:
     if not isinstance(item, type) or not issubclass(item, Pass) or not item.name:
-        raise LoopQError(f"Pass {name!r} ({item!r}) is no subclass of loopq_compile.passes.Pass.")
+        raise LoopQError(f"Pass {name!r} ({item!r}) is not a subclass of loopq_compile.passes.Pass.")
 
 
 _known: dict[str, type[Pass]] = {}
 
 
 def _registry() -> Registry:
-    """Built-in passes are found once, in the rooms beside this module."""
+    """Finds built-in passes once, in the folders next to this module."""
     if not _known:
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             module = importlib.import_module(found.name)

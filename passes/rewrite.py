@@ -1,4 +1,4 @@
-"""Pattern rewriting: a pass as two small functions, which says at every candidate why it did not match.
+"""Pattern rewriting: a pass made of two small functions. It reports for every candidate why it did not match.
 
     class FuseSwish(RewritePass):
         \"\"\"Before: `x * sigmoid(x)`. After: `silu(x)`.\"\"\"
@@ -11,9 +11,9 @@
         def replacement(x):
             return aten.silu.default(x)
 
-Both functions are traced once. Parameters match anything, tensors and numbers alike; the same parameter twice must meet
-the same value twice; everything else in the pattern must be equal. `RewritePass.find` gives matches and misses without
-changing the graph.
+Both functions are traced once. Parameters match anything, tensors and numbers alike. A parameter used twice must match
+the same value twice. Everything else in the pattern must be equal. `RewritePass.find` returns matches and misses
+without changing the graph.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Match:
 
     Args:
         anchor: the node whose value the pattern returns.
-        values: what its parameters met, by name: nodes, numbers, lists.
+        values: what its parameters matched, by name: nodes, numbers, lists.
         nodes: the matched nodes, the anchor included.
-        tag: the loop they all stand in, None outside.
+        tag: the loop of all of them, None outside loops.
     """
 
     anchor: fx.Node
@@ -52,12 +52,12 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """A node at which a pattern could have ended and did not.
+    """A node that could have ended a match but did not.
 
     Args:
-        anchor: calls what the pattern's last node calls.
-        node: where the two went apart.
-        reason: in words.
+        anchor: a node with the operator of the pattern's last node.
+        node: the node at which pattern and graph differ.
+        reason: the difference in words.
     """
 
     anchor: str
@@ -74,17 +74,17 @@ class RewritePass(Pass):
     Before: matches of `pattern`, each inside one loop iteration, their inner values read by nothing else. After: the
     nodes of `replacement`, with the loop tag, the site and the name of what they replace.
 
-    Leaves alone what `check` gives a reason to, and what would cross from one loop into the next. The log counts
-    matches and lists the reasons.
+    Does not touch matches for which `check` gives a reason, nor those that would cross from one loop into the next.
+    The log counts matches and lists the reasons.
     """
 
     pattern: Callable[..., Any]
-    """Static method: parameters are wildcards, the value is one call of an operator (`torch.ops...default`)."""
+    """Static method; parameters are wildcards, the result is one call of an operator (`torch.ops...default`)."""
     replacement: Callable[..., Any]
     """Static method with the same parameters."""
 
     def check(self, match: Match) -> str:
-        """Why this match shall stay as it is; "" to rewrite it. For conditions that a pattern cannot say."""
+        """Why not to rewrite this match; "" to rewrite it. For conditions that a pattern cannot express."""
         return ""
 
     def find(self, graph_module: fx.GraphModule) -> tuple[list[Match], list[Miss]]:
@@ -129,7 +129,7 @@ class RewritePass(Pass):
 
 
 class _Apart(Exception):
-    """Pattern and graph go apart at `node`."""
+    """Pattern and graph differ at `node`."""
 
     def __init__(self, node: fx.Node, reason: str) -> None:
         super().__init__(reason)
@@ -191,12 +191,12 @@ def _unify_call(wanted: fx.Node, found: Any, match: Match, at: fx.Node) -> None:
             "not cross from one loop into the next",
         )
     theirs, ours = _arguments(found), _arguments(wanted)
-    for name in {**ours, **theirs}:  # in a fixed order: reasons are the same from run to run
+    for name in {**ours, **theirs}:  # in a fixed order, so that reasons are the same in every run
         _unify(ours.get(name), theirs.get(name), match, found)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments by name, defaults filled in, so that it does not matter how a call was written."""
+    """Arguments by name with defaults filled in, so that it does not matter how a call was written."""
     schema = node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else []
     named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     names = [argument.name for argument in schema] or [str(i) for i in range(len(node.args))]
@@ -204,7 +204,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _check_inside(match: Match, taken: set[fx.Node]) -> None:
-    """What the match computes on the way must be read by nothing else, and belong to no other match."""
+    """Checks that inner values of the match are read by nothing else, and belong to no other match."""
     inside = set(match.nodes.values())
     for node in inside:
         if node in taken:
@@ -229,5 +229,5 @@ def _replace(graph: fx.Graph, match: Match, replacement: fx.Graph) -> None:
         if not node.users:
             graph.erase_node(node)
     if new.op == "call_function" and new in values.values() and new not in match.values.values():
-        new.name = anchor.name  # loop boundaries know their nodes by name
+        new.name = anchor.name  # loop boundaries refer to nodes by name
         new.meta.setdefault("val", anchor.meta.get("val"))

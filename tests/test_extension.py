@@ -112,7 +112,7 @@ def test_what_other_packages_bring_is_checked(installed):
         compiled("broken")
     with pytest.raises(lq.LoopQError, match="must return a Pipeline; got int"):
         compiled("odd")
-    with pytest.raises(lq.LoopQError, match="is no subclass of"):
+    with pytest.raises(lq.LoopQError, match="is not a subclass of"):
         get_pass("no-pass")
 
 

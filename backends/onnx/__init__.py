@@ -2,7 +2,7 @@
 `write_genai_config` is for onnxruntime-genai.
 
 Steps of an export, one module each: `prepare` (a private copy of the graph), `translate` (ATen to ONNX, by torch.onnx),
-`qdq` (the target: what quantization becomes), `naming`, `write`. Another target is another module beside `qdq`.
+`qdq` (the target: what quantization becomes), `naming`, `write`. Another target is another module next to `qdq`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def lower(program: Any, *, threads: int | None = None, optimize: bool = True, **
     Args:
         program: what to lower.
         threads, optimize: as in `OnnxExecutable`.
-        options: as in `export`. The folder goes away with the executable.
+        options: as in `export`. The folder is deleted with the executable.
 
     Raises:
         LoopQError: as in `export` and `OnnxExecutable`.

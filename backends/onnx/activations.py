@@ -1,11 +1,11 @@
 """Quantized activations for target `qdq`: `QuantizeLinear` and `DequantizeLinear` with integers between them.
 
-Static scales belong to groups of features. ONNX has no such thing for one axis, so `x [..., K]` is viewed as
-`[..., groups, K / groups]` with the scales along `axis = -2`. Dynamic scales belong to tokens and groups, which is
-what ONNX calls blocked: the scale has the rank of `x`, and `block_size` features share an entry of its last axis.
+Static scales belong to groups of features. ONNX cannot express this along one axis, so `x [..., K]` is viewed as
+`[..., groups, K / groups]` with the scales along `axis = -2`. Dynamic scales belong to tokens and groups, which ONNX
+calls blocked: the scale has the rank of `x`, and `block_size` features share an entry of its last axis.
 
-Zero points are left out and `output_dtype` says the type: symmetric quantization needs none, and ONNX Runtime 1.31
-drops the type of a zero point of one entry when it moves a pair across a Reshape.
+Zero points are left out and `output_dtype` gives the type. Symmetric quantization needs no zero points, and ONNX
+Runtime 1.31 drops the type of a zero point of one entry when it moves a pair across a Reshape.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loopq_compile.operators.quantize import SMALLEST_SCALE
 
 
 def lower_dynamic_scale(graph: ir.Graph, node: ir.Node) -> None:
-    """Replaces `DynamicScale(x, clip)` by `peak(x_group) * (clip / limit)`, `[..., groups]`, not too near to zero.
+    """Replaces `DynamicScale(x, clip)` by `peak(x_group) * (clip / limit)`, `[..., groups]`, bounded away from 0.
 
     The peak is the largest magnitude, or, for a negative limit, the entry of largest magnitude.
     """
@@ -47,14 +47,14 @@ def _peak(emitter: Emitter, grouped: ir.Value, shape: list[Any], limit: int) -> 
     high = emitter.node("ReduceMax", [grouped, axis], dtype, shape, {"keepdims": 0})
     low = emitter.node("ReduceMin", [grouped, axis], dtype, shape, {"keepdims": 0})
     above = emitter.node("Greater", [high, emitter.node("Neg", [low], dtype, shape)], ir.DataType.BOOL, shape)
-    # Nothing is zero behind this: of a group of zeros the lowest entry is taken. One node, where the scale's magnitude
-    # would take three; groups below the smallest scale keep scales of their own.
+    # No scale is zero after this: a group of zeros takes the lowest entry. This is one node; limiting the scale's
+    # magnitude would take three. Groups below the smallest scale keep their own scales.
     below = constant(emitter.graph, f"below_zero_{dtype}", _like(-SMALLEST_SCALE, grouped))
     return emitter.node("Where", [above, high, emitter.node("Min", [low, below], dtype, shape)], dtype, shape)
 
 
 def _step(emitter: Emitter, clip: ir.Value, limit: int) -> ir.Value:
-    """`clip / limit`, as a constant where `clip` is one."""
+    """`clip / limit`, as a constant if `clip` is one."""
     values = constant_array(clip)
     if values is not None:
         return constant(emitter.graph, f"{clip.name}.over_{_word(limit)}", values / values.dtype.type(limit))
@@ -77,7 +77,7 @@ def lower_pair(graph: ir.Graph, quantize: ir.Node) -> None:
     readers = [reader for reader, _ in quantize.outputs[0].uses()]
     if not readers or any(reader.op_type != "Dequantize" or reader.inputs[1] is not scale for reader in readers):
         raise InternalError(
-            f"{quantize.name}: its integers are read by something else than a dequantize with its scale."
+            f"{quantize.name}: its integers are read by something other than a dequantize with its scale."
         )
     q_min, q_max = quantize.attributes["q_min"].as_int(), quantize.attributes["q_max"].as_int()
     emitter = Emitter(graph, quantize)
@@ -108,10 +108,10 @@ def lower_pair(graph: ir.Graph, quantize: ir.Node) -> None:
 
 
 def spell_out_pair(graph: ir.Graph, quantize: ir.Node) -> None:
-    """Replaces a pair with scales of every token by `clip(round(x / scale)) * scale`, the same to the last bit.
+    """Replaces a pair with per-token scales by `clip(round(x / scale)) * scale`, which is bit-identical.
 
-    ONNX Runtime 1.32 dequantizes 4-bit integers one by one: on prompts these nodes take a quarter of that time. For a
-    single token they are too many.
+    ONNX Runtime 1.32 dequantizes 4-bit integers one by one. For prompts, these nodes take a quarter of that time; for a
+    single token, there are too many of them.
     """
     x, scale = quantize.inputs
     assert x is not None and scale is not None
@@ -142,10 +142,10 @@ def _is_odd(q_min: int, q_max: int) -> bool:
 
 
 def _clip(emitter: Emitter, x: ir.Value, scale: ir.Value, q_min: int, q_max: int) -> ir.Value:
-    """`x` limited to what lies between `q_min * scale` and `q_max * scale`, where the integer type is wider than that.
+    """`x` limited to `q_min * scale` up to `q_max * scale`, if the integer type has a wider range.
 
-    That equals limiting the integers: a limit divided by the scale is a whole number up to one unit in the last
-    place, and rounds to it.
+    This equals limiting the integers: a limit divided by the scale is an integer up to one unit in the last place, and
+    rounds to it.
     """
     if not _is_odd(q_min, q_max):
         return x

@@ -1,11 +1,11 @@
-"""Target `onnxruntime`: attention as one node, `Attention` of operator set 23, in place of eight to fourteen.
+"""Target `onnxruntime`: attention as one node, `Attention` of operator set 23, instead of eight to fourteen.
 
-What is replaced is `softmax(q * scale @ keys^T + mask) @ values` for `q [batch, heads, new, size]`, also where queries
-of a group share their keys (`[batch, groups, heads / groups, new, size]` against `[batch, groups, 1, total, size]`).
-Where keys and values are joined from a cache and the joined ones are results of the file, the operator joins them.
+This replaces `softmax(q * scale @ keys^T + mask) @ values` for `q [batch, heads, new, size]`, also if queries of a
+group share their keys (`[batch, groups, heads / groups, new, size]` and `[batch, groups, 1, total, size]`). If keys and
+values are joined with a cache and the joined tensors are results of the file, the operator joins them.
 
-ONNX Runtime 1.32 gives zeros for a row whose mask is the lowest number throughout, as that of a padded token, where
-softmax gives the mean; masks are therefore limited to half of that, which changes nothing else.
+For a row whose mask is the lowest number throughout, as that of a padded token, ONNX Runtime 1.32 gives zeros, while
+softmax gives the mean. Masks are therefore limited to half of that number, which changes nothing else.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array, 
 from loopq_compile.backends.onnx.matching import made_by, only_reader, remove_unused
 
 OPSET = 23
-"""The operator set that brought `Attention`."""
+"""The operator set that introduced `Attention`."""
 _FLOOR = np.array(np.finfo(np.float32).min / 2, dtype=np.float32)
 
 
 @dataclass
 class _Match:
-    """The parts of one attention, `[batch, heads, sequence, size]` each; `result` takes the place of `anchor`'s."""
+    """The parts of one attention, `[batch, heads, sequence, size]` each; `result` replaces `anchor`'s."""
 
     query: ir.Value
     key: ir.Value
@@ -36,7 +36,7 @@ class _Match:
 
 
 def fuse_attention(graph: ir.Graph) -> int:
-    """Replaces attention in place; returns how many there were. The model needs operator set `OPSET` if any."""
+    """Replaces attention in place; returns how many there were. If any, the model needs operator set `OPSET`."""
     masks: dict[ir.Value, ir.Value] = {}
     found = 0
     for node in [node for node in graph if node.op_type == "Softmax" and node.domain == ""]:
@@ -77,7 +77,7 @@ def _replace(graph: ir.Graph, match: _Match, masks: dict[ir.Value, ir.Value]) ->
 
 
 def _cache_join(graph: ir.Graph, value: ir.Value) -> ir.Node | None:
-    """The `Concat(past, new)` that gives `value`, if that is a result of the file which attention alone reads."""
+    """The `Concat(past, new)` that gives `value`, if that is a result of the file and only attention reads it."""
     join = made_by(value, "Concat")
     fits = join is not None and len(join.inputs) == 2 and join.attributes.get_int("axis", 0) in (2, -2)
     return join if fits and value.is_graph_output() and len(list(value.uses())) == 1 else None
@@ -115,7 +115,7 @@ def _match(softmax: ir.Node) -> _Match | None:
 def _fit(
     product: ir.Node, query: ir.Value | None, key: ir.Value | None, mask: ir.Value | None, scale: float, shape: list
 ) -> _Match | None:
-    """The match, if all shapes are what the operator takes, without a doubt."""
+    """The match, if all shapes are certainly ones that the operator takes."""
     value, masked, anchor = product.inputs[1], mask is not None, product
     if len(shape) == 5:
         merged = only_reader(product.outputs[0], "Reshape")
@@ -142,7 +142,7 @@ def _fit(
 
 
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
-    """`x` and a number whose product `value` is."""
+    """`(x, number)` such that `value` is their product."""
     node = value.producer() if value is not None else None
     if node is None or node.domain != "" or node.op_type not in ("Mul", "Div"):
         return value, 1.0
@@ -163,7 +163,7 @@ def _turned_back(value: ir.Value | None) -> ir.Value | None:
 
 
 def _ungrouped(value: ir.Value | None) -> ir.Value | None:
-    """`[batch, heads, new, size]` of what is viewed as `[batch, groups, heads / groups, new, size]`."""
+    """The tensor `[batch, heads, new, size]` whose view `[batch, groups, heads / groups, new, size]` is `value`."""
     node = made_by(value, "Reshape")
     x = node.inputs[0] if node is not None else None
     before, after = _sizes(x), _sizes(value)
@@ -180,7 +180,7 @@ def _single(value: ir.Value | None) -> ir.Value | None:
 
 
 def _sizes(value: ir.Value | None) -> list | None:
-    """Numbers, and names for what varies (sums with their terms in order); None if a dimension is unknown."""
+    """Numbers, and names for dimensions that vary (sums with their terms in order); None if a dimension is unknown."""
     if value is None or value.shape is None:
         return None
     known = [size if isinstance(size, int) else size.value for size in value.shape]

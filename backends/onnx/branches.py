@@ -1,6 +1,6 @@
-"""Two forms of one program in a file: which one runs depends on how many tokens a call has.
+"""Two forms of one program in a file; the number of tokens of a call decides which one runs.
 
-An `If` chooses. What both forms store, such as embeddings, is in the file and in memory once.
+An `If` chooses. Tensors of both forms, such as embeddings, are in the file and in memory only once.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from loopq_compile.backends.onnx.emit import constant
 from loopq_compile.errors import LoopQError
 
 FEW_TOKENS = 3
-"""Calls of up to so many tokens, rows of a batch taken together, take the first form."""
+"""Calls of up to this many tokens, summed over the rows of a batch, take the first form."""
 
 
 def join(few: ir.Model, many: ir.Model) -> ir.Model:
-    """A model of two with the same inputs and outputs, which are emptied.
+    """Joins two models with the same inputs and outputs into one; the two are emptied.
 
     Args:
         few: runs for calls of up to `FEW_TOKENS` tokens.
         many: runs for all others.
 
     Raises:
-        LoopQError: the first integer input is not `[batch, sequence]`, so nobody can say how many tokens a call has.
+        LoopQError: the first integer input is not `[batch, sequence]`, so the tokens of a call cannot be counted.
     """
     inputs = [_like(value) for value in few.graph.inputs]
     outputs = [_like(value) for value in few.graph.outputs]
@@ -51,7 +51,7 @@ def branches(graph: ir.Graph) -> list[ir.Graph]:
 
 
 def _move(branch: ir.Graph, graph: ir.Graph) -> None:
-    """Takes inputs and stored tensors from what becomes a branch of `graph`; the first of two equal tensors stays."""
+    """Removes inputs and stored tensors from a branch of `graph`; of two equal tensors, the first stays."""
     given = {value.name: value for value in graph.inputs}
     for value in list(branch.inputs):
         ir.convenience.replace_all_uses_with(value, given[value.name])
@@ -67,7 +67,7 @@ def _move(branch: ir.Graph, graph: ir.Graph) -> None:
             value.name = f"{name}.{len(graph.initializers)}"
             graph.register_initializer(value)
     for value in branch.outputs:
-        value.name = f"{value.name}.of_branch"  # a result of the file bears the name itself
+        value.name = f"{value.name}.of_branch"  # the result of the file has the name itself
 
 
 def _same(one: ir.Value, other: ir.Value) -> bool:

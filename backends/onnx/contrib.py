@@ -1,15 +1,15 @@
 """Target `onnxruntime`: 4-bit and 8-bit products as `com.microsoft::MatMulNBits`, which multiplies packed weights.
 
-With `products="int8"` products whose activations are quantized are written by `row_products` instead; `branches` puts
-both forms into one file.
+With `products="int8"`, `row_products` writes products whose activations are quantized; `branches` puts both forms into
+one file.
 
 The operator takes `[N, K]` weights in blocks of one scale, as unsigned codes around 8 (or 128), two 4-bit codes to the
-byte. Weights that do not fit (blocks that are no power of two from 16 on) stay as target `qdq` has them.
+byte. Weights that do not fit (blocks that are not a power of two of at least 16) stay as in target `qdq`.
 
-At `accuracy_level` 4 ONNX Runtime multiplies integers and for that rounds activations to 8 bits per block, with the
-largest magnitude of the block as 127; so it is asked for only where activations are quantized already; elsewhere
-products are in single precision. Dynamic 8-bit activations in blocks of the weight's size, unclipped, are rounded in
-just that way, so their own quantize and dequantize nodes go away: a third of all nodes of a small model.
+At `accuracy_level` 4, ONNX Runtime multiplies integers. For that it rounds activations to 8 bits per block, with the
+largest magnitude of the block as 127. The level is therefore used only where activations are already quantized;
+other products are in single precision. Dynamic 8-bit activations in blocks of the weight's size, unclipped, are rounded
+in exactly this way, so their own quantize and dequantize nodes are removed: a third of all nodes of a small model.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from loopq_compile.errors import LoopQError
 CONTRIB = "com.microsoft"
 SMALLEST_BLOCK = 16
 _HEAD_BLOCKS = {4: (32,), 8: (128, 64, 32)}
-"""Neighbouring weights of a head that share a scale, by width: the first that divides the features."""
+"""Block sizes of a head's weights, by width: the first that divides the features is used."""
 
 
 def lower_to_contrib(
     model: ir.Model, origins: Mapping[str, Origin], *, head_bits: int | None = None, products: str = "packed"
 ) -> None:
-    """Replaces the nodes of domain `loopq` in place, linear layers with fitting weights first.
+    """Replaces the nodes of domain `loopq` in place, beginning with linear layers whose weights fit.
 
     Args:
         head_bits: width of the language-model head's weights, 4 or 8; None leaves it in floating point.
-        products: "packed" or "int8"; `branches` makes "both" of the two.
+        products: "packed" or "int8"; for "both", `branches` joins the two.
 
     Raises:
-        LoopQError: as in `lower_to_qdq`; or "int8" for a program whose activations are not quantized.
+        LoopQError: as in `lower_to_qdq`; or `products="int8"` for a program whose activations are not quantized.
     """
     graph = model.graph
     rows = RowProducts(graph) if products == "int8" else None
@@ -79,7 +79,7 @@ def lower_to_contrib(
 
 
 def _restate_norms(graph: ir.Graph) -> None:
-    """`x * reciprocal(sqrt(v))` as `x / sqrt(v)`, which ONNX Runtime knows as part of an RMS norm and fuses."""
+    """Writes `x * reciprocal(sqrt(v))` as `x / sqrt(v)`, which ONNX Runtime recognizes in an RMS norm and fuses."""
     for node in [node for node in graph if node.op_type == "Reciprocal" and node.domain == ""]:
         root = node.inputs[0]
         maker = root.producer() if root is not None else None
@@ -135,12 +135,12 @@ def _lower_linear(graph: ir.Graph, node: ir.Node, rows: RowProducts | None) -> b
 
 
 def _weight(value: ir.Value | None) -> _Weight | None:
-    """The weight behind `value`, None if it is not quantized or not stored."""
+    """The weight from which `value` comes; None if it is not quantized or not stored."""
     dequantize = made_by(value, "Dequantize", DOMAIN)
     if dequantize is None:
         return None
     codes_value, codes, codes_row = _stored(dequantize.inputs[0])
-    scale_value, scale, scale_row = _stored(dequantize.inputs[1])  # what is equal in all loops has no row
+    scale_value, scale, scale_row = _stored(dequantize.inputs[1])  # a tensor that is equal in all loops has no row
     if codes is None or scale is None or codes_value is None or scale_value is None:
         return None
     scale = np.broadcast_to(scale, (*scale.shape[:-2], codes.shape[-2], scale.shape[-1]))
@@ -159,7 +159,7 @@ def _in_rows(emitter: Emitter, x: ir.Value, weight: _Weight, result: ir.Value, r
 
 
 def _finish(emitter: Emitter, node: ir.Node, y: ir.Value) -> None:
-    """Puts `y` and the bias of the linear `node` in its place."""
+    """Replaces the linear `node` by `y` plus its bias."""
     bias, result = node.inputs[2] if len(node.inputs) > 2 else None, node.outputs[0]
     emitter.finish(y if bias is None else emitter.node("Add", [y, bias], result.dtype, result.shape))
 
@@ -185,10 +185,10 @@ def _lower_head(graph: ir.Graph, node: ir.Node, bits: int) -> bool:
 
 
 def _before_rounding(x: ir.Value, block: int | None = None) -> ir.Value | None:
-    """The activations before they were rounded to 8 bits, where the product rounds them again; None elsewhere.
+    """The activations before they were rounded to 8 bits, if the product rounds them again; otherwise None.
 
     Args:
-        block: only if they were rounded in blocks of this size, as `MatMulNBits` does; None for any size.
+        block: accept only rounding in blocks of this size, as `MatMulNBits` does; None accepts any size.
     """
     dequantize = made_by(x, "Dequantize", DOMAIN)
     quantize = made_by(dequantize.inputs[0], "Quantize", DOMAIN) if dequantize is not None else None
@@ -204,7 +204,7 @@ def _before_rounding(x: ir.Value, block: int | None = None) -> ir.Value | None:
 
 
 def _stored(value: ir.Value | None) -> tuple[ir.Value | None, np.ndarray | None, ir.Value | None]:
-    """The initializer behind `value`, its array, and the row of it that is read (None for all of it)."""
+    """The initializer from which `value` comes, its array, and the row that is read (None for all of it)."""
     node = value.producer() if value is not None else None
     if node is not None and node.domain == DOMAIN and node.op_type == "Row":
         return node.inputs[0], constant_array(node.inputs[0]), node.inputs[1]

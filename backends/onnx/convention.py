@@ -1,4 +1,4 @@
-"""How a call travels in an ONNX file: argument names, input types and the structure of the result, as JSON in the
+"""The calling convention in an ONNX file: argument names, input types and the structure of the result, as JSON in the
 file's metadata under `loopq.signature`.
 """
 
@@ -21,12 +21,12 @@ _FORMAT = 1
 
 @dataclass
 class Convention:
-    """What `OnnxExecutable` needs to be called like the model.
+    """What `OnnxExecutable` needs so that it is called like the model.
 
     Args:
         signature: argument names and types. Its `outputs` is a plain tuple if the model's own structure cannot be
             rebuilt here (a class that is not importable).
-        outputs: for every flat result the number of the ONNX output that holds it, or `{"constant": value}`.
+        outputs: for every flat result, the number of the ONNX output that holds it, or `{"constant": value}`.
     """
 
     signature: Signature

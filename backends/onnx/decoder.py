@@ -18,25 +18,25 @@ from loopq_compile.graph.texts import last_logits
 
 _LOGITS = "logits"
 PREFILL_CHUNK = 128
-"""Tokens of a prompt that one call reads. `Attention` of ONNX Runtime computes scores of all pairs of tokens and then
-hides the later ones: in parts, a prompt needs half of them, and never has all in memory. Products of 128 rows are as
-fast as longer ones."""
+"""Tokens of a prompt that one call reads. `Attention` of ONNX Runtime computes the scores of all pairs of tokens and
+then hides the later ones. Read in parts, a prompt needs half of these scores, and never has all of them in memory.
+Products of 128 rows are as fast as longer ones."""
 
 
 class OnnxDecoder:
-    """Runs new tokens alone. Caches stay inside ONNX Runtime: what one call returns is bound as the next one's input,
-    and of the other outputs only the logits are computed.
+    """Runs only new tokens. Caches stay inside ONNX Runtime: what one call returns is bound as input of the next. Of
+    the other outputs, only the logits are computed.
 
     Args:
         session: an `onnxruntime.InferenceSession` of a file with a cache.
         signature: its calling convention.
         loops: iterations of a rolled file, None for an unrolled one.
-        exit_threshold: for files that may stop early; `loops_spent` has the loops of every call.
+        exit_threshold: for files that may stop early; `loops_spent` lists the loops of every call.
         prefill_chunk: most tokens that one call of the session reads; a longer prompt is read in equal parts, with the
-            same result. Files that may stop early read it at once, since all of its tokens decide when.
+            same result. Files that may stop early read it at once, since all of its tokens decide when to stop.
 
     Raises:
-        LoopQError: the file returns no `logits`, or `prefill_chunk` is no positive number.
+        LoopQError: the file returns no `logits`, or `prefill_chunk` is not a positive number.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class OnnxDecoder:
         self.loops_spent: list[int] = []
 
     def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits `[batch, vocabulary]` of the token behind the last; see `loopq_compile.generation.decoders.Decoder`.
+        """Logits `[batch, vocabulary]` of the next token; see `loopq_compile.generation.decoders.Decoder`.
 
         Raises:
             LoopQError: ONNX Runtime fails, for instance on a token id that is out of range.

@@ -1,7 +1,7 @@
-"""Operators that torch.onnx or operator set 21 does not know, written with operators they know: some of language models
-and, out of this package's own, transforms, transition adapters and integers in caches.
+"""Operators that torch.onnx or operator set 21 does not know, written with operators that they know: some of language
+models, and from this package transforms, transition adapters and integers in caches.
 
-torch.onnx can do this itself, by tracing the whole graph two more times; that doubled the time of an export.
+torch.onnx can do this itself, but traces the whole graph two more times; that doubled the time of an export.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _transition_adapter(
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _aten.rms_norm.default: _rms_norm,
     _aten.diff.default: _diff,
-    _aten.view.default: torch.reshape,  # attention spelled out leaves another layout in memory than the operator did
+    _aten.view.default: torch.reshape,  # spelled-out attention gives another memory layout than the operator did
     _loopq.kronecker.default: _kronecker,
     _loopq.transition_adapter.default: _transition_adapter,
     _loopq.quantize_cache.default: quantize_cache_definition,
@@ -78,4 +78,4 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _aten.__or__.Tensor: torch.bitwise_or,
     _aten.__xor__.Tensor: torch.bitwise_xor,
 }
-"""By operator; each takes the operator's own arguments."""
+"""Decompositions by operator; each takes the operator's own arguments."""

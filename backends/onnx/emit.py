@@ -1,4 +1,4 @@
-"""Writing new nodes into an ONNX graph in place of others."""
+"""Writes new nodes into an ONNX graph in place of others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loopq_compile.errors import InternalError
 
 
 class Emitter:
-    """Puts ONNX nodes in front of `anchor`, which they are going to replace; they inherit its metadata.
+    """Puts ONNX nodes before `anchor`, which they will replace; they inherit its metadata.
 
     Args:
         graph: the graph that holds `anchor`.
@@ -43,7 +43,7 @@ class Emitter:
         return output
 
     def reshape(self, x: ir.Value, tail: Sequence[int], keep: int) -> ir.Value:
-        """`x` with its first `keep` dimensions as they are, followed by the sizes `tail`."""
+        """`x` with its first `keep` dimensions unchanged, followed by the sizes `tail`."""
         target = constant(self.graph, "shape_" + "_".join(map(str, [*["n"] * keep, *tail])), [0] * keep + list(tail))
         return self.node("Reshape", [x, target], x.dtype, [*sizes(x)[:keep], *tail])
 
@@ -57,7 +57,7 @@ def sizes(value: ir.Value) -> list[Any]:
     """Dimensions of `value`: numbers, and symbols for those that vary.
 
     Raises:
-        InternalError: nobody knows them.
+        InternalError: they are unknown.
     """
     if value.shape is None:
         raise InternalError(f"The shape of {value.name} is unknown.")
@@ -76,11 +76,11 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
 
 
 def constant(graph: ir.Graph, name: str, values: Any, dtype: ir.DataType | None = None) -> ir.Value:
-    """Initializer `name`, made if there is none.
+    """Initializer `name`; created if there is none.
 
     Args:
         values: what numpy makes an array of; integers become int64.
-        dtype: ONNX type if it is not the array's.
+        dtype: ONNX type, if it differs from the array's.
     """
     if name in graph.initializers:
         return graph.initializers[name]
@@ -92,7 +92,7 @@ def constant(graph: ir.Graph, name: str, values: Any, dtype: ir.DataType | None 
 
 
 def constant_array(value: ir.Value | None) -> np.ndarray | None:
-    """The array behind an initializer or `Constant` node, None for computed values."""
+    """The array of an initializer or `Constant` node; None for computed values."""
     if value is None:
         return None
     tensor = ir.convenience.get_const_tensor(value)

@@ -1,4 +1,4 @@
-"""Running an exported file in ONNX Runtime with the model's own calling convention."""
+"""Runs an exported file in ONNX Runtime with the model's own calling convention."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OnnxExecutable:
         path: an `.onnx` file written by `export`, or the directory it was written to.
         threads: threads inside an operator; None leaves the choice to ONNX Runtime.
         optimize: graph optimizations of ONNX Runtime (all, or none).
-        providers: execution providers by name, the CPU's by default.
+        providers: execution providers by name; the CPU's by default.
 
     Raises:
         LoopQError: onnxruntime is not installed, the file is missing or damaged, keeps weights outside of its
@@ -64,7 +64,7 @@ class OnnxExecutable:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The program's result for the same call.
 
-        A rolled file also takes `loops=`, the number of loops, by default that of the program. A file with a key-value
+        A rolled file also takes `loops=`, the number of loops; the default is the program's. A file with a key-value
         cache takes `attention_mask` and `past_key_values.N.key`, `.value`; a call without them reads a prompt. A file
         written with `early_exit=True` takes `exit_threshold=`; without it all loops run.
 
@@ -106,12 +106,12 @@ class OnnxExecutable:
     ) -> Tensor:
         """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.sampling.generate`.
 
-        A file with a key-value cache reads the prompt once; any other reads all again for every token.
+        A file with a key-value cache reads the prompt once; any other reads everything again for every token.
 
         Args:
-            loops: number of loops of a rolled file, by default that of the program. More than that hold the last rows
-                of its tables.
-            exit_threshold: of a file that may stop early.
+            loops: number of loops of a rolled file; the default is the program's. Further loops use the last rows of
+                its tables.
+            exit_threshold: threshold of a file that may stop early.
             prefill_chunk: most tokens of a prompt that a file with a cache reads in one call, see `OnnxDecoder`.
             options: as there.
         """
@@ -123,7 +123,7 @@ class OnnxExecutable:
     def decoder(
         self, loops: int | None = None, exit_threshold: float | None = None, prefill_chunk: int = PREFILL_CHUNK
     ) -> Decoder:
-        """What `generate` asks for the next token.
+        """The decoder that `generate` asks for the next token.
 
         Raises:
             LoopQError: the file takes more than token ids and an attention mask, or no threshold; `loops` for a file

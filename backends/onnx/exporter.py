@@ -67,30 +67,30 @@ def export(
 
     Args:
         graph_module: a compiled graph (captured, quantized or not).
-        directory: made if it does not exist.
-        target: "qdq", standard operators alone; "onnxruntime", which runs `MatMulNBits` on packed weights and computes
+        directory: created if it does not exist.
+        target: "qdq", only standard operators; "onnxruntime", which runs `MatMulNBits` on packed weights and computes
             with 8-bit integers where activations are quantized.
         form: "unrolled", every loop has its own nodes; "rolled", a `Loop` whose count is the input `loops` (int64,
             scalar). Loops beyond the calibrated ones read the last rows of all tables.
         cache: the file reads prompts and decodes with a key-value cache: inputs `attention_mask` `[batch, past +
             sequence]` and `past_key_values.N.key`, `.value` `[batch, heads, past, size]`, outputs `present.N.key`,
-            `.value`, for every loop and layer; in form "rolled" for every layer, with the loops in front.
+            `.value`, for every loop and layer; in form "rolled" for every layer, with the loops as first dimension.
         last_token: with a cache: `logits` are those of the last token, `[batch, 1, vocabulary]`.
-        products: target "onnxruntime": "packed", `MatMulNBits` on 4-bit weights; "int8", integer products of whole rows
-            where activations are quantized: prompts and batches several times as fast, one byte a weight, and weights
-            rounded to 8 bits per output, activations to 8 bits per token, once more; "both", in one file, unrolled:
-            packed for calls of up to three tokens, int8 for prompts and batches.
-        head_bits: target "onnxruntime": 4 or 8 rounds the weights of the language-model head, which schemes leave in
-            floating point, to nearest, and what it reads to 8 bits. In small models the head is much of a step.
-        kv_bits: with a cache: 8 or 4 keeps keys and values as integers; inputs `past_key_values.N.key_scale`,
+        products: for target "onnxruntime". "packed": `MatMulNBits` on 4-bit weights. "int8": integer products of whole
+            rows where activations are quantized; prompts and batches are several times as fast, weights take one byte
+            each, and weights (per output) and activations (per token) are rounded once more, to 8 bits. "both": one
+            unrolled file, packed for calls of up to three tokens, int8 for prompts and batches.
+        head_bits: for target "onnxruntime". 4 or 8 rounds the weights of the language-model head, which schemes leave
+            in floating point, to nearest, and its input to 8 bits. In small models the head is a large part of a step.
+        kv_bits: with a cache: 8 or 4 stores keys and values as integers; inputs `past_key_values.N.key_scale`,
             `.value_scale` and outputs `present.N.key_scale`, `.value_scale` hold their scales.
-        early_exit: form "rolled": the loop stops when the model's exit gate says that every token is done; an input
-            `exit_threshold` (float32, scalar), an output `loops_spent`. See the pass `exit-early`.
-        float_bits: 16 stores what stays in floating point (scales, embeddings, head, transforms) as float16; arithmetic
+        early_exit: form "rolled": the loop stops when the model's exit gate reports every token as done. Adds an input
+            `exit_threshold` (float32, scalar) and an output `loops_spent`. See the pass `exit-early`.
+        float_bits: 16 stores the floating-point tensors (scales, embeddings, head, transforms) as float16; arithmetic
             stays in single precision.
-        overwrite: replace a `model.onnx` that is there already.
-        external_data_threshold: bytes of weights above which they go to `model.onnx.data`, which ONNX Runtime maps;
-            64 MiB by default.
+        overwrite: whether to replace an existing `model.onnx`.
+        external_data_threshold: weights of more bytes than this go to `model.onnx.data`, which ONNX Runtime maps; 64
+            MiB by default.
 
     Raises:
         LoopQError: an unknown or not yet available option, an operator without translation, or a directory that
@@ -133,7 +133,7 @@ def export(
 
 
 def _lowered(model: ir.Model, prepared: Prepared, target: str, head_bits: int | None, products: str) -> ir.Model:
-    """The model without nodes of our own; the same object."""
+    """Lowers the model's `loopq` nodes in place; returns the model."""
     if target == "onnxruntime":
         lower_to_contrib(model, prepared.origins, head_bits=head_bits, products=products)
     else:
@@ -151,14 +151,14 @@ def _check_rollable(graph_module: fx.GraphModule) -> None:
 
 
 def _rewritten(graph_module: fx.GraphModule, passes: list[Pass]) -> fx.GraphModule:
-    """A copy of the graph behind `passes`."""
+    """A copy of the graph after `passes`."""
     copied = copy_graph(graph_module)
     attach_state(copied, replace(get_state(graph_module), log=[]))
     rewritten = Pipeline(passes).run(copied)
     if any(isinstance(item, AddCache) for item in passes) and any(loop.skipped for loop in rolled_loops(rewritten)):
         raise LoopQError(
-            "The first iteration of this loop is not like the others and stays in front of it; its cache cannot be one "
-            "of the loop's: use form='unrolled'."
+            "The first iteration of this loop differs from the others and stays before it. Its cache cannot be part "
+            "of the loop's cache: use form='unrolled'."
         )
     return rewritten
 
@@ -177,7 +177,7 @@ def _check_products(target: str, form: str, products: str, head_bits: int | None
     if products != "packed" and target != "onnxruntime":
         raise LoopQError(f"products={products!r} goes with target='onnxruntime'; got target={target!r}.")
     if products == "both" and form == "rolled":
-        # Behind two borders, of branch and loop, results are not those of a packed file (ONNX Runtime 1.32).
+        # Inside both a branch and a loop, results differ from those of a packed file (ONNX Runtime 1.32).
         raise LoopQError("products='both' is for form='unrolled'; rolled files have 'packed' or 'int8' ones.")
 
 
@@ -204,7 +204,7 @@ def _check_options(graph_module: Any, directory: Any, **chosen: str) -> None:
 
 
 def _clean_up(model: ir.Model) -> None:
-    """Drops what lowering left behind; no node is computed ahead here."""
+    """Removes leftovers of lowering; folds no constants."""
     common.RemoveUnusedNodesPass()(model)
     model.graph.opset_imports.pop(DOMAIN, None)
     common.RemoveUnusedOpsetsPass()(model)
@@ -231,7 +231,7 @@ def _describe_program(
             "form": form,
             "cache": cache,
             **({"products": products} if target == "onnxruntime" else {}),
-            # The count that the tables were calibrated for, and what to feed where the model asks for one.
+            # The count that the tables were calibrated for; to be fed if the model asks for one.
             **({"loops_input": LOOPS, "loops_default": state.loops.count} if form == "rolled" else {}),
         }
     )

@@ -1,7 +1,7 @@
-"""Exported folders that prove themselves whole: a manifest beside the model, and checks of files from anywhere.
+"""Exported folders whose integrity can be checked: a manifest next to the model, and checks of untrusted files.
 
-ONNX files name the files that hold their weights, so a file from a stranger could make a runtime read anything. Before
-one is opened, every such name must be a plain one of a regular file in the same folder, long enough for its tensors.
+ONNX files name the files that hold their weights, so an untrusted file could make a runtime read anything. Before one
+is opened, every such name must be the plain name of a regular file in the same folder, long enough for its tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PACKAGES = ("torch", "onnx", "onnxruntime")
 
 
 def versions() -> dict[str, dict[str, str]]:
-    """What a manifest says of the packages that made an export."""
+    """What a manifest says about the packages that made an export."""
     found = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -40,10 +40,10 @@ def versions() -> dict[str, dict[str, str]]:
 
 
 def add_files(directory: str | os.PathLike[str], files: Mapping[str, str]) -> None:
-    """Puts text files by name beside an export, and into its manifest.
+    """Adds text files by name to an export, and to its manifest.
 
     Raises:
-        LoopQError: one of them is there and not ours, or the folder cannot be written.
+        LoopQError: one of them exists and is not ours, or the folder cannot be written.
     """
     check_folder(directory, KIND, files)
     with writing_folder(directory, KIND, add=True, more=versions()) as made:
@@ -52,10 +52,11 @@ def add_files(directory: str | os.PathLike[str], files: Mapping[str, str]) -> No
 
 
 def verify(directory: Path) -> Verified:
-    """Reads an exported folder: every file whole, references inside the folder, a valid model, finite numbers.
+    """Reads an exported folder; checks that files are intact, references stay inside, the model is valid and has no
+    NaN.
 
     Raises:
-        LoopQError: says in one line what is wrong.
+        LoopQError: one line that says what is wrong.
     """
     settle(directory)
     records = check_files(directory, (MODEL_FILE,), KIND)
@@ -86,10 +87,10 @@ def verify(directory: Path) -> Verified:
 
 
 def check_model_file(path: Path) -> onnx.ModelProto:
-    """A model file with its references to other files checked, and nothing of those read.
+    """Reads a model file and checks its references to other files, without reading those.
 
     Raises:
-        LoopQError: it is no ONNX model, or its weights lie outside of its folder, are cut off, or are not in a regular
+        LoopQError: it is not an ONNX model, or its weights lie outside its folder, are cut off, or are not in a regular
             file.
     """
     try:
@@ -107,18 +108,18 @@ def check_model_file(path: Path) -> onnx.ModelProto:
 
 
 def check_references(path: Path) -> None:
-    """`check_model_file` at the cost of a search where a file names no other, however large its own weights are.
+    """Like `check_model_file`, but a file that names no other costs only a search, however large its own weights are.
 
     The model itself may be a link, as in the cache of a hub; what it names may not.
 
     Raises:
-        LoopQError: as there, or it is no file.
+        LoopQError: as there, or it is not a file.
     """
     if not path.is_file():
-        raise LoopQError(f"{path} is no file.")
+        raise LoopQError(f"{path} is not a file.")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            refers = content.find(b"location") != -1  # the key under which a file is named, whatever encodes it
+            refers = content.find(b"location") != -1  # the key for the name of a file, in any encoding
     except (OSError, ValueError) as error:  # ValueError: an empty file
         raise LoopQError(f"{path} is damaged: {first_line(error)}.") from error
     if refers:
@@ -146,7 +147,7 @@ def _check_reference(path: Path, tensor: onnx.TensorProto) -> None:
 
 
 def _check_values(path: Path, model: onnx.ModelProto) -> None:
-    """Every tensor has as many numbers as its shape says, and floating-point ones are finite."""
+    """Checks that every tensor has as many numbers as its shape says, and that no floating-point number is NaN."""
     for tensor in _tensors(model.graph):
         try:
             values = numpy_helper.to_array(_with_numbers(path, tensor))
@@ -158,9 +159,9 @@ def _check_values(path: Path, model: onnx.ModelProto) -> None:
 
 
 def _with_numbers(path: Path, tensor: onnx.TensorProto) -> onnx.TensorProto:
-    """The tensor itself, or a copy that holds what it has in another file, whose name and size were checked.
+    """The tensor itself, or a copy with its data from another file, whose name and size were checked.
 
-    onnx's own reader refuses every link, also hard ones, as backups and the cache of the hub make them.
+    onnx's own reader refuses every link, also the hard links that backups and the cache of the hub make.
     """
     if not tensor.external_data:
         return tensor
@@ -173,7 +174,7 @@ def _with_numbers(path: Path, tensor: onnx.TensorProto) -> onnx.TensorProto:
 
 
 def _check_nodes(path: Path, model: onnx.ModelProto) -> None:
-    """The ONNX checker, which looks for weights in another file and not into it: an empty one of its size will do."""
+    """Runs the ONNX checker. It only needs other files to exist, so an empty file of the right size is enough."""
     names = {entry.value for t in _tensors(model.graph) for entry in t.external_data if entry.key == "location"}
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -184,7 +185,7 @@ def _check_nodes(path: Path, model: onnx.ModelProto) -> None:
             if names:
                 beside.write_bytes(path.read_bytes())
             onnx.checker.check_model(str(beside if names else path))
-    except Exception as error:  # a file from anywhere: whatever the checker's C++ says of it
+    except Exception as error:  # an untrusted file: the checker's C++ may raise anything
         raise LoopQError(f"{path} is damaged: {first_line(error)}.") from error
 
 

@@ -1,12 +1,12 @@
 """Exported folders for onnxruntime-genai, which brings its own tokenizer, caches and search.
 
-That runtime reads `genai_config.json`: what inputs and outputs are called, how many caches there are and of which size.
+That runtime reads `genai_config.json`: names of inputs and outputs, and number and size of caches.
 It knows one form of cache, a key and a value `[batch, heads, past, size]` per attention, all of one size. In a looped
-model an attention runs once a loop, so its `num_hidden_layers` is loops times layers here.
+model an attention runs once per loop, so `num_hidden_layers` is loops times layers here.
 
-Facts (onnxruntime-genai 0.18): prompts of different length in a batch are padded on the right, tokens in front count as
-text whatever they are, and positions of what follows are expected from the file's input `position_ids`. Our files count
-columns instead, so a batch needs prompts of one length; `OnnxExecutable.generate` pads on the left.
+Facts (onnxruntime-genai 0.18): prompts of different length in a batch are padded on the right. Tokens before the prompt
+always count as text, and the runtime expects positions of later tokens from the file's input `position_ids`. Our files
+count columns instead, so a batch needs prompts of one length; `OnnxExecutable.generate` pads on the left.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROLLED_REFUSAL = (
 )
 
 _FED = ("input_ids", "attention_mask", "position_ids")
-"""What the runtime feeds besides caches."""
+"""What the runtime feeds in addition to caches."""
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
@@ -45,24 +45,24 @@ def write_genai_config(
     pad_token_id: int | None = None,
     context_length: int = 4096,
 ) -> Path:
-    """Makes an export with a cache a folder that `onnxruntime_genai.Model` opens.
+    """Turns an export with a cache into a folder that `onnxruntime_genai.Model` opens.
 
-    Writes `genai_config.json` and, beside a `tokenizer.json` without one, a `tokenizer_config.json`. The model stays as
-    it is.
+    Writes `genai_config.json` and, if it is missing next to a `tokenizer.json`, a `tokenizer_config.json`. The model
+    stays unchanged.
 
     Args:
         directory: where `export(..., cache=True, form="unrolled")` wrote `model.onnx`.
         eos_token_id: the token that ends a text, or several.
-        pad_token_id: fills up rows of a batch that have ended; the first end token by default.
-        context_length: tokens of prompt and answer together that the runtime allows; tables of learned positions may
-            hold fewer.
+        pad_token_id: fills rows of a batch that have ended; the first end token by default.
+        context_length: most tokens of prompt and answer together that the runtime allows; tables of learned positions
+            may hold fewer.
 
     Returns:
         The path of `genai_config.json`.
 
     Raises:
-        LoopQError: there is no such file, it has no cache or one of another form (as rolled files), it needs inputs
-            that the runtime does not feed, or an argument is out of range.
+        LoopQError: there is no such file, it has no cache or one of another form (such as rolled files), it needs
+            inputs that the runtime does not feed, or an argument is out of range.
     """
     path = Path(directory).expanduser() / "model.onnx"
     settle(path.parent)
@@ -80,12 +80,12 @@ def write_genai_config(
         "model": {
             "type": "decoder",
             "eos_token_id": ends if len(ends) > 1 else ends[0],
-            "pad_token_id": pad,  # one number: the runtime opens no folder with several
+            "pad_token_id": pad,  # one number: the runtime refuses a folder with several
             "context_length": whole_number("context_length", context_length, 1),
             "vocab_size": vocabulary,
             "decoder": decoder,
         },
-        # The file joins caches itself: what it returns has another size than what it was given.
+        # The file joins caches itself, so that its outputs are larger than its inputs.
         "search": {"do_sample": False, "past_present_share_buffer": False},
     }
     files: dict[str, Any] = {CONFIG_FILE: config}
@@ -97,7 +97,7 @@ def write_genai_config(
 
 
 def _decoder(graph: onnx.GraphProto) -> dict[str, Any]:
-    """The section about the file: names, and the number and size of caches."""
+    """The section about the file: names, and number and size of caches."""
     inputs = {value.name: value for value in graph.input}
     caches = [value for name, value in inputs.items() if name.startswith(PAST_PREFIX)]
     if not caches or "logits" not in [value.name for value in graph.output]:
@@ -138,7 +138,7 @@ def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
 
 
 def _token(name: str, value: Any, vocabulary: int | str) -> int:
-    """A token id as a Python integer, whatever kind of scalar it is."""
+    """A token id, any kind of scalar, as a Python integer."""
     try:
         return whole_number(name, value, 0, int(vocabulary) - 1)
     except (LoopQError, ValueError) as error:

@@ -1,10 +1,10 @@
-"""How onnxruntime-genai reads a `tokenizer.json`: where its ids are others, and what makes them the same.
+"""How onnxruntime-genai reads a `tokenizer.json`: where its ids differ, and what makes them equal.
 
-Facts (onnxruntime-genai 0.18): byte-level BPE is read alike, with any splits that keep the whole text. Normalizers, a
-space before the text and spaces around added tokens are left out. Post-processors are left out, too, so no token is
-added before or after a text; with `tokenizer.update_options(add_special_tokens="true")` it adds `bos_token` and
-`eos_token` of `tokenizer_config.json` as `add_bos_token` and `add_eos_token` say, where both are texts (of
-objects it also adds what it should not). No file switches that on.
+Facts (onnxruntime-genai 0.18): byte-level BPE gives equal ids, with any splits that keep the whole text. Normalizers, a
+space before the text and spaces around added tokens are ignored. Post-processors are ignored, too, so no token is
+added before or after a text. With `tokenizer.update_options(add_special_tokens="true")` it adds `bos_token` and
+`eos_token` of `tokenizer_config.json` as `add_bos_token` and `add_eos_token` say, if both tokens are texts
+(for objects it also adds tokens that it should not). No file can switch that on.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
-"""Without a class the runtime reads no other field."""
+"""Without a class, the runtime reads no other field."""
 _KEEP_ALL = ("ByteLevel", "Digits", "Punctuation", "Split")
 """Steps before BPE that the runtime follows."""
 _ADD = 'encode after `tokenizer.update_options(add_special_tokens="true")`, and its ids are the same'
 
 
 def notes_for(tokenizer: Tokenizer | None, settings: Mapping[str, Any]) -> list[str]:
-    """Sentences about texts that the runtime reads otherwise than `tokenizer`; none where all ids are the same.
+    """Sentences about texts for which the runtime and `tokenizer` differ; none if all ids are equal.
 
     Args:
-        tokenizer: of the `tokenizers` library; None if the folder has none.
+        tokenizer: a tokenizer of the `tokenizers` library; None if the folder has none.
         settings: its `tokenizer_config.json`, as `with_special_tokens` completes it.
     """
     if tokenizer is None:
@@ -50,7 +50,7 @@ def notes_for(tokenizer: Tokenizer | None, settings: Mapping[str, Any]) -> list[
 
 
 def with_special_tokens(settings: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """A `tokenizer_config.json` that also says what `tokenizer` adds to a text; what it says already stays."""
+    """A `tokenizer_config.json` that also says what `tokenizer` adds to a text; existing fields stay."""
     before, after = added_tokens(tokenizer)
     if not before and not after:
         return dict(settings)
@@ -66,7 +66,7 @@ def added_tokens(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
 
 
 def _fields(before: list[str], after: list[str]) -> dict[str, Any] | None:
-    """What the runtime has to read to add these tokens; None if it cannot: it adds one on either side at most."""
+    """The fields that make the runtime add these tokens; None if it cannot: it adds at most one on either side."""
     if len(before) > 1 or len(after) > 1:
         return None
     named = {"bos_token": before[0]} if before else {}

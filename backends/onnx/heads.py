@@ -1,9 +1,9 @@
-"""Target `onnxruntime`: attention on queries, keys and values as their products give them.
+"""Target `onnxruntime`: attention on queries, keys and values in the layout of their products.
 
 `Attention` and `RotaryEmbedding` also take `[batch, sequence, heads * size]`, and give results of that shape. So the
-`Reshape` and `Transpose` in front of each of them, and the two behind, have nothing to do: eight nodes of an attention,
-3.5 % of a decoding step of looped SmolLM2. Caches keep the shape that they have. In rolled files keys reach attention
-joined with their cache, `[batch, heads, total, size]`, and all stays as it is.
+`Reshape` and `Transpose` before each of them, and the two after, are not needed: eight nodes per attention, 3.5 % of a
+decoding step of looped SmolLM2. Caches keep their shape. In rolled files, keys reach attention already joined with
+their cache, `[batch, heads, total, size]`, and nothing changes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HEADS_FIRST = [0, 2, 1, 3]
 
 @dataclass(frozen=True)
 class _Read:
-    """What one input of attention is made of: `rows [batch, sequence, heads * size]`, turned by `rotary` if any."""
+    """The source of one input of attention: `rows [batch, sequence, heads * size]`, rotated by `rotary` if given."""
 
     rows: ir.Value
     heads: int
@@ -29,7 +29,7 @@ class _Read:
 
 
 def keep_rows(graph: ir.Graph) -> int:
-    """Rewrites attention in place; returns how many were rewritten. Those that read or give something else stay."""
+    """Rewrites attention in place; returns how many were rewritten. Those with other inputs or outputs stay."""
     nodes = [node for node in graph if node.op_type == "Attention" and node.domain == ""]
     return sum(_rewrite(graph, node) for node in nodes)
 
@@ -71,7 +71,7 @@ def _read(value: ir.Value | None) -> _Read | None:
 
 
 def _rows(read: _Read) -> ir.Value:
-    """The rows, with their positions turned in."""
+    """The rows, after rotary positions."""
     if read.rotary is None:
         return read.rows
     attributes = {name: attribute.value for name, attribute in read.rotary.attributes.items()}

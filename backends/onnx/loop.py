@@ -1,8 +1,8 @@
 """Form `rolled`: what was translated between `LoopBegin` and `LoopEnd` becomes the body of an ONNX `Loop`.
 
-Only nodes that depend on the loop's state or number move: dequantized weights and whatever else is the same in every
-iteration are computed once, in front. So no `DequantizeLinear` stands beside a `MatMul` in the body, which ONNX Runtime
-1.31 would fuse there and then fail to find the weight.
+Only nodes that depend on the loop's state or number move. Dequantized weights, and everything else that is equal in all
+iterations, are computed once before the loop. So the body has no `DequantizeLinear` before a `MatMul`: ONNX Runtime
+1.31 would fuse them there and then fail to find the weight.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LOOPS = "loops"
 
 
 def lower_rows(graph: ir.Graph) -> None:
-    """Replaces `Row(table, row)` by `Gather`; rows of an integer weight are taken behind its `DequantizeLinear`."""
+    """Replaces `Row(table, row)` by `Gather`; rows of an integer weight are taken after its `DequantizeLinear`."""
     for node in [node for node in graph if node.domain == DOMAIN and node.op_type == "Row"]:
         table, row = node.inputs
         assert table is not None and row is not None
@@ -27,7 +27,7 @@ def lower_rows(graph: ir.Graph) -> None:
 
 
 def roll(graph: ir.Graph) -> None:
-    """Puts a `Loop` in place of every pair of marks. The first loop's count is a new graph input, `LOOPS`."""
+    """Replaces every pair of marks by a `Loop`. The first loop's count is a new graph input, `LOOPS`."""
     extent = next((value for value in graph.inputs if value.name == EXTENT), None)
     if extent is None:
         return
@@ -86,7 +86,7 @@ def _roll(graph: ir.Graph, begin: ir.Node, end: ir.Node, loops: ir.Value) -> Non
 
 
 def _fill_up(emitter: Emitter, count: ir.Value, collected: list[ir.Value]) -> list[ir.Value]:
-    """What a loop that stopped early collected, with the last entry once more for every iteration that did not run."""
+    """What a loop that stopped early collected; the last entry is repeated for every iteration that did not run."""
     graph, kind, size = emitter.graph, ir.DataType.INT64, ir.SymbolicDim(LOOPS)
     zero, one = constant(graph, "first_iteration", 0), constant(graph, "one_iteration", 1)
     numbers = emitter.node("Range", [zero, count, one], kind, [size])
@@ -100,7 +100,7 @@ def _fill_up(emitter: Emitter, count: ir.Value, collected: list[ir.Value]) -> li
 
 
 def _between(graph: ir.Graph, begin: ir.Node, end: ir.Node) -> list[ir.Node]:
-    """The nodes that depend on what `begin` gives, in order."""
+    """The nodes that depend on the results of `begin`, in order."""
     values = set(begin.outputs)
     found = []
     for node in graph:
@@ -113,7 +113,7 @@ def _between(graph: ir.Graph, begin: ir.Node, end: ir.Node) -> list[ir.Node]:
 
 
 def _spell_out(graph: ir.Graph, extent: ir.Value, loops: ir.Value) -> None:
-    """A vector of as many entries as there are loops, for shape arithmetic that asks how many."""
+    """Gives shape arithmetic that asks for the number of loops a vector with that many entries."""
     first = next(iter(graph))
     shape = ir.Value(type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
     vector = ir.Value(type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([LOOPS]))

@@ -1,4 +1,4 @@
-"""Reading an ONNX graph: what made a value, what reads it, and what nothing reads any longer."""
+"""Reads an ONNX graph: what made a value, what reads it, and what nothing reads any more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def made_by(value: ir.Value | None, op_type: str, domain: str = "") -> ir.Node |
 
 
 def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
-    """The node that reads `value`, if it is the only one, of that standard operator, and no result of the file."""
+    """The only node that reads `value`, if it has this standard operator and `value` is not a result of the file."""
     readers = [reader for reader, _ in value.uses()]
     if value.is_graph_output() or len(readers) != 1:
         return None
@@ -20,7 +20,7 @@ def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
 
 
 def remove_unused(graph: ir.Graph, node: ir.Node) -> None:
-    """Removes `node` if nothing reads its results, and then what made its inputs for it alone."""
+    """Removes `node` if nothing reads its results, and then the nodes that made inputs only for it."""
     if node.graph is not graph or any(output.uses() or output.is_graph_output() for output in node.outputs):
         return
     makers = [value.producer() for value in node.inputs if value is not None]

@@ -1,7 +1,7 @@
-"""Target `onnxruntime`: products that read one tensor as one product, as query, key and value, or gate and up do.
+"""Target `onnxruntime`: merges products that read one tensor, such as query, key and value, or gate and up.
 
-ONNX Runtime rounds the activations of every `MatMulNBits` for itself and starts each with a cost of its own; in a
-decoding step, where products have one row, that is a tenth of their time. Merged weights are stored once for all loops.
+ONNX Runtime rounds the activations separately for every `MatMulNBits`, and each has a start-up cost. In a decoding
+step, where products have one row, that is a tenth of their time. Merged weights are stored once for all loops.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ALIKE = ("K", "bits", "block_size", "accuracy_level")
 def merge_products(graph: ir.Graph) -> int:
     """Merges `MatMulNBits` nodes in place; returns how many merged ones there are.
 
-    A weight is merged with the same others wherever it is read, or not at all: it would have to be stored twice.
+    A weight is merged only if it is merged with the same weights wherever it is read; else it would be stored twice.
     """
     families: dict[tuple[object, ...], list[ir.Node]] = defaultdict(list)
     for node in graph:
@@ -44,7 +44,7 @@ def merge_products(graph: ir.Graph) -> int:
 
 
 def _is_stored(node: ir.Node) -> bool:
-    """Whether weight and scales are constants that only products read, and nothing else is given."""
+    """Whether weight and scales are constants that only products read, and the node has no other parameters."""
     given = node.inputs[1:]
     stored = all(value is not None and value.is_initializer() for value in given)
     return len(given) == 2 and stored and all(reader.op_type == "MatMulNBits" for reader, _ in given[0].uses())  # type: ignore[union-attr]
@@ -74,7 +74,7 @@ def _merge(graph: ir.Graph, family: list[ir.Node]) -> None:
 
 
 def _joined(graph: ir.Graph, values: list[ir.Value | None]) -> ir.Value:
-    """Initializers `[N, ...]` behind one another; made once for all loops."""
+    """Initializers `[N, ...]` concatenated; made once for all loops."""
     first, *rest = [str(value.name) for value in values if value is not None]
     name = "+".join([first, *(name.removeprefix(WEIGHT_PREFIX) for name in rest)])
     if name in graph.initializers:

@@ -1,4 +1,4 @@
-"""Names and metadata of the nodes in an ONNX file: loop and site, and nothing about the machine that made it."""
+"""Names and metadata of the nodes in an ONNX file: loop and site, but nothing about the machine that made it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def name_everything(model: ir.Model, origins: Mapping[str, Origin]) -> None:
     """Gives nodes names such as `/loop2/layers.0.mlp.up_proj/MatMul`, and their outputs that name plus `_output_0`.
 
     Metadata of a node afterwards: `loopq.loop` (`"2"`), `loopq.site` and `loopq.node` (its name in the printed
-    program), where known. What torch.onnx wrote, stack traces with local paths among it, goes away.
+    program), where known. What torch.onnx wrote, including stack traces with local paths, is removed.
     """
     graph = model.graph
     for name, value in list(graph.initializers.items()):
@@ -47,7 +47,7 @@ def name_everything(model: ir.Model, origins: Mapping[str, Origin]) -> None:
 
 
 def _order_terms(value: ir.Value) -> None:
-    """Writes sums of dimensions in one order: readers of the file take `a + b` and `b + a` for two dimensions."""
+    """Writes sums of dimensions in one order, since readers of the file treat `a + b` and `b + a` as two dimensions."""
     for axis, size in enumerate(value.shape or ()):
         if isinstance(size, ir.SymbolicDim) and size.value and re.fullmatch(r"\w+( \+ \w+)+", size.value):
             value.shape[axis] = " + ".join(sorted(size.value.split(" + ")))  # type: ignore[index]

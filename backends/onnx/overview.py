@@ -20,8 +20,8 @@ class OnnxExport:
     Args:
         path: the `.onnx` file.
         files: all files written, the model first.
-        bytes: their size together, external data included.
-        target, form: what was asked for.
+        bytes: their total size, external data included.
+            target, form: as requested.
         opset: version of the standard operator set.
         nodes: number of nodes by operator.
         integer_weights: number of quantized weights by ONNX type, for instance `{"INT4": 28}`.
@@ -87,7 +87,7 @@ def _value(value: ir.Value) -> str:
 
 
 def _brief(values: Iterable[str]) -> list[str]:
-    """One entry for those that differ in a number alone: `present.0..29.key: FLOAT[...]`."""
+    """One entry for values that differ only in a number: `present.0..29.key: FLOAT[...]`."""
     alike: dict[str, list[str]] = {}
     for value in values:
         number = _NUMBER.search(value)

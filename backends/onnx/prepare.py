@@ -1,5 +1,5 @@
-"""First step of an export: a private copy of the graph, with the loop's constants spelled out, and a record of where
-every node comes from.
+"""First step of an export: a private copy of the graph, with constants for each loop, and a record of where every node
+comes from.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _READERS = {
     _loopq.kronecker.default,
     _loopq.transition_adapter.default,
 }
-"""What reads rows of per-loop tables: scales, clip ratios, factors of transforms, parts of adapters."""
+"""Operators that read rows of per-loop tables: scales, clip ratios, factors of transforms, parts of adapters."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Prepared:
         graph_module: copy of the program's graph; its tensors are the program's own.
         outputs: one entry for every flat result of the program: the number of the graph output that holds it, or
             `{"constant": value}` for results that are not tensors.
-        origins: by node name of the copy.
+        origins: origins by node name of the copy.
     """
 
     graph_module: fx.GraphModule
@@ -64,11 +64,11 @@ class Prepared:
 
 
 def prepare(graph_module: fx.GraphModule) -> Prepared:
-    """Copies `graph_module`; the original stays as it is.
+    """Copies `graph_module`; the original stays unchanged.
 
-    In the copy, `select(table, 0, t)` in front of quantization, transforms and adapters is a constant named after its
-    loop, because runtimes and device compilers want them as constants; inverse transforms of unpacked weights
-    are constants too: ONNX has no inverse. Every output is a different node, and none is an input or weight.
+    In the copy, `select(table, 0, t)` before quantization, transforms and adapters is a constant named after its loop,
+    because runtimes and device compilers require constants there. Inverse transforms of unpacked weights are constants
+    too, since ONNX has no inverse. Every output is a different node, and none is an input or weight.
 
     Raises:
         LoopQError: a result of the program is neither a tensor nor a plain value.
@@ -106,7 +106,7 @@ def prepare(graph_module: fx.GraphModule) -> Prepared:
 
 
 def _copy_loop(graph_module: fx.GraphModule, node: fx.Node, origins: dict[str, Origin]) -> RolledLoop:
-    """The rolled loop with a body of its own, whose nodes have names that tell them from those around it."""
+    """A copy of the rolled loop; the nodes of its body have names that differ from those outside."""
     loop = graph_module.get_submodule(str(node.target))
     assert isinstance(loop, RolledLoop)
     body = fx.Graph()
@@ -121,7 +121,7 @@ def _copy_loop(graph_module: fx.GraphModule, node: fx.Node, origins: dict[str, O
 
 
 def _transformed_weights(graph_module: fx.GraphModule) -> dict[fx.Node, Tensor]:
-    """The values of transforms of constants: weights behind an inverse transform, in programs that are not packed."""
+    """The values of transformed constants: weights after an inverse transform, in programs that are not packed."""
     constant = constant_nodes(graph_module.graph)
     transforms = [n for n in constant if n.target is _loopq.kronecker.default]
     return dict(evaluate(graph_module, transforms))

@@ -1,4 +1,4 @@
-"""Target `qdq`: standard operators alone, so that any ONNX runtime can read the file."""
+"""Target `qdq`: only standard operators, so that any ONNX runtime can read the file."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from loopq_compile.backends.onnx.weights import lower_linears, lower_stacked_wei
 from loopq_compile.errors import InternalError, LoopQError
 
 OPSET = 21
-"""The first operator set with INT4 and block-wise scales; later ones bring nothing that this target needs."""
+"""The first operator set with INT4 and block-wise scales; later ones add nothing that this target needs."""
 
 _MARKS = ("LoopBegin", "LoopEnd")
-"""What `backends.onnx.loop` takes away."""
+"""Nodes that `backends.onnx.loop` removes."""
 
 
 def lower_to_qdq(model: ir.Model, origins: Mapping[str, Origin], *, spell_out: bool = False) -> None:
     """Replaces the nodes of domain `loopq` in place; afterwards all nodes are standard.
 
     Args:
-        spell_out: activations with scales of every token are rounded in floating point.
+        spell_out: whether to round activations with per-token scales in floating point.
 
     Raises:
         LoopQError: the model computes in a type that ONNX cannot quantize (float64).

@@ -1,12 +1,12 @@
-"""Target `onnxruntime`: rotary positions as one node, `com.microsoft::RotaryEmbedding`, in place of six or seven.
+"""Target `onnxruntime`: rotary positions as one node, `com.microsoft::RotaryEmbedding`, instead of six or seven.
 
-What is replaced is `x * cos + concat(-second half of x, first half of x) * sin` for `x [batch, heads, sequence, size]`.
-The operator takes tables `[sequence, size / 2]`, so both halves of a table must be the same: that is read off its
-making, `cos(concat(angles, angles))`. Where it cannot be, or where tables differ from row to row of a batch, the nodes
-stay. A decoding step is made of many small nodes, each of which costs more to start than to compute.
+This replaces `x * cos + concat(-second half of x, first half of x) * sin` for `x [batch, heads, sequence, size]`. The
+operator takes tables `[sequence, size / 2]`, so both halves of a table must be equal. This is seen from the nodes that
+compute it, `cos(concat(angles, angles))`. If it cannot be seen, or if tables differ between rows of a batch, the nodes
+stay. The gain: a decoding step has many small nodes, each of which costs more to start than to compute.
 
-Positions are spelled out, `[batch, sequence]`, once for all nodes. The operator also takes the first position only, but
-OpenVINO reads that as the position of every token.
+Positions are given in full, `[batch, sequence]`, once for all nodes. The operator also accepts only the first position,
+but OpenVINO takes that for the position of every token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loopq_compile.backends.onnx.matching import made_by
 
 CONTRIB = "com.microsoft"
 _PASSED = {"Unsqueeze", "Cast", "Cos", "Sin", "Identity"}
-"""What leaves two equal halves of the last axis equal."""
+"""Operators that keep two equal halves of the last axis equal."""
 
 
 def fuse_rotary(graph: ir.Graph) -> int:
@@ -84,7 +84,7 @@ def _turned(value: ir.Value | None) -> ir.Value | None:
 
 
 def _half(value: ir.Value | None) -> tuple[ir.Value, int] | None:
-    """The tensor that `value` is a half of, along the last axis, and which half; None for anything else."""
+    """The tensor of which `value` is a half along the last axis, and which half; None for anything else."""
     maker = value.producer() if value is not None else None
     x = maker.inputs[0] if maker is not None and maker.inputs else None
     if maker is None or x is None or value is None or x.shape is None or value.shape is None:
@@ -123,7 +123,7 @@ def _has_equal_halves(table: ir.Value) -> bool:
 
 
 def _half_table(emitter: Emitter, tables: dict[ir.Value, ir.Value], table: ir.Value) -> ir.Value:
-    """The first half `[sequence, size / 2]` of a table, made right behind it and once for all that read it."""
+    """The first half `[sequence, size / 2]` of a table, made right after it, and only once."""
     if table not in tables:
         graph, size = emitter.graph, sizes(table)[-1]
         maker = table.producer()
@@ -141,7 +141,7 @@ def _half_table(emitter: Emitter, tables: dict[ir.Value, ir.Value], table: ir.Va
 def _positions(emitter: Emitter, made: dict[tuple[Any, ...], ir.Value], x: ir.Value, table: ir.Value) -> ir.Value:
     """0, 1, ... for every row of the batch, `[batch, sequence]`.
 
-    Both sizes are read off inputs of the graph where those tell them, so that nothing of it lands in a loop.
+    Both sizes are read from inputs of the graph if possible, so that none of these nodes ends up in a loop.
     """
     graph, kind, size = emitter.graph, ir.DataType.INT64, [sizes(x)[0], sizes(table)[-2]]
     sources = [_input_with(graph, wanted) for wanted in size]
@@ -161,7 +161,7 @@ def _positions(emitter: Emitter, made: dict[tuple[Any, ...], ir.Value], x: ir.Va
 
 
 def _input_with(graph: ir.Graph, size: Any) -> tuple[ir.Value, int] | None:
-    """An input of the graph, and the axis of it, that has the symbolic size `size`."""
+    """An input of the graph, and its axis, with the symbolic size `size`."""
     if isinstance(size, int) or size.value is None:
         return None
     found = ((value, axis) for value in graph.inputs for axis, other in enumerate(value.shape or ()) if other == size)

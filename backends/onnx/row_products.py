@@ -1,16 +1,16 @@
 """Target `onnxruntime`, `products="int8"`: products of whole rows of 8-bit integers, with one scale per row.
 
-`MatMulNBits` reads half the bytes, which is what a single token waits for, but from a few rows on its kernels are
-slower than single precision: they take up a new scale after every 32 products. A row that has one scale goes through
-the processor's integer units (VNNI, AMX) in one sweep. For that, weights are rounded once more, to 7 bits per output,
-and activations to 8 bits per token. For weights that is little beside their 4 bits; tokens with outliers feel it.
-Weights have 7 bits because processors without VNNI add two products in 16 bits and saturate: 2 * 255 * 63 fits, and
-2 * 255 * 127 does not, which made every result wrong there.
+`MatMulNBits` reads half the bytes, which decides the time of a single token. For more than a few rows, its kernels are
+slower than single precision, since they use a new scale after every 32 products. A row with one scale goes through the
+processor's integer units (VNNI, AMX) in one sweep. For that, weights are rounded once more, to 7 bits per output, and
+activations to 8 bits per token. For weights this adds little to their 4 bits; tokens with outliers lose accuracy.
+Weights have 7 bits because processors without VNNI add two products in 16 bits and saturate: 2 * 255 * 63 fits;
+2 * 255 * 127 does not, and made every result wrong there.
 
-The head stays packed: what it reads has outliers, and of a prompt it reads one row. Products that read one tensor stay
-apart: unlike packed ones they share its rounding anyway, and results of prompts would have to be split again.
+The head stays packed: its input has outliers, and it reads only one row of a prompt. Products that read one tensor stay
+separate: unlike packed ones they share its rounding anyway, and results of prompts would have to be split again.
 
-Activations are unsigned around 128, which is what those units multiply with signed weights.
+Activations are unsigned around 128, since those units multiply unsigned activations by signed weights.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class RowProducts:
         """`x @ weight * scale`.
 
         Args:
-            emitter: stands in front of the product that is replaced.
+            emitter: emitter before the product that is replaced.
             x: `[..., K]`.
             weight: signed integers `[K, N]`.
             scale: `[N]`.
-            result: has the type and shape of what is returned, `[..., N]`.
+            result: gives the type and shape of the returned value, `[..., N]`.
         """
         self.count += 1
         if x not in self._rounded:

@@ -1,7 +1,7 @@
-"""Tidying a freshly translated graph: shape arithmetic on constants goes away, everything else stays as it is.
+"""Simplifies a freshly translated graph: shape arithmetic on constants is folded, everything else stays.
 
-Not `onnxscript.optimizer.optimize`, which also runs its rewrite rules: they find nothing in these graphs and take a
-third of the time of an export.
+`onnxscript.optimizer.optimize` is not used: it also runs its rewrite rules, which find nothing in these graphs and take
+a third of the time of an export.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from onnx_ir.passes import common
 from loopq_compile.backends.onnx.emit import constant, constant_array
 
 _LARGEST_FOLDED = 256
-"""Elements of the largest tensor that takes part: a folded weight would be a second copy of it."""
+"""Elements of the largest tensor to fold: a folded weight would be a second copy."""
 
 
 def simplify(model: ir.Model) -> None:
-    """Folds small constants, merges equal nodes and drops what nothing reads; opaque nodes are left alone."""
+    """Folds small constants, merges equal nodes and removes what nothing reads; opaque nodes are not changed."""
     onnxscript.optimizer.fold_constants(
         model, input_size_limit=_LARGEST_FOLDED, output_size_limit=_LARGEST_FOLDED, onnx_shape_inference=False
     )
@@ -34,10 +34,10 @@ def simplify(model: ir.Model) -> None:
 
 
 def _state_reshapes(graph: ir.Graph) -> None:
-    """Drops each `Reshape` that changes nothing, and gives others a constant target wherever one says the same: 0 for a
-    dimension that stays, -1 for one other.
+    """Removes each `Reshape` that changes nothing, and gives others a constant target if possible: 0 for a dimension
+    that stays, -1 for one other.
 
-    The exporter computes targets from shapes, four nodes for each; in a decoding step that is most of what runs.
+    The exporter computes targets from shapes, four nodes for each; in a decoding step these are most of the nodes.
     """
     for node in [node for node in graph if node.op_type == "Reshape" and node.domain == ""]:
         x, target = node.inputs

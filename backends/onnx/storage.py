@@ -1,4 +1,4 @@
-"""Floating-point tensors of a file in 16 bits: scales, embeddings, a head, norm gains and transforms."""
+"""Stores floating-point tensors of a file in 16 bits: scales, embeddings, a head, norm gains and transforms."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from loopq_compile.errors import LoopQError
 
 FLOAT_BITS = (16, 32)
 _SMALLEST = 4096
-"""Entries from which a tensor is worth a `Cast`."""
+"""Smallest number of entries for which a tensor is worth a `Cast`."""
 
 
 def store_half(graph: ir.Graph) -> None:
     """Stores float32 initializers of 4,096 entries or more as float16, and widens them where they are read.
 
-    All arithmetic stays in single precision. Of an embedding the rows that a call looks up are widened, so it stays in
-    16 bits in memory; every other tensor has one `Cast` in front of its readers, which ONNX Runtime computes once when
-    it opens the file. A tensor of which float16 would make a number 0 stays as it is: a scale of 0 is not a scale.
+    All arithmetic stays in single precision. An embedding stays in 16 bits in memory: only the rows that a call looks
+    up are widened. Every other tensor has one `Cast` before its readers, which ONNX Runtime computes once when
+    it opens the file. A tensor stays in float32 if a number would become 0 in float16: a scale of 0 is not a scale.
 
     Raises:
-        LoopQError: a tensor has numbers that float16 has not.
+        LoopQError: a tensor has numbers that are too large for float16.
     """
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value

@@ -1,8 +1,8 @@
 """Second step of an export: ATen operators become ONNX operators, by `torch.onnx`.
 
-Quantization and linear layers pass through it as opaque nodes of the domain `loopq`. So constant folding can neither
-turn a dequantized weight back into floating point nor store a second, transposed copy of a tied one, and the target
-decides later what they become.
+Quantization and linear layers pass through it as opaque nodes of the domain `loopq`. Constant folding can then neither
+turn a dequantized weight back into floating point nor store a second, transposed copy of a tied weight. The target
+decides later what the nodes become.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DOMAIN = "loopq"
 """Domain of the opaque nodes `Quantize`, `Dequantize`, `DynamicScale` and `Linear`."""
 
 EXTENT = "loops_extent"
-"""Input that stands for the loop count while a rolled graph is translated: a vector of as many entries."""
+"""Input that represents the loop count while a rolled graph is translated: a vector with that many entries."""
 
 _EXAMPLE_LOOPS = 13
 _EXAMPLE_SIZES = {"batch": 2, "sequence": 16, PAST: 11, TOTAL: 27, LOOPS_AXIS: _EXAMPLE_LOOPS}
@@ -48,15 +48,15 @@ def translate(prepared: Prepared, signature: Signature, output_names: list[str],
         LoopQError: an operator has no ONNX translation; the message names it, its loop and its source line.
     """
     for node in _all_nodes(prepared):
-        # torch.onnx writes the module stack into the file's metadata and keeps it through its own rewrites: it
-        # carries the node's name to the other side.
+        # torch.onnx writes the module stack into the file's metadata and keeps it through its own rewrites, so it can
+        # carry the node's name.
         node.meta["nn_module_stack"] = {"loopq": (f"loopq:{node.name}", "torch.nn.Module")}
     try:
         with _quiet(), torch.no_grad():
             exported = _retrace(prepared, signature)
             try:
                 return _to_onnx(exported, signature, output_names, opset, decompose=False)
-            except torch.onnx.errors.OnnxExporterError:  # an operator that torch.onnx knows in parts only
+            except torch.onnx.errors.OnnxExporterError:  # an operator that torch.onnx supports only in part
                 return _to_onnx(exported, signature, output_names, opset, decompose=True)
     except Exception as error:
         raise LoopQError(_explain(error, prepared)) from error
@@ -83,7 +83,7 @@ def _to_onnx(
 ) -> ir.Model:
     if not decompose:
         # torch.onnx decomposes operators by tracing the graph twice more, which takes two thirds of its time. The
-        # few that language models need have been decomposed on the way here.
+        # few that language models need are already decomposed.
         exported = copy.copy(exported)
         exported.run_decompositions = lambda *_: exported  # type: ignore[method-assign]
     rolled = len(exported.graph_signature.user_inputs) > len(signature.inputs)
@@ -106,7 +106,7 @@ def _dynamic_axes(spec: InputSpec) -> dict[int, str]:
 
 
 def origin_of(node: ir.Node) -> str | None:
-    """Name of the FX node that `node` came from, None for nodes that the optimizer made up."""
+    """Name of the FX node that `node` came from; None for nodes that the optimizer created."""
     match = re.search(r"loopq:([^']+)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
     return match[1] if match else None
 
@@ -187,11 +187,11 @@ class _Runner(nn.Module):
 
 
 WEIGHT_PREFIX = "program."
-"""What `torch.onnx` puts in front of tensor names, because the graph is a submodule of `_Runner`."""
+"""Prefix that `torch.onnx` puts before tensor names, because the graph is a submodule of `_Runner`."""
 
 
 def _example(spec: InputSpec, node: fx.Node) -> Tensor:
-    """A tensor of the size seen at capture: the graph may demand more of a size than its name says."""
+    """A tensor of the size seen at capture, since the graph may require more of a size than its name says."""
     value = node.meta.get("val")
     shape = []
     for i, size in enumerate(spec.shape):
@@ -204,7 +204,7 @@ def _example(spec: InputSpec, node: fx.Node) -> Tensor:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.onnx warns about optional packages that are not installed, and about matters a user cannot change."""
+    """Hides warnings of torch.onnx about missing optional packages and about things that a user cannot change."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -221,7 +221,7 @@ def _explain(error: Exception, prepared: Prepared) -> str:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     text = "\n".join(str(part) for part in chain)
-    # The second attempt has decomposed the operator and misses its parts: the first one's complaint is among them.
+    # The second attempt decomposed the operator and misses its parts; the first attempt's message is included.
     found = re.findall(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", text)
     missing = {f"{operator}.{overload}" for operator, overload in found}
     first = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), type(chain[-1]).__name__)

@@ -2,10 +2,10 @@
 
 A quantized weight arrives as `Dequantize(codes [N, K], scale [N, groups])`, read by the `Linear` of every loop. It
 leaves as one INT4 or INT8 initializer `[K, N]` with block-wise scales and one `DequantizeLinear`. Between it and
-`MatMul` stands a `Reshape` to the same shape, which costs nothing: ONNX Runtime fuses a `DequantizeLinear` right before
-its only `MatMul` and then rounds the activations to 8 bits, which no file asks for. Weights that stay in floating point
-are turned round too, without a second copy: a tied one, which an embedding reads as well, keeps its place and gets a
-`Transpose` node that all loops share.
+`MatMul` there is a `Reshape` to the same shape, which costs nothing. Without it, ONNX Runtime would fuse a
+`DequantizeLinear` with its only `MatMul` and round the activations to 8 bits, which no file asks for. Weights that stay
+in floating point are transposed too, without a second copy: a tied weight, which an embedding also reads, stays and
+gets a `Transpose` node that all loops share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array
 from loopq_compile.errors import InternalError
 
 TURNED = "loopq.turned"
-"""Marks the `Transpose` behind a quantized weight; linear layers look through it, so only other readers keep it."""
+"""Marks the `Transpose` after a quantized weight; linear layers look through it, so only other readers keep it."""
 
 
 def lower_weight(graph: ir.Graph, node: ir.Node, bits: int | None) -> None:
@@ -62,15 +62,15 @@ def lower_weight(graph: ir.Graph, node: ir.Node, bits: int | None) -> None:
 
 
 def lower_stacked_weight(graph: ir.Graph, node: ir.Node) -> None:
-    """Replaces the `Dequantize` of a weight per loop, `Row(codes [T, N, K])`: the stack is dequantized once in front of
-    the loop (ONNX gathers no 4-bit integers), and the loop takes its row of `[T, K, N]`. Codes or scales that happen to
-    be equal in all loops come without `Row`.
+    """Replaces the `Dequantize` of a weight per loop, `Row(codes [T, N, K])`: the stack is dequantized once before the
+    loop (ONNX cannot gather 4-bit integers), and the loop takes its row of `[T, K, N]`. Codes or scales that happen to
+    be equal in all loops have no `Row`.
     """
     (codes_value, codes_row), (scale_value, scale_row) = map(_stack, node.inputs)
     codes, scale = constant_array(codes_value), constant_array(scale_value)
     row = codes_row or scale_row
     if codes is None or scale is None or codes_value is None or scale_value is None or row is None:
-        raise InternalError(f"Weight {node.inputs} of {node.name} is no stack of constants.")
+        raise InternalError(f"Weight {node.inputs} of {node.name} is not a stack of constants.")
     loops = len(codes) if codes_row else len(scale)
     outputs, features = codes.shape[-2:]
     codes = np.broadcast_to(codes, (loops, outputs, features))
@@ -96,7 +96,7 @@ def lower_stacked_weight(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _stack(value: ir.Value | None) -> tuple[ir.Value | None, ir.Node | None]:
-    """What `Row` picks from, and that node; a value that all loops share is its own."""
+    """The stack that `Row` reads, and that node; a value that all loops share is returned itself, without a node."""
     maker = value.producer() if value is not None else None
     return (maker.inputs[0], maker) if maker is not None and maker.op_type == "Row" else (value, None)
 
@@ -104,7 +104,7 @@ def _stack(value: ir.Value | None) -> tuple[ir.Value | None, ir.Node | None]:
 def lower_linears(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
     """Replaces `Linear(x, weight [N, K], bias)` by `MatMul` and `Add`; `nodes` are all of them.
 
-    Quantized weights must have been lowered before: they are `[K, N]` by then, behind a `Transpose` that goes away.
+    Quantized weights must already be lowered: they are `[K, N]`, followed by a `Transpose` that is removed.
     """
     turned: dict[ir.Value, ir.Value] = {}
     for node in nodes:

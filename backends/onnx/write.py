@@ -1,4 +1,4 @@
-"""Writing the file: checked first, moved into position last, never half."""
+"""Writes the file: it is checked first and moved into position last, so it is never incomplete."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.storage.atomic import check_folder, writing_folder
 
 EXTERNAL_DATA_THRESHOLD = 2**26
-"""Bytes of weights above which they get a file of their own.
+"""Weights of more bytes than this get a separate file.
 
-ONNX Runtime maps such a file: what its kernels pack anew is let go, and of embeddings only the pages that are looked up
-take memory. Weights inside of the model are copied out of it, and the copies leave holes.
+ONNX Runtime maps such a file: weights that its kernels repack are released, and embeddings take memory only for the
+pages that are looked up. Weights inside the model are copied out of it, and the copies leave holes in memory.
 """
 
 _LARGEST_MODEL = 2**31 - 2**26
-"""Bytes of weights that fit into one file, whatever is asked for: protobuf ends at 2 GiB, and the graph needs some."""
+"""Most bytes of weights in one file, regardless of options: protobuf ends at 2 GiB, and the graph needs some of it."""
 
 
 def check_destination(directory: Path, *, overwrite: bool) -> None:
-    """Refuses early what `write_model` would refuse late.
+    """Checks early what `write_model` would refuse late.
 
     Raises:
         LoopQError: `directory` is a file or not writable, or holds a model that must not be overwritten.

@@ -1,4 +1,4 @@
-"""The reference backend: runs the graph in PyTorch, operator by operator. What it computes is the meaning."""
+"""The reference backend: runs the graph in PyTorch, operator by operator. Its result is the definition."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ __all__ = ["ReferenceExecutable", "lower"]
 
 
 class ReferenceExecutable:
-    """Runs a graph module as it stands.
+    """Runs a graph module unchanged.
 
     Args:
-        graph_module: a captured graph, before or after any pass. It is shared, not copied: later passes show.
+        graph_module: a captured graph, before or after any pass. It is shared, not copied, so later
+        passes change it.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
@@ -25,7 +26,7 @@ class ReferenceExecutable:
         self.signature = get_state(graph_module).signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns for the same call, gradients switched off.
+        """What the model returns for the same call, without gradients.
 
         Raises:
             LoopQError: the arguments do not fit the captured call.

@@ -1,7 +1,7 @@
-"""Compiles the kernels without a GPU, for every supported architecture, and says what they need.
+"""Compiles the kernels without a GPU, for every supported architecture, and reports what they need.
 
-A `Case` is a kernel with all of its constants, as the operators launch it. What the operators leave to run time (rows,
-strides, the loop) stays a run-time argument here, with the divisibility that the tensors of a model have.
+A `Case` is a kernel with all of its constants, as the operators launch it. Run-time arguments of the operators (rows,
+strides, the loop) stay run-time arguments here, with the divisibility that the tensors of a model have.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ SHARED_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as it is launched.
+    """A kernel as the operators launch it.
 
     Args:
         name: for people and tables.
         kernel: the `triton.jit` function.
         types: types of run-time arguments, in Triton's notation.
         constants: compile-time arguments; arguments that are neither here nor in `types` are None.
-        warps, stages: as in a launch.
+        warps, stages: as in a launch of the kernel.
         aligned: pointers and run-time numbers that are multiples of 16.
         products: "s8" if the kernel multiplies int8 on tensor cores, "tf32" or "bf16" for other products, else "".
     """
@@ -70,17 +70,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What compiling a case for one architecture gave.
+    """The result of compiling a case for one architecture.
 
     Args:
-        name, architecture: of the case, and the compute capability times ten.
-        registers: of every thread; at most 255.
-        spilled: bytes of every thread that did not fit registers. More than 0 is a failure.
+        name, architecture: name of the case, and the compute capability times ten.
+        registers: registers of every thread; at most 255.
+        spilled: bytes of every thread that did not fit into registers. More than 0 is a failure.
         shared: bytes of shared memory of a program.
         instructions: tensor-core instructions in the PTX.
         products: what the case should multiply on tensor cores.
-        warps: of a program.
-        failure: what Triton's compiler said where it gave up; the numbers are 0 then.
+        warps: warps of a program.
+        failure: the message of Triton's compiler if it failed; the numbers are then 0.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Compiled:
 
     @property
     def problems(self) -> list[str]:
-        """Why this kernel must not ship, empty if it may."""
+        """Why this kernel must not ship; empty if it may."""
         if self.failure:
             return [f"does not compile: {self.failure}"]
         found = []
@@ -114,8 +114,8 @@ class Compiled:
 def compile_case(case: Case, architecture: int) -> Compiled:
     """Compiles `case` for one architecture and reads what it needs.
 
-    Triton's compiler cannot do every tile on every architecture (3.8.0 stops on sm_100 with "Illegal shared layout" for
-    some); that is a result, too.
+    Triton's compiler cannot compile every tile on every architecture (for some, 3.8.0 stops on sm_100 with "Illegal
+    shared layout"); that is a result, too.
 
     Raises:
         LoopQError: as in `compile_binary`.
@@ -138,7 +138,7 @@ def compile_case(case: Case, architecture: int) -> Compiled:
 
 
 def compile_binary(case: Case, architecture: int) -> Any:
-    """Compiles `case` to PTX and a cubin for one architecture; Triton caches what it compiled once.
+    """Compiles `case` to PTX and a cubin for one architecture; Triton caches the result.
 
     Raises:
         LoopQError: the architecture is none of `ARCHITECTURES`, or this process interprets kernels.
@@ -162,7 +162,7 @@ def cache_key(case: Case, architecture: int) -> str:
 
 
 def check_architecture(architecture: int) -> None:
-    """Refuses what cannot be compiled for.
+    """Refuses architectures that cannot be compiled for.
 
     Raises:
         LoopQError: the architecture is none of `ARCHITECTURES`, or this process interprets kernels.
@@ -178,7 +178,7 @@ def _target(architecture: int) -> GPUTarget:
 
 
 def _source(case: Case) -> ASTSource:
-    """What Triton compiles, in the form in which its launcher states it: that is part of the key in the cache."""
+    """What Triton compiles, written as its launcher writes it, since that form is part of the cache key."""
     names = case.kernel.arg_names
     signature = {name: case.types.get(name, "constexpr") for name in names}
     attributes = {
@@ -191,7 +191,7 @@ def _source(case: Case) -> ASTSource:
 
 
 def _is_specialized(parameter: Any, kind: str) -> bool:
-    """Whether a launch looks at the value of a run-time argument."""
+    """Whether a launch specializes on the value of a run-time argument."""
     return not parameter.do_not_specialize and (kind.startswith("*") or kind in ("i32", "i64"))
 
 
@@ -239,7 +239,7 @@ def quantize_case(
     bits: int = 4,
     group_size: int = 32,
 ) -> Case:
-    """Quantization of tokens in bfloat16 with a diagonal and, where there are factors, a transform in float32."""
+    """Quantization of tokens in bfloat16 with a diagonal and, if there are factors, a transform in float32."""
     work = tl.float32 if factors else tl.bfloat16
     constants = row_constants(width, group_size, width // group_size, factors, bits, 0 if static else -8, work)
     constants |= {"ACTIVATION": activation, "NORM": norm}
@@ -278,7 +278,7 @@ def attention_case(bits: int, size: int = 128, group_size: int = 32, *, limited:
 
     Args:
         bits, size, group_size: of the cache.
-        limited: the cache has room for more columns than are read.
+        limited: whether the cache has room for more columns than are read.
     """
     types = dict.fromkeys(("query", "key_scales", "value_scales", "mask"), "*bf16")
     types |= dict.fromkeys(("keys", "values"), "*u8" if bits == 4 else "*i8")
@@ -298,14 +298,14 @@ def attention_case(bits: int, size: int = 128, group_size: int = 32, *, limited:
 
 
 def join_case(size: int = 128) -> Case:
-    """What puts the parts of attention together."""
+    """The kernel that joins the parts of attention."""
     types = {"sums": "*fp32", "weights": "*fp32", "out": "*bf16"}
     types |= dict.fromkeys(("parts", "heads", "repeat", "rows"), "i32")
     return _case("attention join", join_parts_kernel, types, {"SIZE": size, "PADDED": size}, 1, 3, ())
 
 
 def sum_case(split: int = 4) -> Case:
-    """What adds up the parts of the decode variant."""
+    """The kernel that adds up the parts of the decode variant."""
     types = {"parts": "*fp32", "bias": "*bf16", "out": "*bf16", "rows": "i32", "columns": "i32"}
     return _case("decode sum", sum_parts_kernel, types, {"SPLIT": split, "COLUMNS": SUM_COLUMNS}, 1, 3, ("columns",))
 

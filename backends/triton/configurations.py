@@ -1,8 +1,8 @@
-"""Which tiles a kernel runs with: defaults by shape, and the grid that tuning looks at.
+"""Which tiles a kernel runs with: defaults by shape, and the grid that tuning searches.
 
 Nothing here was measured on a GPU. The defaults and `tiles.json`, the table that comes with the package, follow from
-register and shared-memory use (`ahead`), read from compiled kernels, and from the arithmetic in
-`loopq_compile.bench.kernels`. Where there is a GPU, `loopq-compile bench kernels --tune` measures.
+the register and shared-memory use of compiled kernels (`ahead`), and from the arithmetic in
+`loopq_compile.bench.kernels`. On a GPU, `loopq-compile bench kernels --tune` measures.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from loopq_compile.errors import LoopQError
 from loopq_compile.storage.atomic import write_text
 
 DECODE_ROWS = 16
-"""Up to so many rows the decode variant runs: a tile of 16 rows, split along k."""
+"""Up to this many rows the decode variant runs: a tile of 16 rows, split along k."""
 MIDDLE_ROWS = 128
-"""Up to so many rows a product is cut into small tiles."""
+"""Up to this many rows a product is cut into small tiles."""
 WIDEST_PLAIN, WIDEST_TILE, LONGEST_SIDE = 16384, 8192, 256
-"""Numbers of one token that a program holds in registers, without and with a transform (its tile is padded to powers of
-two), and of a side of the latter. Tiles of 128 x 128 spill on every architecture, sides of 512 take more shared memory
-than there is."""
+"""Limits of one token in registers: numbers without a transform, numbers with a transform (its tile is padded to powers
+of two), and the longest side of that tile. Tiles of 128 x 128 spill on every architecture; sides of 512 need more
+shared memory than there is."""
 HIGHEST_RANK = 32
-"""Of adapters in a kernel; higher ones spill on every architecture."""
+"""Highest rank of adapters in a kernel; higher ones spill on every architecture."""
 WIDEST_FACTORED, WIDEST_SIDE = 2048, 64
-"""Tiles up to so many numbers, and with sides up to so many, are transformed in registers as a whole, wider ones in
-steps: a factor is a square of the side."""
+"""Tiles of up to this many numbers, with sides up to this length, are transformed in registers as a whole; wider ones
+in steps, because a factor is a square of the side."""
 TARGET_PROGRAMS = 264
-"""The decode variant splits k until so many programs run: two for each of the 132 multiprocessors of an H100."""
+"""The decode variant splits k until this many programs run: two for each of the 132 multiprocessors of an H100."""
 SMALLEST_SHARE = 8
-"""Groups that a program of the decode variant adds up at least."""
+"""Fewest groups that a program of the decode variant adds up."""
 _WIDE = ((64, 128, 4), (128, 64, 4), (128, 128, 8))
 _UNFIT = {
     (32, 100): ((64, 128, 4), (128, 64, 4)),
@@ -50,22 +50,22 @@ _UNFIT = {
     (128, 89): _WIDE,
     (128, 120): _WIDE,
 }
-"""Rows, columns and warps of tiles that Triton 3.8.0 cannot compile without spilling, or on sm_100 not at all, by group
-size and architecture: `loopq-compile bench kernels --static --grid` compiles all others."""
+"""Rows, columns and warps of tiles that Triton 3.8.0 cannot compile without spilling (on sm_100: not at all), by group
+size and architecture. `loopq-compile bench kernels --static --grid` compiles all others."""
 ATTENTION_BYTES = 4096
-"""Of dequantized keys, and as many of values, that a program of attention holds at the same time."""
+"""Bytes of dequantized keys, and as many of values, that a program of attention holds at the same time."""
 WIDEST_HEAD = 512
 """Bytes of a head in the type of queries that attention takes: 128 numbers in float32, 256 in half precision."""
 SMALLEST_PART = 128
-"""Columns of a key-value cache that a program looks at, at least, where their number is split."""
+"""Fewest columns of a key-value cache for one program, if the columns are split."""
 _AXES = {"rows": (64, 128), "columns": (64, 128), "warps": (4, 8), "stages": (2, 3)}
 _DECODE_AXES = {"rows": (16,), "columns": (32, 64, 128), "warps": (2, 4), "stages": (3, 4, 5)}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile of the matrix product: `rows x columns` outputs, warps of a program, stages of the load pipeline, and into
-    how many parts k is split."""
+    """Tile of the matrix product: `rows x columns` outputs, warps of a program, stages of the load pipeline, and the
+    number of parts into which k is split."""
 
     rows: int
     columns: int
@@ -83,7 +83,7 @@ class Tile:
 
 
 PREFILL, MIDDLE, DECODE = Tile(128, 128, 8, 3), Tile(64, 64, 4, 3), Tile(16, 64, 4, 4)
-"""What runs where no table has an entry."""
+"""Tiles that run where no table has an entry."""
 KINDS = {"decode": DECODE, "middle": MIDDLE, "prefill": PREFILL}
 Table = dict[str, dict[str, Tile]]
 """Tiles by architecture and group size (`table_name`) and kind of product, a key of `KINDS`."""
@@ -91,7 +91,7 @@ _forced: Tile | None = None
 
 
 def kind_of(rows: int) -> str:
-    """The kind of a product with so many rows, a key of `KINDS`."""
+    """The kind of a product with this many rows, a key of `KINDS`."""
     return "decode" if rows <= DECODE_ROWS else "middle" if rows <= MIDDLE_ROWS else "prefill"
 
 
@@ -99,9 +99,9 @@ def linear_tile(rows: int, columns: int, groups: int, architecture: int | None =
     """The tile for a product of `rows x columns` outputs over `groups` groups.
 
     Args:
-        rows, columns, groups: of the product.
+        rows, columns, groups: sizes of the product.
         group_size: features of a group.
-        architecture: compute capability times ten, whose entry in the tables is used; None for the defaults.
+        architecture: compute capability times ten, to choose an entry of the tables; None for the defaults.
     """
     kind = kind_of(rows)
     tile = _forced or tile_of_kind(kind, architecture, group_size)
@@ -115,11 +115,11 @@ def linear_tile(rows: int, columns: int, groups: int, architecture: int | None =
 
 
 def attention_tile(padded: int, element_size: int) -> int:
-    """Columns of a cache that a program of attention looks at together: a power of two from 16 to 64.
+    """Columns of a cache that a program of attention reads at once: a power of two from 16 to 64.
 
     Args:
         padded: channels of a head, rounded up to a power of two.
-        element_size: bytes of a number that was dequantized.
+        element_size: bytes of a dequantized number.
     """
     return min(64, max(16, ATTENTION_BYTES // (padded * element_size * element_size // 2)))
 
@@ -128,8 +128,8 @@ def attention_parts(programs: int, total: int) -> int:
     """Into how many parts attention cuts the columns of a cache.
 
     Args:
-        programs: that run with one part.
-        total: columns that the cache has room for.
+        programs: how many programs run with one part.
+        total: how many columns the cache has room for.
     """
     parts = 1
     while programs * parts < TARGET_PROGRAMS and total >= 2 * parts * SMALLEST_PART:
@@ -138,13 +138,14 @@ def attention_parts(programs: int, total: int) -> int:
 
 
 def table_name(architecture: int | None, group_size: int = 32) -> str:
-    """The key of a table: "90" for groups of 32, as tables that come with the package have, else such as "90/128"."""
+    """The key of a table: "90" for groups of 32, as in tables that come with the package; otherwise such as
+    "90/128"."""
     return str(architecture) if group_size == 32 else f"{architecture}/{group_size}"
 
 
 def tile_of_kind(kind: str, architecture: int | None = None, group_size: int = 32) -> Tile:
-    """What was tuned for an architecture and group size; or the architecture's tile for groups of 32, or the default,
-    narrower where that does not fit registers."""
+    """The tuned tile of an architecture and group size; or the architecture's tile for groups of 32, or the default,
+    narrower if that does not fit into registers."""
     tuned = tables().get(table_name(architecture, group_size), {}).get(kind)
     if tuned is not None:
         return tuned
@@ -162,7 +163,7 @@ def fits(tile: Tile, architecture: int | None = None, group_size: int = 32) -> b
 
 @contextmanager
 def forcing(tile: Tile) -> Iterator[None]:
-    """Inside, every product runs with `tile`; for tuning."""
+    """While it is open, every product runs with `tile`; for tuning."""
     global _forced
     before, _forced = _forced, tile
     try:
@@ -173,7 +174,7 @@ def forcing(tile: Tile) -> Iterator[None]:
 
 @functools.cache
 def tables() -> Table:
-    """The table that comes with the package, and over it what `bench kernels --tune` found on this machine."""
+    """The table that comes with the package, overridden by what `bench kernels --tune` found on this machine."""
     shipped = _parsed(json.loads(Path(__file__).with_name("tiles.json").read_text())["tiles"])
     try:
         own = read_table(user_table())
@@ -184,7 +185,7 @@ def tables() -> Table:
 
 
 def user_table() -> Path:
-    """Where tuning keeps what it found: `LOOPQ_COMPILE_TILES`, or `loopq_compile/tiles.json` in the user's cache."""
+    """Where tuning stores its results: `LOOPQ_COMPILE_TILES`, or `loopq_compile/tiles.json` in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LOOPQ_COMPILE_TILES") or Path(cache) / "loopq_compile" / "tiles.json")
 
@@ -206,7 +207,7 @@ def read_table(file: Path) -> Table:
 
 
 def write_table(file: Path, table: Table, how: str) -> None:
-    """Merges `table` into a file, with `how` it was found.
+    """Merges `table` into a file, together with `how` it was found.
 
     Raises:
         LoopQError: the file cannot be written, or holds something else.
@@ -223,16 +224,16 @@ def _parsed(data: Any) -> Table:
 
 
 def _tile(kind: str, data: dict[str, Any]) -> Tile:
-    """A tile that the kernels have.
+    """A tile that the kernels support.
 
     Raises:
-        ValueError: they have not.
+        ValueError: the kernels do not support it.
     """
     tile = Tile(**{name: int(value) for name, value in data.items()})
     sizes = (tile.rows, tile.columns, tile.warps, tile.split)
     fits = kind in KINDS and all(size > 0 and size & (size - 1) == 0 for size in sizes) and 1 <= tile.stages <= 8
     if not fits or not 16 <= tile.rows <= 256 or not 16 <= tile.columns <= 256 or tile.warps > 16:
-        raise ValueError(f"{kind} {tile} is no tile of the kernels")
+        raise ValueError(f"{kind} {tile} is not a tile of the kernels")
     return tile
 
 
@@ -241,18 +242,18 @@ def tuning_grid(decode: bool, architecture: int | None = None, group_size: int =
     axes = _DECODE_AXES if decode else _AXES
     split = 4 if decode else 1
     tiles = [Tile(m, n, warps, stages, split) for m, n, warps, stages in itertools.product(*axes.values())]
-    # 128 x 128 outputs take 128 registers of every thread in 4 warps for the sums alone, and as many for the product.
+    # With 4 warps, 128 x 128 outputs take 128 registers of every thread just for the sums, and as many for the product.
     tiles = [tile for tile in tiles if tile.rows * tile.columns <= 2048 * tile.warps]
     return [tile for tile in tiles if fits(tile, architecture, group_size)]
 
 
 def transform_step(rows: int, columns: int) -> int:
-    """In steps of how many features a tile of powers of two is transformed; 0 for all at once, in registers."""
+    """Features per step in the transform of a tile of powers of two; 0 for all at once, in registers."""
     if rows * columns <= WIDEST_FACTORED and max(rows, columns) <= WIDEST_SIDE:
         return 0
     return 32 if max(rows, columns) <= 128 else 16
 
 
 def row_warps(numbers: int) -> int:
-    """Warps of a program that holds one token of so many numbers (a power of two)."""
+    """Warps of a program that holds one token of this many numbers (a power of two)."""
     return 16 if numbers > 8192 else min(8, max(1, numbers // 512))

@@ -1,4 +1,4 @@
-"""Copies of programs that lowering may change, and where they run."""
+"""Copies of programs that lowering may change, and the device on which they run."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, `device` is the current one, on which Triton launches; `torch.compile` sees to that itself."""
+    """While it is open, `device` is the current one, on which Triton launches; `torch.compile` does this by itself."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return nullcontext()
     return torch.cuda.device(device)
 
 
 def put_on(graph_module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """Lets a graph make its constants (`arange`, masks) on `device`, in place, bodies of rolled loops included.
+    """Makes a graph create its constants (`arange`, masks) on `device`, in place, bodies of rolled loops included.
 
-    Programs are captured on the CPU, which such nodes name; tensors that the graph owns are moved by `.to(device)`.
+    Programs are captured on the CPU, so these nodes name the CPU. Tensors of the graph are moved by `.to(device)`.
     """
 
     def moved(value: Any) -> Any:

@@ -22,11 +22,11 @@ _TENSOR_CORE = re.compile(
 
 @dataclass(frozen=True)
 class Needs:
-    """What a kernel takes of a multiprocessor.
+    """What a kernel needs of a multiprocessor.
 
     Args:
-        registers: of every thread.
-        stack: bytes of local memory of every thread; spilled registers live there, and these kernels have nothing else.
+        registers: registers of every thread.
+        stack: bytes of local memory of every thread; in these kernels, only spilled registers are there.
     """
 
     registers: int
@@ -37,7 +37,7 @@ def needs(cubin: bytes) -> Needs:
     """Registers and stack of the one kernel in `cubin`.
 
     Raises:
-        InternalError: the bytes are no cubin, or it says nothing about registers.
+        InternalError: the bytes are not a cubin, or it does not give the number of registers.
     """
     found: dict[int, int] = {}
     for name, content in _sections(cubin):
@@ -57,7 +57,7 @@ def tensor_core_instructions(ptx: str) -> list[str]:
 
 def _sections(file: bytes) -> Iterator[tuple[str, bytes]]:
     if file[:6] != b"\x7fELF\x02\x01":
-        raise InternalError("A cubin is a little-endian 64-bit ELF file; this is none.")
+        raise InternalError("A cubin is a little-endian 64-bit ELF file; this is not one.")
     (table,) = struct.unpack_from("<Q", file, 0x28)
     size, count, names_at = struct.unpack_from("<HHH", file, 0x3A)
     headers = [struct.unpack_from("<IIQQQQIIQQ", file, table + i * size) for i in range(count)]

@@ -1,4 +1,4 @@
-"""`lower`: a program as a module that runs on fused kernels."""
+"""`lower`: turns a program into a module that runs on fused kernels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TritonExecutable(nn.Module):
     Args:
         graph_module: the fused graph, on its device.
         device: where inputs are moved to.
-        kernels: False if definitions in PyTorch run in place of kernels (`fallback=True` without a GPU).
+        kernels: False if definitions in PyTorch run instead of kernels (`fallback=True` without a GPU).
     """
 
     def __init__(self, graph_module: fx.GraphModule, device: torch.device, kernels: bool) -> None:
@@ -63,11 +63,11 @@ class TritonExecutable(nn.Module):
             return self.signature.restore(self.graph_module(*inputs))
 
     def static_decoder(self, capacity: int = 2048, *, cuda_graph: bool = True) -> StaticDecoder:
-        """What decodes with fixed shapes, a step with all loops as one CUDA graph; for `generation.generate`.
+        """A decoder with fixed shapes, which runs a step with all loops as one CUDA graph; for `generation.generate`.
 
         Args:
-            capacity: most tokens of prompt and continuation together. A step reads what is filled of a cache of
-                integers, and all of one in floating point.
+            capacity: most tokens of prompt and continuation together. A step reads only the filled part of an integer
+                cache, and all of a floating-point cache.
             cuda_graph: False runs the step launch by launch, on any device.
 
         Raises:
@@ -84,11 +84,11 @@ def lower(
     """Fuses a private copy of a `Program` (or graph module) and moves it to a GPU.
 
     Args:
-        program: with packed weights and quantized activations, not rolled.
-        fallback: where no kernel can run (no GPU, an old one), run the fused graph's definitions in PyTorch, slowly.
-            Where nothing can be fused, run the graph as it is.
-        rolled: the iterations of every loop as one body, to which the loop's number is an argument: a graph that does
-            not grow with the loops. Its transition adapters run in PyTorch.
+        program: a program with packed weights and quantized activations, not rolled.
+        fallback: if no kernel can run (no GPU, or an old one), run the fused graph's definitions in PyTorch, slowly. If
+            nothing can be fused, run the graph unchanged.
+        rolled: whether the iterations of every loop become one body that gets the loop's number as argument, so that
+            the graph does not grow with the loops. Its transition adapters run in PyTorch.
         device: a CUDA device, by default the current one; the CPU in Triton's interpreter and for the fallback.
 
     Raises:
@@ -104,11 +104,11 @@ def lower(
 
 
 def fuse(program: Any, *, rolled: bool = False, may_fail: bool = False) -> fx.GraphModule:
-    """A private copy of a program, on the `loopq::` operators that have a kernel.
+    """A private copy of a program that uses the `loopq::` operators with a kernel.
 
     Args:
         program, rolled: as for `lower`.
-        may_fail: return the copy as it is where nothing can be fused.
+        may_fail: whether to return the copy unchanged if nothing can be fused.
 
     Raises:
         LoopQError: nothing can be fused, or iterations differ and cannot be rolled; the message says why.
@@ -132,7 +132,7 @@ def device_for(wanted: str | torch.device | None, fallback: bool) -> torch.devic
     """Where to run.
 
     Raises:
-        LoopQError: the kernels cannot run there, and no fallback was asked for.
+        LoopQError: the kernels cannot run there, and there is no fallback.
     """
     device = torch.device(wanted) if wanted is not None else None
     if INTERPRETED:
@@ -156,7 +156,7 @@ def device_for(wanted: str | torch.device | None, fallback: bool) -> torch.devic
 
 
 def use_kernels(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Fused operators become launches, in place. Constants that kernels read lie contiguously."""
+    """Turns fused operators into launches, in place, and makes constants that kernels read contiguous."""
     kernels = {getattr(ops, name).default: getattr(torch.ops.loopq_triton, name).default for name in _NAMES}
     for module in graph_module.modules():
         if isinstance(module, fx.GraphModule):

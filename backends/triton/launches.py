@@ -1,8 +1,8 @@
-"""Which kernels a lowered program launches, found without running it: as `Case`s that `ahead` compiles.
+"""Finds the kernels that a lowered program launches, without running it, as `Case`s that `ahead` compiles.
 
-The fused graph runs on fake tensors, and the operators hand their launches to a recorder. What Triton's own launcher
-would make of each argument (a constant, a number that is a multiple of 16, an aligned pointer) is decided here by the
-same rules; a test holds the two to the same cache keys.
+The fused graph runs on fake tensors, and the operators pass their launches to a recorder. How Triton's own launcher
+would treat each argument (a constant, a number that is a multiple of 16, an aligned pointer) is decided here by the
+same rules; a test checks that both give the same cache keys.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loopq_compile.graph.state import get_state
 from loopq_compile.passes.cache.fix_cache import has_position
 
 ROWS = (1, DECODE_ROWS, MIDDLE_ROWS, MIDDLE_ROWS + 1)
-"""Numbers of tokens that between them reach every tile that a launch may choose."""
+"""Numbers of tokens that together reach every tile that a launch may choose."""
 _PAST = 16
 _TYPES = {
     torch.float32: "fp32",
@@ -41,9 +41,9 @@ def launches(graph_module: fx.GraphModule, architecture: int | None = None, rows
     """The kernels of a graph of `loopq_triton::` operators, each once.
 
     Args:
-        graph_module: with its compiler state.
-        architecture: whose tiles a product would run with; None for the defaults.
-        rows: numbers of tokens to look at.
+        graph_module: the graph with its compiler state.
+        architecture: the architecture whose tiles are used; None for the defaults.
+        rows: numbers of tokens to try.
 
     Raises:
         LoopQError: the graph needs the values of a tensor, which fake ones do not have, or kernels are interpreted.
@@ -59,7 +59,7 @@ def launches(graph_module: fx.GraphModule, architecture: int | None = None, rows
 
 
 def run_fake(graph_module: fx.GraphModule, signature: Signature, count: int, loops: int = 1) -> None:
-    """Runs a graph on `count` tokens without values; caches in one tensor are those of so many `loops`.
+    """Runs a graph on `count` tokens without values; caches in one tensor have `loops` loops.
 
     A step with fixed shapes (pass `fix-cache`) has a cache and a mask of one length, and a position.
 
@@ -90,7 +90,7 @@ def _shape(spec: Sequence[int | str], count: int, loops: int, fixed: bool) -> li
 
 @contextmanager
 def recording(keep: Callable[[Case], Any], architecture: int | None = None) -> Iterator[None]:
-    """Inside, launches are not made but handed to `keep`, as they would be on `architecture`."""
+    """While it is open, launches are not made but passed to `keep`, as they would be on `architecture`."""
     before = operators.launcher, operators.architecture_of
     operators.launcher = lambda kernel: _Recorder(kernel, keep)  # type: ignore[assignment]
     operators.architecture_of = lambda device: architecture  # type: ignore[assignment]
@@ -101,7 +101,7 @@ def recording(keep: Callable[[Case], Any], architecture: int | None = None) -> I
 
 
 class _Recorder:
-    """Stands in for a kernel: `recorder[grid](*args, **constants)` keeps the launch as a case."""
+    """Replaces a kernel: `recorder[grid](*args, **constants)` records the launch as a case."""
 
     def __init__(self, kernel: Any, keep: Callable[[Case], Any]) -> None:
         self.kernel, self.keep = kernel, keep
@@ -130,7 +130,7 @@ def _specialized(value: Any, as_it_is: bool) -> tuple[str | None, bool]:
     if value is None:
         return None, False
     if isinstance(value, Tensor):
-        # Allocations begin at multiples of 512: what counts is where a view begins in its own.
+        # Allocations begin at multiples of 512, so only a view's offset in its allocation counts.
         return f"*{_TYPES[value.dtype]}", int(value.storage_offset()) * value.element_size() % _ALIGNMENT == 0
     if isinstance(value, float):
         return "fp32", False

@@ -37,23 +37,24 @@ from loopq_compile.operators.quantize import smallest_scale
 INTERPRETED = not isinstance(linear_kernel, triton.runtime.JITFunction)
 """Whether Triton was imported with TRITON_INTERPRET=1: kernels run on the CPU, slowly."""
 TRANSFORM_PRECISION = "tf32x3"
-"""How transforms are multiplied on tensor cores: three tf32 products, about as exact as float32."""
+"""How transforms are multiplied on tensor cores: three tf32 products, about as precise as float32."""
 SUM_COLUMNS, ADAPTER_WARPS = 256, 4
 ATTENTION_QUERIES, ATTENTION_STAGES = 16, 2
-"""Query heads and rows that a program of the attention kernel computes together, the fewest that tensor cores take."""
+"""Query heads and rows that a program of the attention kernel computes together: the fewest that tensor cores
+accept."""
 CACHE_TILE, CACHE_WARPS = 512, 4
-"""Numbers that a program quantizes on their way into a cache."""
+"""Numbers that a program quantizes for a cache."""
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def launcher(kernel: Any) -> Any:
-    """What launches `kernel`; `launches` puts a recorder in its place."""
+    """Returns what launches `kernel`; `launches` replaces this by a recorder."""
     return kernel if INTERPRETED else wrap_triton(kernel)
 
 
 @functools.cache
 def architecture_of(device: torch.device) -> int | None:
-    """Compute capability times ten of a CUDA device, None for others; `launches` puts another in its place."""
+    """Compute capability times ten of a CUDA device, None for others; `launches` replaces this function."""
     if device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -67,12 +68,12 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def side_by_side(*tensors: Tensor | None) -> list[Any]:
-    """Tensors as kernels read them, contiguous; what is None stays."""
+    """Contiguous tensors, as kernels read them; None stays None."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def of_one_length(*tables: Tensor) -> list[Tensor]:
-    """Tables of which a kernel reads the same row; one that has a single row has it for all loops."""
+    """Expands tables of which a kernel reads the same row; a table with one row has it for all loops."""
     count = max(len(table) for table in tables)
     return [table.expand(count, *table.shape[1:]).contiguous() for table in tables]
 
@@ -247,14 +248,14 @@ def attention_constants(
 
 
 def attention_warps(constants: dict[str, Any]) -> int:
-    """Warps of a program of `attention_kernel`, found by compiling: with others some architectures spill."""
+    """Warps of a program of `attention_kernel`, found by compiling: with other numbers some architectures spill."""
     return 8 if max(constants["PADDED"], constants["VALUE_PADDED"]) <= 128 else 4
 
 
 @_same_schema("cached_attention")
 def cached_attention(query, key, key_scale, value, value_scale, mask, bits, scale, last=None):
     """See `loopq_compile.operators.cache.cached_attention`. Prompts of more than `DECODE_ROWS` rows are computed by the
-    definition: there PyTorch's own kernels are the fast ones."""
+    definition, since PyTorch's own kernels are faster there."""
     batch, queries, rows, size = query.shape
     heads, total = key.shape[1:3]
     if rows > DECODE_ROWS:

@@ -1,12 +1,12 @@
-"""Lowered programs as folders: the fused program, and its kernels, compiled ahead of time, which needs no GPU.
+"""Lowered programs as folders: the fused program and its kernels, which are compiled ahead of time without a GPU.
 
 Such a folder is a saved program (`loopq_compile.storage.artifact`: JSON, safetensors, a manifest) with two more files.
-`kernels.json` lists every kernel as it is launched, `kernels.safetensors` holds what Triton keeps of a compiled one.
-`load` puts those for the GPU at hand into Triton's cache, so that a launch finds them there and nothing is compiled.
+`kernels.json` lists every kernel as it is launched; `kernels.safetensors` holds what Triton stores of a compiled one.
+`load` puts the kernels for the present GPU into Triton's cache, so that a launch finds them and nothing is compiled.
 The name of an entry in that cache is a hash of the kernel's source, its constants, Triton itself and the compiler:
-`load` computes it anew and leaves out what does not agree, so a folder can neither be stale nor replace other kernels.
+`load` recomputes it and skips entries that do not agree, so a folder can neither be stale nor replace other kernels.
 
-A compiled kernel is code that the GPU runs. The manifest shows damage, not intent: load kernels of people you trust.
+A compiled kernel is code that the GPU runs. The manifest detects damage, not malice: only load kernels that you trust.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Saved:
 
     Args:
         path: the folder.
-        kernels: how many were compiled, for all architectures together.
-        architectures: that they were compiled for.
-        bytes: of all compiled kernels.
+        kernels: how many were compiled, over all architectures.
+        architectures: the architectures they were compiled for.
+        bytes: total size of all compiled kernels.
     """
 
     path: str
@@ -83,7 +83,7 @@ def save(
         directory: any folder. An earlier program in it is replaced; everything else stays.
         architectures: compute capabilities times ten.
         rolled: as for `lower`.
-        extra_files: text files by name to put beside it, such as `tokenizer.json`.
+        extra_files: text files by name to add to the folder, such as `tokenizer.json`.
 
     Raises:
         LoopQError: nothing can be fused, an architecture is unknown, or the folder cannot be written or holds a
@@ -109,12 +109,12 @@ def save(
 
 
 def _graphs(lowered: fx.GraphModule) -> list[tuple[fx.GraphModule, Sequence[int]]]:
-    """What may run, and with how many tokens: the graph, and its step with fixed shapes where it has one."""
+    """The graphs that may run, and with how many tokens: the graph, and its step with fixed shapes if it has one."""
     if not has_cache(get_state(lowered).signature):
         return [(lowered, ROWS)]
     try:
         return [(lowered, ROWS), (step_of(lowered), (1,))]
-    except LoopQError:  # positions that are read in another way: such a program decodes with a growing cache alone
+    except LoopQError:  # positions are read in another way: such a program decodes only with a growing cache
         return [(lowered, ROWS)]
 
 
@@ -129,7 +129,8 @@ def load(
 
     Args:
         directory: the folder.
-        kernels: use the compiled kernels in the folder, which the GPU runs as they are; False compiles them again.
+        kernels: whether to use the compiled kernels in the folder, which the GPU runs as they are; False compiles
+            again.
         fallback, device: as for `lower`.
 
     Raises:
@@ -148,13 +149,13 @@ def load(
 
 
 def install(directory: str | os.PathLike[str], architecture: int) -> int:
-    """Puts the kernels of a folder that are for one architecture into Triton's cache.
+    """Puts the kernels of a folder for one architecture into Triton's cache.
 
-    Warns where the folder has kernels for it that another version of Triton or of this package compiled: they would
-    never be asked for and are left out, and launches compile their own.
+    Warns if another version of Triton or of this package compiled some of these kernels. No launch would ask for them,
+    so they are skipped, and launches compile their own.
 
     Returns:
-        How many are there now.
+        How many of them are in the cache now.
 
     Raises:
         LoopQError: the files are damaged, or the cache cannot be written.
@@ -168,7 +169,7 @@ def install(directory: str | os.PathLike[str], architecture: int) -> int:
         stale = [entry for entry in entries if not _install(entry, tensors)]
     except LoopQError:
         raise
-    except Exception as error:  # data from anywhere; JSON, safetensors and Triton raise many kinds
+    except Exception as error:  # untrusted data; JSON, safetensors and Triton raise many kinds of errors
         raise LoopQError(f"The kernels in {folder} cannot be used: {first_line(error)}.") from error
     if stale:
         warnings.warn(
@@ -197,7 +198,7 @@ def _install(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _binary(case: Case, architecture: int) -> dict[str, Tensor]:
-    """What Triton wrote into its cache about a compiled case."""
+    """What Triton wrote into its cache for a compiled case."""
     files = compile_binary(case, architecture).metadata_group
     paths = {path.suffix[1:]: path for path in map(Path, files.values())}
     return {kind: torch.frombuffer(bytearray(paths[kind].read_bytes()), dtype=torch.uint8) for kind in _KEPT}

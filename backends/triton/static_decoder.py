@@ -1,8 +1,8 @@
-"""Decoding with fixed shapes, which a CUDA graph can capture: all loops of a step are one launch from the host.
+"""Decoding with fixed shapes, which a CUDA graph can capture: the host launches all loops of a step at once.
 
-A key-value cache that grows has other shapes in every step. Here it has room for `capacity` tokens from the start. A
-step writes its token at a position that is itself the content of a buffer (pass `fix-cache`), which the host fills in
-front of every step: no cache is copied, and nothing but the contents of the same buffers changes.
+A growing key-value cache has different shapes in every step. Here it has room for `capacity` tokens from the start. A
+step writes its token at a position that is read from a buffer (pass `fix-cache`), which the host fills before every
+step. No cache is copied; only the contents of the same buffers change.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class Lowered(Protocol):
 
 
 class StaticDecoder:
-    """A `loopq_compile.generation.decoders.Decoder` over buffers that stay where they are.
+    """A `loopq_compile.generation.decoders.Decoder` over buffers that are never reallocated.
 
     `loopq_compile.generation.sampling.generate(decoder, ids)` uses it. Buffers and graphs are kept for every
-    batch size met, and serve one text at a time: a new one begins with `decoder()`.
+    batch size used, and serve one text at a time; a new text begins with `decoder()`.
 
     Args:
         run: a lowered program with a key-value cache.
         capacity: most tokens of prompt and continuation together.
-        capture: makes a step something that replays it; None runs the step itself.
+        capture: turns a step into something that replays it; None runs the step itself.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class StaticDecoder:
         self._length = 0
 
     def decoder(self) -> StaticDecoder:
-        """This decoder, at the beginning of a text."""
+        """This decoder, reset to the beginning of a text."""
         self._current = None
         return self
 
     def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits `[batch, vocabulary]` of the token behind the last; see `loopq_compile.generation.decoders.Decoder`.
+        """Logits `[batch, vocabulary]` of the next token; see `loopq_compile.generation.decoders.Decoder`.
 
         Raises:
-            LoopQError: the text is longer than `capacity`, or of a length that the program does not take, or more than
-                one token comes behind a prompt.
+            LoopQError: the text is longer than `capacity`, its length is not one that the program takes, or more than
+                one token follows a prompt.
         """
         self._length = attention_mask.shape[1]
         if self._length > self.capacity:
@@ -93,11 +93,11 @@ class StaticDecoder:
             if self._current is None:
                 return self._read(new_ids, attention_mask)
             if new_ids.shape[1] != 1:
-                raise LoopQError(f"Behind a prompt comes one token at a time; got {new_ids.shape[1]}.")
+                raise LoopQError(f"After a prompt, one token is read at a time; got {new_ids.shape[1]}.")
             return self._current(new_ids, self._length - 1)
 
     def _read(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Reads a prompt, whose length may be any, and lays its keys and values into the buffers."""
+        """Reads a prompt of any length, and writes its keys and values into the buffers."""
         prompt = CachedDecoder(self.run, self.run.signature, self.run.loops)
         logits = prompt(ids, mask)
         batch = len(ids)
@@ -140,17 +140,17 @@ class _Step:
         return list(self.past.values())
 
     def begin(self, past: dict[str, Tensor], mask: Tensor) -> None:
-        """Keys and values of a prompt in front; the next token comes behind it, and no later one is padding."""
+        """Puts keys and values of a prompt at the start; the next token follows it, and no later token is padding."""
         length = mask.shape[1]
         self.mask.fill_(1)
         self.mask[:, :length] = mask.to(self.mask)
-        self.position.fill_(min(length, self.mask.shape[1] - 1))  # of steps that only warm up
+        self.position.fill_(min(length, self.mask.shape[1] - 1))  # only for steps that warm up
         for name, buffer in self.past.items():
             buffer.zero_()
             buffer.narrow(self.axis[name], 0, length).copy_(past[name])
 
     def advance(self) -> None:
-        """One step on the buffers: no value reaches the host, and no shape depends on one."""
+        """Runs one step on the buffers: no value reaches the host, and no shape depends on a value."""
         inputs = (self.ids, self.mask, *self.past.values(), self.position)
         logits = last_logits(self.run.signature.restore(self.graph_module(*inputs)), len(self.ids))
         if self.logits is None:
@@ -158,7 +158,7 @@ class _Step:
         self.logits.copy_(logits)
 
     def __call__(self, ids: Tensor, position: int) -> Tensor:
-        """Logits behind one more token for each row, in column `position` of the cache."""
+        """Reads one more token per row, in column `position` of the cache; returns the logits after it."""
         self.ids.copy_(ids)
         self.position.fill_(position)
         with torch.no_grad():
@@ -168,7 +168,7 @@ class _Step:
 
 
 def warm_up(step: Step, state: Sequence[Tensor]) -> None:
-    """Runs a step until nothing in it happens for the first time, and puts back what it changed."""
+    """Runs a step until all first-time work is done, and restores what it changed."""
     before = [buffer.clone() for buffer in state]
     with torch.no_grad():
         for _ in range(_WARM_UP):
@@ -178,7 +178,7 @@ def warm_up(step: Step, state: Sequence[Tensor]) -> None:
 
 
 def capture_cuda_graph(step: Step, state: Sequence[Tensor]) -> Step:
-    """The step as a CUDA graph; what it returns replays it.
+    """Captures the step as a CUDA graph; returns a step that replays it.
 
     Raises:
         LoopQError: there is no GPU.
@@ -196,7 +196,7 @@ def capture_cuda_graph(step: Step, state: Sequence[Tensor]) -> Step:
 
 
 def check_cuda_graphs() -> None:
-    """Refuses where no CUDA graph can be captured.
+    """Refuses if no CUDA graph can be captured.
 
     Raises:
         LoopQError: there is no GPU.

@@ -1,4 +1,4 @@
-"""Calibration data: checking what a user hands in, batch by batch."""
+"""Calibration data: checks a user's data batch by batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def calibration_batches(calibration: Any, signature: Signature, vocabulary: int 
         vocabulary: rows of the embedding, to check token ids; None if unknown.
 
     Raises:
-        LoopQError: not an iterable of batches, a batch does not fit the program (its number is named), or no batch.
+        LoopQError: this is not an iterable of batches, it is empty, or a batch does not fit the program (the message
+            gives its number).
     """
     if isinstance(calibration, Tensor):
         raise LoopQError("calibration must be an iterable of batches; wrap a single tensor in a list: [tensor].")
@@ -43,7 +44,7 @@ def calibration_batches(calibration: Any, signature: Signature, vocabulary: int 
 
 
 def first_batches(batches: Iterable[list[Tensor]], max_tokens: int) -> Iterator[list[Tensor]]:
-    """The first of `batches` until they hold `max_tokens` tokens together."""
+    """The first `batches`, until they hold `max_tokens` tokens in total."""
     tokens = 0
     for batch in batches:
         if tokens >= max_tokens:
@@ -59,7 +60,7 @@ def count_tokens(batch: list[Tensor]) -> int:
 
 
 def token_mask(signature: Signature, inputs: Sequence[Tensor]) -> Tensor | None:
-    """The attention mask `[batch, sequence]` among the inputs as numbers; None without one."""
+    """The attention mask `[batch, sequence]` among the inputs, as numbers; None if there is none."""
     for spec, tensor in zip(signature.inputs, inputs, strict=True):
         if spec.name == "attention_mask" and tensor.ndim == 2:
             return tensor.float()
@@ -67,9 +68,9 @@ def token_mask(signature: Signature, inputs: Sequence[Tensor]) -> Tensor | None:
 
 
 def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Activations `[batch, sequence, K]` of the tokens that count, as rows `[n, K]`; padding has no say in statistics.
+    """Activations `[batch, sequence, K]` of the tokens that count, as rows `[n, K]`; padding is left out of statistics.
 
-    Tensors of other shapes than the mask `[batch, sequence]` give all their rows.
+    Tensors that do not have the mask's `[batch, sequence]` give all their rows.
     """
     if mask is None or x.shape[:-1] != mask.shape:
         return x.reshape(-1, x.shape[-1])
@@ -77,7 +78,7 @@ def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def guarded(calibration: Iterable[Any]) -> Iterator[Any]:
-    """The batches; what the user's own iterator raises is reported as such."""
+    """Yields the batches; errors of the user's own iterator are reported as such."""
     iterator, number = iter(calibration), 0
     while True:
         try:
@@ -93,7 +94,7 @@ def guarded(calibration: Iterable[Any]) -> Iterator[Any]:
 
 
 def _known_part(batch: Mapping[str, Any], signature: Signature) -> dict[str, Any]:
-    """The inputs of the program; what tokenizers add without changing the result may be there as well."""
+    """The inputs of the program; extra inputs of tokenizers that do not change the result are accepted and dropped."""
     inputs = {spec.name for spec in signature.inputs}
     for name, value in batch.items():
         if name == "attention_mask" and name not in inputs and isinstance(value, Tensor) and not value.all():
@@ -107,7 +108,7 @@ def _known_part(batch: Mapping[str, Any], signature: Signature) -> dict[str, Any
 
 
 def _beside(ids: Any, signature: Signature, mask: Any = None) -> dict[str, Any]:
-    """Token ids with the mask, positions and token types of a text without padding, where the program takes them."""
+    """Token ids with the mask, positions and token types of a text without padding, if the program takes them."""
     named = {signature.parameters[0]: ids}
     if not isinstance(ids, Tensor) or ids.ndim != 2 or signature.parameters[0] != signature.inputs[0].name:
         return named
@@ -117,7 +118,7 @@ def _beside(ids: Any, signature: Signature, mask: Any = None) -> dict[str, Any]:
 def bind_batch(batch: Any, signature: Signature, vocabulary: int | None = None) -> list[Tensor]:
     """The graph's inputs for one batch: token ids, a tuple of positional or a dict of keyword inputs.
 
-    A mask, positions and token types that are left out are those of a text without padding.
+    A missing mask, positions or token types are filled in as for a text without padding.
 
     Args:
         vocabulary: as in `calibration_batches`.

@@ -1,9 +1,9 @@
-"""A program cut into blocks, each about one call of a Transformer layer, for calibration block by block.
+"""Cuts a program into blocks, each about one call of a Transformer layer, for calibration block by block.
 
-Names play no part. Between one quantized linear and the next there is a place where the fewest tensors cross. Where
-no more cross than at both neighbours, the residual stream alone does: behind a residual addition. The stretches between
-such places are joined until a block has one that mixes tokens and the rest of its layer (without any that mixes: two
-stretches); iterations of loops are never joined.
+Names are not used. Between one quantized linear and the next there is a place where the fewest tensors cross. If no
+more cross there than at both neighbours, only the residual stream crosses: the place is after a residual addition.
+Stretches between such places are joined until a block has one that mixes tokens and the rest of its layer (two
+stretches if none mixes). Iterations of loops are never joined.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loopq_compile.graph.recurrence import weight_roots
 from loopq_compile.graph.state import copy_nodes
 
 _MIXERS = ("scaled_dot_product", "softmax", "bmm", "matmul", "conv", "cumsum")
-"""Parts of the names of operators that carry information from token to token."""
+"""Parts of the names of operators that mix information across tokens."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Call:
 
     Args:
         segment: maps constants and values of the teacher to `outputs`, all by node name.
-        inputs: names of the teacher's values among what it reads.
+        inputs: names of the teacher's values that it reads.
         outputs: names of the values that it should reproduce.
     """
 
@@ -42,7 +42,7 @@ class Call:
 
 @dataclass
 class Block:
-    """What shares weights: the runs of one layer in all loops.
+    """Calls that share weights: the runs of one layer in all loops.
 
     Args:
         sites: names of its quantized linears.
@@ -99,7 +99,7 @@ def find_blocks(graph_module: fx.GraphModule, teacher: fx.GraphModule, sites: It
 
 
 def _stretches(body: Sequence[fx.Node], shared: set[fx.Node], linears: Sequence[fx.Node]) -> list[_Stretch]:
-    """The body cut at every place that only the residual stream crosses, and between iterations of loops."""
+    """Cuts the body wherever only the residual stream crosses, and between iterations of loops."""
     position = {node: i for i, node in enumerate(body)}
     uses: list[list[fx.Node]] = []
     for linear in linears:
@@ -107,11 +107,11 @@ def _stretches(body: Sequence[fx.Node], shared: set[fx.Node], linears: Sequence[
             uses[-1].append(linear)
         else:
             uses.append([linear])
-    # The last three make the residual stream and its last branch.
+    # The last three produce the residual stream and its last branch.
     end = _end(body, [linear for use in uses[-3:] for linear in use], shared)
     last = [node for node in body[:end] if any(position.get(user, end) >= end for user in node.users)][-1:]
     ahead = _leading_to(body, {*linears, *last})
-    # Tables and masks cross from the first layer to the last: they say nothing of where a layer ends.
+    # Tables and masks cross from the first layer to the last: they do not show where a layer ends.
     state = _depending_on(body, linears)
     first = position[uses[2][0]] if len(uses) > 2 else len(body)
     ahead = {node for node in ahead if node in state or all(position[user] < first for user in node.users)}
@@ -161,7 +161,7 @@ def _leading_to(body: Sequence[fx.Node], ends: set[fx.Node]) -> set[fx.Node]:
 
 
 def _live(body: Sequence[fx.Node], nodes: set[fx.Node], readers: set[fx.Node]) -> list[int]:
-    """At each place of `body`, how many of `nodes` are computed before it and read by `readers` behind it."""
+    """At each place of `body`, how many of `nodes` are computed before it and read by `readers` after it."""
     position = {node: i for i, node in enumerate(body)}
     change = [0] * (len(body) + 2)
     for node in nodes:
@@ -182,7 +182,7 @@ def _depending_on(body: Sequence[fx.Node], sources: Iterable[fx.Node]) -> set[fx
 
 
 def _end(body: Sequence[fx.Node], linears: Sequence[fx.Node], shared: set[fx.Node]) -> int:
-    """Where the last block ends: the first place behind its `linears` that fewest of their results cross."""
+    """Where the last block ends: the first place after its `linears` that the fewest of their results cross."""
     own = _depending_on(body, linears)
     crossing, foreign = (_live(body, nodes, set(body)) for nodes in (own, own - shared))
     behind = range(body.index(linears[-1]) + 1, len(body) + 1)
@@ -197,7 +197,7 @@ def _call(
     constant: set[fx.Node],
     linears: Sequence[fx.Node],
 ) -> Call:
-    """The part of the graph between the values that enter a stretch and the floating-point values that leave it."""
+    """Extracts the nodes between the values that enter a stretch and the floating-point values that leave it."""
     position = {node: i for i, node in enumerate(body)}
     own = _depending_on(body[stretch.start : stretch.end], stretch.linears)
     behind = set(body[stretch.end :])

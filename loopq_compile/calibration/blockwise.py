@@ -20,7 +20,7 @@ from loopq_compile.errors import LoopQError
 from loopq_compile.graph.signature import Signature
 
 KEPT_BYTES = 4 << 30
-"""Up to this size the values of all blocks are kept together; beyond it those of one block, in bfloat16."""
+"""Up to this size the values of all blocks are kept at once; beyond it only those of one block, in bfloat16."""
 
 Record = dict[str, Any]
 """Values of one batch by node name."""
@@ -32,7 +32,7 @@ class Recorder:
     Args:
         teacher: the captured graph.
         batches: calibration batches; under `torchrun` each process keeps its rows.
-        names: nodes whose values are wanted for all blocks, which decide whether they can be kept together.
+        names: nodes whose values all blocks need; their size decides whether they are kept at once.
     """
 
     def __init__(self, teacher: fx.GraphModule, batches: Sequence[Batch], names: Iterable[str]) -> None:
@@ -69,7 +69,7 @@ def block_names(blocks: Iterable[Block]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Packed:
-    """A value in bfloat16 that was, and will be, of type `dtype`."""
+    """A value stored in bfloat16; `dtype` is the type to restore."""
 
     value: Tensor
     dtype: torch.dtype
@@ -107,7 +107,7 @@ class BlockTraining(Steps):
         self._masks = [token_mask(signature, distributed.shard(x, self.rank, self.world)) for x in self.batches]
 
     def backward(self, number: int) -> LossParts:
-        """Goes backward run by run, so that the memory of a step does not grow with the number of loops."""
+        """Runs backward one run at a time, so that the memory of a step does not grow with the number of loops."""
         with torch.enable_grad(), self.precision():
             constants = self._constants(self.values())
             learned = {
@@ -154,7 +154,7 @@ def _unpack(value: Any) -> Any:
 
 
 def check_finite(records: Sequence[Record], names: Iterable[str]) -> None:
-    """Refuses what nothing can be learned from.
+    """Refuses records that nothing can be learned from.
 
     Raises:
         LoopQError: the model in full precision gives NaN or infinite values at one of `names`.

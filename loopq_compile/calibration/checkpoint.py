@@ -1,4 +1,4 @@
-"""Checkpoints of a calibration: one safetensors file a phase, written beside and moved into place."""
+"""Checkpoints of a calibration: one safetensors file per phase, written to a temporary file and moved into place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loopq_compile.storage.atomic import writing_file
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Replaces `path` by `tensors` and `facts` at once: a kill leaves the old file or the new one.
+    """Replaces `path` by `tensors` and `facts` atomically: a kill leaves either the old file or the new one.
 
     Raises:
         LoopQError: the file cannot be written; an older one is still there.
@@ -56,7 +56,7 @@ def read(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Checksum of all that is stored: a file that was damaged on the disk may still be read."""
+    """Checksum of everything stored, since a damaged file may still be readable."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())

@@ -12,7 +12,7 @@ Batch = list[Tensor]
 
 
 def regroup(batches: Sequence[Batch], rows: int) -> list[Batch]:
-    """Batches of `rows` rows each where all inputs can be joined along their first dimension, else as they are."""
+    """Batches of `rows` rows each if all inputs can be joined along their first dimension; otherwise unchanged."""
     first = batches[0]
     joinable = all(
         len({tensor.shape[0] for tensor in batch}) == 1
@@ -26,7 +26,7 @@ def regroup(batches: Sequence[Batch], rows: int) -> list[Batch]:
 
 
 def split(batches: Sequence[Batch], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the batches to learn from and of those held out; with fewer than four nothing is held out."""
+    """Numbers of the batches to learn from and of those held out; nothing is held out of fewer than four batches."""
     count = round(len(batches) * share) if len(batches) >= 4 else 0
     if share and len(batches) >= 4:
         count = max(count, 1)
@@ -35,7 +35,7 @@ def split(batches: Sequence[Batch], share: float, seed: int) -> tuple[list[int],
 
 
 def pick(numbers: Sequence[int], step: int, seed: int) -> int:
-    """The batch of `step`: every epoch runs through all in an order of its own."""
+    """The batch of `step`; every epoch visits all batches, in a new order."""
     epoch, position = divmod(step, len(numbers))
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return numbers[int(torch.randperm(len(numbers), generator=generator)[position])]

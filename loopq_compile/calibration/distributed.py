@@ -1,4 +1,4 @@
-"""Data-parallel calibration under `torchrun`: every process takes its rows of a batch, gradients are averaged."""
+"""Data-parallel calibration under `torchrun`: every process works on its rows of a batch; gradients are averaged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shard(inputs: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
     """The rows of a batch that process `rank` of `size` works on.
 
     Raises:
-        LoopQError: the rows cannot be shared out evenly.
+        LoopQError: the rows cannot be divided evenly.
     """
     if size == 1:
         return list(inputs)
@@ -41,7 +41,7 @@ def shard(inputs: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
 
 
 def average(tensors: Iterable[Tensor]) -> None:
-    """Replaces tensors by their mean over all processes; nothing happens in a single one."""
+    """Replaces tensors by their mean over all processes; does nothing with a single process."""
     if world()[1] == 1:
         return
     for tensor in tensors:

@@ -1,13 +1,13 @@
-"""KL divergence between teacher and student over a large vocabulary, with few tensors of its size.
+"""KL divergence between teacher and student over a large vocabulary, with few tensors of that size.
 
-Of the teacher's k largest logits (`K`) the rest counts as one event: with `P = Σ_K p`, `r_p = 1 - P`,
+All tokens outside the teacher's k largest logits (`K`) count as one event. With `P = Σ_K p`, `r_p = 1 - P`,
 `r_q = 1 - Σ_K q`, and z the student's logits,
 
     KL = Σ_K p (log p - log q) + r_p (log r_p - log r_q)
     d KL / d z_j = q_j (P - r (1 - r_q)) + [j in K] (r q_j - p_j),     r = r_p / r_q
 
-which, for K the whole vocabulary, is `q - p`. Autograd would keep, and walk over, half a dozen tensors of the logits'
-size: a quarter of a calibration step for 49,152 tokens (measured).
+If K is the whole vocabulary, the gradient is `q - p`. Autograd would keep and traverse half a dozen tensors of the
+logits' size: a quarter of a calibration step for a vocabulary of 49,152 (measured).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from loopq_compile.operators.fusion import fused
 
 LEAST_REST = 1e-6
-"""The probability outside of the teacher's k tokens counts as this much at least."""
+"""Lower bound of the probability outside the teacher's k tokens."""
 
 
 @fused

@@ -1,9 +1,9 @@
-"""What calibration may change, and in which coordinates.
+"""The tensors that calibration may change, and the coordinates in which it does.
 
 Optimizers move every number by about the learning rate, so each kind of tensor is learned in coordinates where one
-rate suits all its entries: scales and diagonals by their logarithm, clip ratios by their logit, rounding in units of
-the weight's scale. Rotations stay rotations: they move along the Stiefel manifold by Cayley transforms (Li et al.
-2020, the optimizer of SpinQuant).
+rate suits all its entries: scales and diagonals as logarithms, clip ratios as logits, rounding in units of the
+weight's scale. Rotations stay rotations: they move along the Stiefel manifold by Cayley transforms (Li et al. 2020,
+the optimizer of SpinQuant).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RATES: dict[str, float] = {
     "rounding": 3e-3,
     "adapter": 6e-4,
 }
-"""Learning rates by kind, in the coordinates of the kind."""
+"""Learning rates by kind, in that kind's coordinates."""
 _LOGARITHMIC = ("range", "diagonal", "weight_clip")
 _LOWEST_CLIP, _HIGHEST_CLIP = 0.02, 0.995
 
@@ -37,11 +37,11 @@ class Learnable:
     """One tensor of the graph that calibration changes.
 
     Args:
-        name: of the constant in the graph.
+        name: name of the constant in the graph.
         kind: a key of `RATES`.
-        raw: its coordinates, a leaf with gradient.
+        raw: its coordinates, a leaf tensor with gradient.
         unit: for rounding, the scale of every entry's group, `[outputs, groups]`.
-        dtype: of the constant, in which the graph reads the value.
+        dtype: type of the constant, in which the graph reads the value.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Learnable:
 
     @staticmethod
     def of(name: str, kind: str, tensor: Tensor, unit: Tensor | None = None) -> Learnable:
-        """The coordinates of `tensor`, kept wide (`loopq_compile.operators.precision`)."""
+        """The coordinates of `tensor`, kept in a wide type (`loopq_compile.operators.precision`)."""
         x = wide(tensor.detach())
         if kind in _LOGARITHMIC:
             x = x.abs().clamp_min(1e-12).log()
@@ -63,7 +63,7 @@ class Learnable:
         return Learnable(name, kind, x.clone().requires_grad_(), unit, tensor.dtype)
 
     def value(self, raw: Tensor | None = None) -> Tensor:
-        """The tensor of the graph, differentiable in `raw`."""
+        """The tensor for the graph, differentiable with respect to `raw`."""
         x = self.raw if raw is None else raw
         if self.kind in _LOGARITHMIC:
             x = x.exp()
@@ -82,12 +82,12 @@ def _in_groups(x: Tensor, unit: Tensor, inverse: bool = False) -> Tensor:
 
 
 class Optimizer:
-    """Adam on everything but rotations, Cayley steps with momentum on those.
+    """Adam for everything but rotations, which take Cayley steps with momentum.
 
     Args:
         learnables: what to change.
         rate: factor on `RATES`.
-        steps: length of the schedule: a short rise, then half a cosine down to a twentieth.
+        steps: length of the schedule: a short warm-up, then half a cosine down to a twentieth.
     """
 
     def __init__(self, learnables: list[Learnable], rate: float, steps: int) -> None:
@@ -104,7 +104,7 @@ class Optimizer:
 
     @property
     def factor(self) -> float:
-        """Where the schedule stands, 0 to 1."""
+        """The schedule's current factor, 0 to 1."""
         warmup = max(1, min(20, self._steps // 20))
         if self._done < warmup:
             return (self._done + 1) / warmup
@@ -112,7 +112,7 @@ class Optimizer:
         return 0.05 + 0.95 * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * min(part, 1.0)))))
 
     def step(self) -> None:
-        """Moves along the gradients, and clears them."""
+        """Takes a step along the gradients, and clears them."""
         factor = self.factor
         if self._adam is not None:
             for group in self._adam.param_groups:
@@ -139,7 +139,7 @@ class Optimizer:
         r.copy_(torch.linalg.solve(eye - skew, (eye + skew) @ r))
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a later `restore` needs to go on with the same numbers."""
+        """Everything that a later `restore` needs to continue with the same numbers."""
         tensors = {"done": torch.tensor(self._done)}
         tensors.update({f"momentum.{name}": tensor for name, tensor in self._momentum.items()})
         if self._adam is not None:
@@ -149,7 +149,7 @@ class Optimizer:
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over what `state` returned."""
+        """Restores what `state` returned."""
         self._done = int(tensors["done"])
         for name, momentum in self._momentum.items():
             momentum.copy_(tensors[f"momentum.{name}"])

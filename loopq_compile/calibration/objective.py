@@ -1,11 +1,11 @@
-"""What the student is held against: the teacher's predictions, and its states at the end of every loop.
+"""The loss: the student is compared with the teacher's predictions and its states at the end of every loop.
 
     L = KL(p || p̂) + λ Σ_t w_t [(1 - a_t) |u_t - h_{t+1}|² + a_t |u_t - h_{T+1}|²] + λ' Σ_t |CTA_t(u_t) - h_{t+1}|²
     a_t = |h_{t+1} - h_{T+1}| / (|h_{t+1} - h_{T+1}| + Σ_{k>=t} |h_{k+1} - u_k| + ε)
 
 (LoopQ section 4.4 and appendix B.4.) Squares are means over features relative to the teacher's mean square, so that λ
-means the same for every model; sums over loops are means. A perfect student would have a_t = 1 and be pulled to
-the last state, away from its teacher's own: `final_share` bounds a_t.
+means the same for every model; sums over loops are means. A perfect student would have a_t = 1 and be pulled to the
+last state, away from the teacher's state of that loop; `final_share` therefore bounds a_t.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from loopq_compile.calibration.divergence import Divergence
 from loopq_compile.graph.options import CalibrationOptions
 
 FULL_VOCABULARY = 8192
-"""Up to this many tokens the teacher's whole distribution is kept."""
+"""Up to a vocabulary of this size, the teacher's whole distribution is kept."""
 DEFAULT_TOP_K = 512
 
 
 @dataclass
 class Targets:
-    """What the teacher says of one batch.
+    """The teacher's outputs for one batch.
 
     Args:
-        logits: float logits `[..., V]`, or the largest `[..., k]`; None for models without a vocabulary.
+        logits: float logits `[..., V]`, or the k largest `[..., k]`; None for models without a vocabulary.
         indices: tokens of the largest logits `[..., k]`, None if all are kept.
         total: log of the sum of exponentials over the vocabulary, `[..., 1]`, at the temperature.
-        outputs: for models without a vocabulary, its floating-point results.
-        states: by loop, the state at its end: `h_2 .. h_{T+1}`.
+        outputs: for models without a vocabulary, the floating-point results.
+        states: the state at the end of each loop, `h_2 .. h_{T+1}`.
         mask: 1 for tokens that count, `[batch, sequence]`; None for all.
     """
 
@@ -60,8 +60,8 @@ def keep_largest(logits: Tensor, options: CalibrationOptions) -> tuple[Tensor, T
 def divergence(logits: Tensor, targets: Targets, temperature: float) -> Tensor:
     """KL(teacher || student) by token, `[...]`, in nats.
 
-    Of the teacher's top-k, tokens outside count as one event: a lower bound of the whole divergence that is zero only
-    if both agree on the k tokens and on the rest together.
+    Tokens outside the teacher's top-k count as one event. This is a lower bound of the full divergence; it is zero only
+    if both agree on the k tokens and on the rest as a whole.
     """
     assert targets.logits is not None and targets.total is not None
     rows = [None if x is None else x.flatten(0, -2) for x in (logits, targets.logits, targets.total, targets.indices)]
@@ -71,7 +71,8 @@ def divergence(logits: Tensor, targets: Targets, temperature: float) -> Tensor:
 def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of `values` `[batch, sequence]` (or any shape) over the tokens that count.
 
-    Under `torchrun` the number of tokens is the mean over processes: averaged, their results are those of one process.
+    Under `torchrun` the sum is divided by the mean number of tokens per process, so that the average over processes
+    equals the result of a single process.
     """
     if mask is None or mask.shape != values.shape:
         return values.mean()
@@ -79,7 +80,7 @@ def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def distance(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-    """`|x - y|²` relative to the mean square of `y`, both over the tokens that count."""
+    """`|x - y|²` relative to the mean square of `y`, both taken over the tokens that count."""
     error = (x.float() - y.float()).square().mean(-1)
     size = mean_of(token_mean(y.float().square().mean(-1), mask))
     return token_mean(error, mask) / size.clamp_min(1e-12)
@@ -96,10 +97,10 @@ class LossParts:
 
 
 class Objective:
-    """The loss of one batch; it keeps the a_t between their updates.
+    """The loss of one batch; keeps the a_t between their updates.
 
     Args:
-        options: weights and temperature.
+        options: weights of the terms, and temperature.
         loops: number of loop ends that are compared, T; 0 switches the trajectory off.
     """
 
@@ -128,11 +129,11 @@ class Objective:
         """The loss.
 
         Args:
-            logits: the student's, None without a vocabulary, when `outputs` are compared instead.
+            logits: the student's; None without a vocabulary (then `outputs` are compared).
             outputs: its floating-point results.
-            states: `u_1 .. u_T`; empty if the trajectory does not count.
+            states: `u_1 .. u_T`; empty if the trajectory is switched off.
             adapted: `CTA_t(u_t)`, t < T; empty without adapters.
-            targets: of the same batch.
+            targets: targets of the same batch.
         """
         options = self.options
         if logits is not None:

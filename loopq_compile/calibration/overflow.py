@@ -1,8 +1,8 @@
-"""Numbers beyond float16: found when the pass that causes them has run, and named with it.
+"""Finds numbers beyond float16 right after the pass that causes them, and names that pass.
 
-float16 ends at 65504. Rotations, smoothing and factors that move between weights and activations may go beyond, and
-what is infinite becomes ordinary-looking integers behind a quantizer. So after every pass that changes a float16
-program, a few tokens run through it, and node by node it has to be as finite as the captured model.
+float16 ends at 65504. Rotations, smoothing and factors that move between weights and activations may exceed it, and
+a quantizer turns infinite values into ordinary-looking integers. After every pass that changes a float16 program, a
+few tokens therefore run through it. Every node must be finite where it is finite in the captured model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from loopq_compile.graph.state import get_state, get_tensor
 
 _SIZES = {"batch": 2}
 _LENGTH = 32
-"""Sizes of what runs through the program, where they may vary."""
+"""Sizes of the test inputs, for dimensions that may vary."""
 _ADVICE = "Convert the model to bfloat16 or float32 (model.bfloat16(), --dtype bfloat16), or use method='symmetric'."
 
 
@@ -41,7 +41,7 @@ class Probe:
         self._known: set[str] = set()
         if any(tensor.dtype == torch.float16 for tensor in stored(graph_module)):
             inputs = example(graph_module)
-            with contextlib.suppress(Exception):  # nothing is watched where made-up inputs do not fit the model
+            with contextlib.suppress(Exception):  # nothing is watched if made-up inputs do not fit the model
                 self._known = {node.name for node in origins(graph_module, inputs)}
                 self._inputs = inputs
             own = sorted(self._known - _masks(graph_module))
@@ -53,7 +53,7 @@ class Probe:
                 )
 
     def check(self, graph_module: fx.GraphModule, pass_name: str) -> None:
-        """Refuses a graph in which a node becomes NaN or infinite that the captured model does not have so.
+        """Refuses a graph in which a node becomes NaN or infinite that is finite in the captured model.
 
         Raises:
             LoopQError: there is one; the message names the pass, the node, its loop and its linear.
@@ -66,7 +66,7 @@ class Probe:
 
 
 def cause(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> str | None:
-    """Why a graph that passes have changed is not finite on `inputs`; None if the captured model is not either."""
+    """Why a graph changed by passes is not finite on `inputs`; None if the captured model is not finite either."""
     teacher = get_state(graph_module).run.teacher
     if teacher is None or {node.name for node in origins(teacher, inputs)} - _masks(teacher):
         return None
@@ -98,7 +98,7 @@ def stored(graph_module: fx.GraphModule) -> list[Tensor]:
 
 
 def origins(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> list[fx.Node]:
-    """The nodes that make NaN or infinite values of finite ones, in graph order."""
+    """The nodes that produce NaN or infinite values from finite ones, in graph order."""
     found: list[fx.Node] = []
     bad: set[fx.Node] = set()
 
@@ -114,7 +114,7 @@ def origins(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> list[fx.N
 
 
 def example(graph_module: fx.GraphModule) -> list[Tensor]:
-    """Inputs to try a graph on: the beginning of the calibration data, or random ones where there are none."""
+    """Inputs to try a graph on: the beginning of the calibration data, or random ones if there is no data."""
     state = get_state(graph_module)
     if state.run.calibration is not None:
         batch = next(calibration_batches(state.run.calibration, state.signature, None))
@@ -131,7 +131,7 @@ def _beginning(tensor: Tensor, spec: InputSpec) -> Tensor:
 
 
 def _rows(graph_module: fx.GraphModule, name: str) -> int:
-    """How many values the integers of an input have: the rows of the tables that they look up."""
+    """How many values an integer input may take: the rows of the tables that it indexes."""
     tables = [
         node.args[0]
         for node in graph_module.graph.nodes

@@ -1,4 +1,4 @@
-"""What is looked at before the first pass, so that nothing that takes hours ends in an error that was there before."""
+"""Checks before the first pass, so that a run of hours does not end in an error that was visible from the start."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from loopq_compile.graph.state import CompilerState, get_tensor
 
 
 def check(graph_module: fx.GraphModule, options: CalibrationOptions) -> None:
-    """Refuses options that do not go with a captured graph.
+    """Refuses options that do not fit a captured graph.
 
     Raises:
-        LoopQError: `precision` does not go with the model's type, or the checkpoint folder cannot be written.
+        LoopQError: `precision` does not fit the model's type, or the checkpoint folder cannot be written.
     """
     types = {
         get_tensor(graph_module, str(node.args[1].target)).dtype
@@ -45,7 +45,7 @@ def check(graph_module: fx.GraphModule, options: CalibrationOptions) -> None:
 
 @contextlib.contextmanager
 def says_how_to_go_on(state: CompilerState) -> Iterator[None]:
-    """An error after a phase of calibration says where its result is, or how to keep it the next time."""
+    """Adds to an error after a phase of calibration where the result is, or how to keep it next time."""
     try:
         yield
     except (LoopQError, InternalError) as error:

@@ -1,8 +1,8 @@
 """Activation statistics of constant size, and the ranges derived from them.
 
-A tensor's magnitudes are counted in logarithmic bins, 16 to the octave from 2^-24 to 2^24, so that batches of any
-number are merged by adding, and minima of the squared rounding error are found without the data. For dynamic scales
-the rounding error of a fixed list of clip ratios is added up directly.
+A tensor's magnitudes are counted in logarithmic bins, 16 per octave from 2^-24 to 2^24. Any number of batches can then
+be merged by addition, and the range of least squared rounding error can be found without the data. For dynamic scales
+the rounding error of a fixed list of clip ratios is summed directly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CLIP_RATIOS = tuple(1.0 - 0.025 * i for i in range(21))
 """Candidates for dynamic clip ratios, 1 down to 0.5."""
 _CHUNK = 1 << 22
 _CLIP_TOKENS = 256
-"""Clip ratios are tried on about so many tokens of an update: trying them costs far more than counting."""
+"""Clip ratios are tried on about this many tokens of an update, since trying them costs far more than counting."""
 
 
 def _upper_edges() -> Tensor:
@@ -36,7 +36,7 @@ class Statistics:
 
     Args:
         largest: largest magnitude, `[G]`.
-        counts: histogram of magnitudes, `[G, BINS]`; smaller ones than 2^-24 fall into the first bin.
+        counts: histogram of magnitudes, `[G, BINS]`; magnitudes below 2^-24 fall into the first bin.
         clip_errors: summed squared rounding error with dynamic scales for each of `CLIP_RATIOS`, `[C, G]`.
         tokens: number of tokens seen.
     """
@@ -48,7 +48,7 @@ class Statistics:
 
     @staticmethod
     def empty(groups: int) -> Statistics:
-        """Statistics of nothing, for `groups` groups."""
+        """Empty statistics for `groups` groups."""
         return Statistics(
             torch.zeros(groups), torch.zeros(groups, BINS), torch.zeros(len(CLIP_RATIOS), groups, dtype=torch.float64)
         )
@@ -76,7 +76,7 @@ class Statistics:
             self.clip_errors[i] += error.square_().sum(dim=2).sum(dim=0, dtype=torch.float64)
 
     def merged(self, other: Statistics) -> Statistics:
-        """Statistics of both together."""
+        """The sum of both statistics."""
         return Statistics(
             torch.maximum(self.largest, other.largest),
             self.counts + other.counts,
@@ -85,7 +85,7 @@ class Statistics:
         )
 
     def pooled(self) -> Statistics:
-        """Statistics of all groups as one."""
+        """Statistics of all groups merged into one."""
         return Statistics(
             self.largest.amax(0, keepdim=True),
             self.counts.sum(0, keepdim=True),
@@ -98,7 +98,7 @@ def static_range(statistics: Statistics, bits: int, method: str, percentile: flo
     """The range `alpha` of each group, `[G]`: values beyond it are clipped, and `scale = alpha / q_max` (LoopQ 4.1).
 
     Args:
-        statistics: of the groups.
+        statistics: statistics of the groups.
         bits: width of the integers.
         method: "minmax" (the largest magnitude), "percentile", or "mse" (least squared rounding error).
         percentile: share of magnitudes inside, in percent.
@@ -153,5 +153,5 @@ def weight_scale(weight: Tensor, group_size: int, bits: int, method: str, limit:
 
 
 def weight_ratios(limit: int, q_max: int) -> tuple[float, ...]:
-    """Candidates for a weight group's range relative to what `limit` gives, one that clips nothing included."""
+    """Candidates for a weight group's range, relative to what `limit` gives; one of them clips nothing."""
     return CLIP_RATIOS if limit > 0 else (-limit / q_max, *CLIP_RATIOS)

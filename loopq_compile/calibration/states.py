@@ -1,4 +1,4 @@
-"""Where the trajectory is looked at: the tensors that every loop hands to the next."""
+"""Where the trajectory is observed: the tensors that every loop passes to the next."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from loopq_compile.operators import ops
 def loop_ends(graph_module: fx.GraphModule) -> list[str]:
     """Names of the nodes that hold the state at the end of each iteration of the main loop, `u_1 .. u_T`.
 
-    The last iteration hands its state to no other; it is the node that stands there where the state stands in the
-    iteration before. Empty without loops, or if the last iteration has no such node.
+    The last iteration passes its state to no other; the node that corresponds to the state of the iteration before is
+    taken. Empty without loops, or if the last iteration has no such node.
     """
     state = get_state(graph_module)
     by_name = {node.name: node for node in graph_module.graph.nodes}
@@ -38,7 +38,7 @@ def _alike(graph_module: fx.GraphModule, model: fx.Node, iteration: int) -> list
 
 
 def adapter_names(graph_module: fx.GraphModule, ends: Sequence[str]) -> list[str]:
-    """Names of the transition adapters behind `ends`, in order; empty unless every transition has one."""
+    """Names of the transition adapters after `ends`, in order; empty unless every transition has one."""
     found = {
         node.args[0].name: node.name
         for node in graph_module.graph.nodes

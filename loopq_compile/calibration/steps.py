@@ -23,11 +23,11 @@ from loopq_compile.progress import StepProgress
 
 Values = dict[str, Tensor]
 _FAILURES = 10
-"""So many steps in a row without a finite loss end the calibration."""
+"""This many steps in a row without a finite loss end the calibration."""
 
 
 FUSED_STEPS = 50
-"""Calibrations of so many steps compile their elementwise functions, unless told otherwise."""
+"""Calibrations of at least this many steps compile their elementwise functions by default."""
 
 
 @dataclass
@@ -37,11 +37,11 @@ class Report:
     Args:
         steps: steps done.
         tokens: tokens (or rows) that the student saw.
-        start, best: validation loss before and of the state that was kept.
+        start, best: validation loss before training, and of the state that was kept.
         best_step: when that state was reached; 0 if nothing better than the start was found.
         curve: per evaluation `{"step", "loss", "trajectory", "transition", "validation", "rate"}`.
         skipped: steps without a finite gradient, which changed nothing.
-        refused: evaluations whose state the guard did not let through.
+        refused: evaluations whose state the guard rejected.
     """
 
     steps: int = 0
@@ -63,7 +63,7 @@ class Plan:
         batches: all calibration batches.
         options: see `CalibrationOptions`.
         steps: length of this phase.
-        guard: looks at the values before they are kept as best; returns a reason against it, or None.
+        guard: checks the values before they are kept as best; returns a reason against them, or None.
         store: checkpoint file, None for none.
         fingerprint: identifies the calibration that a checkpoint belongs to.
     """
@@ -78,10 +78,10 @@ class Plan:
 
 
 class Steps(ABC):
-    """One phase; a subclass says what is learned from (`backward`) and what is compared (`validate`).
+    """One phase; a subclass defines the training loss (`backward`) and the validation loss (`validate`).
 
     Args:
-        plan: what to do. Of its batches a share is held out to validate on, as its options say.
+        plan: what to do. The share of its batches that its options give is held out for validation.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -98,25 +98,25 @@ class Steps(ABC):
 
     @abstractmethod
     def backward(self, number: int) -> LossParts:
-        """Loss of batch `number` at the present values, whose gradients it leaves in the learnables."""
+        """Loss of batch `number` at the current values; leaves gradients in the learnables."""
 
     @abstractmethod
     def validate(self, values: Mapping[str, Tensor]) -> float:
-        """Loss on the held-out batches; constants that are not in `values` are as the graph has them."""
+        """Loss on the held-out batches; constants that are not in `values` come from the graph."""
 
     def extra(self) -> Values:
-        """What a checkpoint holds besides."""
+        """What a checkpoint of this kind holds in addition."""
         return {}
 
     def restore_extra(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over what `extra` returned."""
+        """Restores what `extra` returned."""
         del tensors
 
     def run(self, title: str) -> Values:
         """Trains, and returns the best values by constant name; empty if the start is best.
 
         Raises:
-            LoopQError: the loss is not finite, or the checkpoint is damaged or another's.
+            LoopQError: the loss is not finite, or the checkpoint is damaged or belongs to another calibration.
         """
         self._resume()
         with fusing(self._worth_fusing()), StepProgress(title, self.steps, self.report.steps) as bar:
@@ -137,12 +137,12 @@ class Steps(ABC):
         return {item.name: item.value(self.best[item.name]).detach() for item in self.learnables}
 
     def _worth_fusing(self) -> bool:
-        """Whether the seconds that compiling takes will be saved."""
+        """Whether compiling saves more seconds than it takes."""
         wanted = self.options.fused
         return wanted == "on" if wanted != "auto" else self.steps >= FUSED_STEPS
 
     def values(self) -> Values:
-        """The present values by constant name, differentiable."""
+        """The current values by constant name, differentiable."""
         return {item.name: item.value() for item in self.learnables}
 
     def _step(self) -> LossParts | None:
@@ -179,7 +179,7 @@ class Steps(ABC):
             )
 
     def _evaluate(self, parts: LossParts | None) -> None:
-        """Compares the present state with the best; the first time, the graph as it came with nothing."""
+        """Compares the current state with the best so far; the first call records the unchanged graph."""
         report = self.report
         values = {name: value.detach() for name, value in self.values().items()} if report.curve else {}
         refused = self.guard(values) is not None
@@ -198,7 +198,7 @@ class Steps(ABC):
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
-        """Matrix products in the type that the options ask for."""
+        """Runs matrix products in the type that the options ask for."""
         enabled = self.options.precision == "bfloat16"
         with torch.autocast(self.batches[0][0].device.type, dtype=torch.bfloat16, enabled=enabled):
             yield

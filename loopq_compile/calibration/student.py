@@ -1,10 +1,10 @@
-"""A program in the form that calibration differentiates.
+"""A program in differentiable form, for calibration.
 
-`dequantize(quantize(x, s), s)` becomes `fake_quantize(x, s)`. What depends on constants alone (inverse transforms,
-rounding, quantization of weights) is computed once a step and shared by all loops, so that a weight's gradient is the
-sum over its uses; what depends on none of the learned constants, once for all steps. The rest is cut into segments,
-about one for each call of a layer, of which only the inputs are kept for the backward pass when `recompute` is on: what
-a loop holds between its ends is computed again.
+`dequantize(quantize(x, s), s)` becomes `fake_quantize(x, s)`. What depends only on constants (inverse transforms,
+rounding, quantization of weights) is computed once per step and shared by all loops, so that a weight's gradient is
+the sum over its uses. What depends on no learned constant is computed once for all steps. The rest is cut into
+segments, about one for each call of a layer. With `recompute`, only the inputs of segments are kept for the backward
+pass; everything inside a segment is computed again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loopq_compile.graph.state import copy_nodes, get_tensor
 from loopq_compile.operators import ops
 
 _SEARCH = 0.5
-"""A cut may move by this share of a segment's length to where fewer tensors cross."""
+"""A cut may move by this share of a segment's length to a place where fewer tensors cross."""
 
 
 @dataclass
@@ -40,9 +40,9 @@ class Student:
 
     Args:
         graph_module: the program's graph; it is copied, its tensors are shared.
-        watched: names of nodes whose values `run` returns besides the results.
-        recompute: keep only what crosses segments for the backward pass.
-        segments: number of segments; None for one to every four groups of linears.
+        watched: names of nodes whose values `run` returns in addition to the results.
+        recompute: whether to keep only what crosses segments for the backward pass.
+        segments: number of segments; None for one per four groups of linears.
         learned: names of the constants that `values` may replace; None for any.
     """
 
@@ -87,11 +87,11 @@ class Student:
         self._last_use = _last_uses(self._segments, kept)
 
     def run(self, inputs: Sequence[Any], values: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
-        """Results of the graph, and values of all nodes that were watched.
+        """Results of the graph, and values of all watched nodes.
 
         Args:
             inputs: in the order of the placeholders.
-            values: tensors to use in place of constants, by constant name: the current state of what is learned.
+            values: tensors that replace constants, by constant name: the current state of what is learned.
         """
         return self.run_prepared(inputs, self.prepare(values))
 
@@ -132,7 +132,8 @@ def _flat(items: Any) -> list[fx.Node]:
 
 
 def fuse_pairs(graph: fx.Graph) -> None:
-    """Quantize-dequantize pairs become their straight-through form, with the scale where it follows what they round."""
+    """Replaces quantize-dequantize pairs by their straight-through form; includes a scale computed from what they
+    round."""
     for node in list(graph.nodes):
         if node.target is ops.dequantize.default and node.args[0].target is ops.quantize.default:
             x, scale, *limits = node.args[0].args
@@ -149,7 +150,7 @@ def fuse_pairs(graph: fx.Graph) -> None:
 
 
 def make_segment(nodes: Sequence[fx.Node], later: Sequence[fx.Node], kept: set[str]) -> Segment:
-    """`nodes` as a module of their own; its results are what `later` nodes read and what is `kept`."""
+    """`nodes` as a separate module; its results are what `later` nodes read and what is `kept`."""
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     own = set(nodes)
     inputs: dict[fx.Node, None] = {}
@@ -172,7 +173,7 @@ def _default_segments(body: Sequence[fx.Node]) -> int:
 
 
 def _cuts(body: Sequence[fx.Node], segments: int) -> list[int]:
-    """Positions in `body` at which to cut, near even spacing where the fewest tensors cross."""
+    """Positions in `body` at which to cut: near even spacing, where the fewest tensors cross."""
     position = {node: i for i, node in enumerate(body)}
     crossing = [0] * (len(body) + 1)
     for i, node in enumerate(body):
@@ -193,7 +194,7 @@ def _cuts(body: Sequence[fx.Node], segments: int) -> list[int]:
 
 
 def _last_uses(segments: Sequence[Segment], kept: set[str]) -> dict[int, list[str]]:
-    """By segment, the values that no later segment reads."""
+    """By segment, the values that no later segment needs."""
     last: dict[str, int] = {}
     for number, segment in enumerate(segments):
         for name in (*segment.inputs, *segment.outputs):

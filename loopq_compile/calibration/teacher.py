@@ -1,4 +1,4 @@
-"""The teacher: the captured model in full precision, asked once for every batch."""
+"""The teacher: the captured model in full precision, run once for every batch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from loopq_compile.graph.signature import Signature
 from loopq_compile.graph.texts import logits_of
 
 CACHE_BYTES = 2 << 30
-"""Targets of batches are kept up to this size together; beyond it the teacher runs again."""
+"""Targets are kept up to this total size; beyond it the teacher runs again."""
 
 
 class Teacher:
-    """Gives `Targets` for batches.
+    """Computes `Targets` for batches.
 
     Args:
         graph_module: the captured graph, before any quantization.
@@ -29,7 +29,7 @@ class Teacher:
         ends: nodes that hold the state at the end of each loop.
         vocabulary: size of the vocabulary, None for models without one.
         options: temperature and top-k.
-        kept: targets that another teacher of the same model, batches and options has given; grows as this one is asked.
+        kept: targets computed by another teacher of the same model, batches and options; this teacher adds its own.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Teacher:
 def predictions(
     results: Sequence[Any], signature: Signature, vocabulary: int | None
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The logits among the flat `results` of a graph, None if it has none, and its floating-point results."""
+    """The logits among the flat `results` of a graph (None if there are none), and its floating-point results."""
     outputs = [x for x in results if isinstance(x, Tensor) and x.is_floating_point()]
     if vocabulary is not None:
         try:

@@ -1,4 +1,4 @@
-"""End-to-end calibration: the student against the teacher's predictions and its states at the ends of loops."""
+"""End-to-end calibration: compares the student with the teacher's predictions and its states at the ends of loops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Training(Steps):
         plan: see `Steps`.
         student, teacher: both see the same batches.
         signature, vocabulary: find the logits among the results.
-        ends, adapters: names of the nodes at the end of each loop and of the adapters behind.
+        ends, adapters: names of the nodes at the end of each loop, and of the adapters after them.
     """
 
     def __init__(

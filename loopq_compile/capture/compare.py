@@ -1,4 +1,4 @@
-"""Whether a captured graph is the model at sizes other than the example's, found by running both."""
+"""Runs a captured graph and its model at sizes other than the example's, to see whether they agree."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from loopq_compile.graph.signature import Signature
 
 
 class Comparison:
-    """Called with sizes by name of dimension, it says whether model and graph compute the same there.
+    """Called with sizes by name of dimension; returns whether model and graph compute the same there.
 
     Args:
-        model: in evaluation mode.
-        graph_module: captured from it.
-        signature: of the graph.
-        arguments: the example, cut or repeated to the sizes asked for.
+        model: the model, in evaluation mode.
+        graph_module: the graph captured from it.
+        signature: signature of the graph.
+        arguments: the example, which is cut or repeated to the sizes asked for.
         named: which of its dimensions vary.
-        state: of the model, put back after every run.
+        state: state of the model, restored after every run.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Comparison:
         state.protect_values()
 
     def __call__(self, sizes: Mapping[str, int]) -> bool:
-        """False also where the model does not run, and where sizes are asked for that the example cannot be given."""
+        """False also if the model does not run, or if the example cannot be resized to these sizes."""
         known = {"batch": sizes.get("batch", 1), "sequence": sizes.get("sequence", 1)}
         if any(sizes[name] != self._captured(name) for name in sizes if name not in known):
             return False
@@ -69,7 +69,7 @@ class Comparison:
                 with torch.random.fork_rng(devices), torch.no_grad():
                     torch.manual_seed(0)
                     results.append([v for v in pytree.tree_leaves(run()) if isinstance(v, Tensor)])
-            except Exception:  # whatever a model says of a size it does not take
+            except Exception:  # models raise anything for a size that they do not accept
                 return False
             finally:
                 self.state.restore()
@@ -78,7 +78,7 @@ class Comparison:
 
 
 def _without_padding(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The call with a mask that hides nothing: a part of an example may be padding only, which says nothing."""
+    """The call with a mask that hides nothing: part of an example may be only padding, and would prove nothing."""
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point():
         return {**arguments, "attention_mask": torch.ones_like(mask)}

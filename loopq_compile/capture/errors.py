@@ -1,4 +1,4 @@
-"""Why a model cannot be captured: the line of its source, and a way out."""
+"""Explains why a model cannot be captured: the line of its source, and what to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CAPTURE = os.path.dirname(__file__)
 
 
 def model_frames(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
-    """The frames below the capture that are neither PyTorch's nor ours."""
+    """The frames below the capture that belong neither to PyTorch nor to this package."""
     ours = [i for i, frame in enumerate(frames) if frame.filename.startswith(_CAPTURE)]
     return [
         frame
@@ -30,7 +30,7 @@ def model_frames(frames: Sequence[traceback.FrameSummary]) -> list[traceback.Fra
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Keeps what the exporter prints of a graph that it cannot finish off the terminal; the error says what matters."""
+    """Hides what the exporter prints about a graph that it cannot finish; the error says what matters."""
     printed = io.StringIO()
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = log.level
@@ -40,11 +40,11 @@ def quiet_exporter() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-    sys.stderr.write(printed.getvalue())  # what the model's own code wrote, where all went well
+    sys.stderr.write(printed.getvalue())  # after a success, show what the model's own code wrote
 
 
 def explain(model: nn.Module, error: Exception, fixed_at: Sequence[traceback.FrameSummary]) -> str:
-    """What went wrong, at which line of the model's source, and a way out."""
+    """What went wrong, at which line of the model's source, and what to do."""
     text = str(error)
     frames = model_frames(traceback.extract_tb(error.__traceback__)) or list(fixed_at)
     where = re.search(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)', text.split("User code", 1)[-1])

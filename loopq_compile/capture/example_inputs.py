@@ -1,4 +1,4 @@
-"""Example inputs of a model: which argument each one is, and which of its dimensions vary."""
+"""Example inputs of a model: the argument that each belongs to, and which of its dimensions vary."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from loopq_compile.graph.conditions import evaluate
 from loopq_compile.graph.signature import NO_CACHE, is_cache
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 17
-"""Sizes of examples made here; the exporter specialises dimensions of size 1, and equal sizes are ambiguous."""
+"""Sizes of examples made here: not 1, which the exporter specialises, and not equal, which would be ambiguous."""
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "labels")
-"""Arguments of Hugging Face models of which each token has an entry: `[batch, sequence]`, embeddings with features."""
+"""Arguments of Hugging Face models with one entry per token: `[batch, sequence]`, for embeddings also features."""
 
 Dimensions = dict[str, dict[int, str]]
 """Names of the dimensions that may vary, by input: `{"input_ids": {0: "batch", 1: "sequence"}}`."""
@@ -66,9 +66,10 @@ def bind_example(model: nn.Module, example_inputs: Any) -> tuple[list[str], dict
 
 
 def split_call(model: nn.Module, values: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
-    """`values` by name of argument as positional and keyword ones, and the name of `*args` between them, if it has any.
+    """Splits `values` (by argument name) into positional and keyword arguments; also returns the name of `*args`, if
+    any.
 
-    Only a `forward` with `*args` that the example fills takes positional arguments.
+    Positional arguments are used only if the example fills the `*args` of `forward`.
     """
     parameters = inspect.signature(model.forward).parameters.values()
     rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
@@ -90,7 +91,7 @@ def _causal_lm_example(model: nn.Module, names: list[str]) -> dict[str, Any]:
             "torch.randint(0, vocab_size, (2, 16))."
         )
     generator = torch.Generator().manual_seed(0)
-    chunk = getattr(model.config, "chunk_size", None)  # scans in chunks branch on whether there are several
+    chunk = getattr(model.config, "chunk_size", None)  # scans in chunks branch on the number of chunks
     length = chunk + 1 if isinstance(chunk, int) and chunk >= EXAMPLE_LENGTH else EXAMPLE_LENGTH
     ids = torch.randint(0, vocabulary, (EXAMPLE_BATCH, length), generator=generator)
     device = next((p.device for p in model.parameters()), ids.device)
@@ -114,11 +115,11 @@ def main_input(arguments: Mapping[str, Any]) -> str:
 
 
 def name_dimensions(arguments: Mapping[str, Any]) -> Dimensions:
-    """Dimensions as long as batch or sequence of the main input; the main input's own come first.
+    """Names the dimensions that are as long as batch or sequence of the main input; those of the main input come first.
 
     Integers `[batch, n]` are tokens of another length, such as targets, and `[batch * sequence]` are flattened ones.
-    The exporter finds whether such a size is fixed, free or follows from the main input's; `sequence -1` is how the
-    example is resized.
+    The exporter finds out whether such a size is fixed, free, or follows from the main input's. `sequence -1` says how
+    the example is resized.
     """
     main = main_input(arguments)
     batch, length = arguments[main].shape[:2]
@@ -131,7 +132,7 @@ def name_dimensions(arguments: Mapping[str, Any]) -> Dimensions:
             named[name][1] = "sequence"
         elif has_sequence:
             found = [i for i, size in enumerate(sizes) if size == length and i not in named[name]]
-            if length > 1 or len(found) == 1:  # several dimensions of size 1 are more likely there to be broadcast
+            if length > 1 or len(found) == 1:  # several dimensions of size 1 are probably meant to be broadcast
                 named[name] |= dict.fromkeys(found, "sequence")
             tokens = bool(sizes) and has_sequence and length > 1 and not value.is_floating_point()
             if tokens and len(sizes) == 2 and list(named[name]) == [0] and sizes[1] > 1:
@@ -144,8 +145,8 @@ def name_dimensions(arguments: Mapping[str, Any]) -> Dimensions:
 def separate(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The example with a tensor of its own for each input.
 
-    The exporter takes one tensor object for one value: an input that is another input, or a weight of the model, would
-    be merged with it. Nor may inputs share memory, in which the model might write.
+    The exporter treats one tensor object as one value: if an input were the same object as another input or a weight,
+    the two would be merged. Inputs must not share memory either, since the model might write to it.
     """
     return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
@@ -159,7 +160,7 @@ def widen(arguments: dict[str, Any], named: Dimensions) -> dict[str, Any]:
 
 
 def resize(arguments: Mapping[str, Any], named: Dimensions, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The example with other `sizes` of named dimensions: its first entries, the very first one repeated before."""
+    """The example with other `sizes` of named dimensions: its first entries, preceded by repeats of the very first."""
     resized = dict(arguments)
     for name, dims in named.items():
         for i, dim in dims.items():
@@ -175,7 +176,8 @@ def resize(arguments: Mapping[str, Any], named: Dimensions, sizes: Mapping[str, 
 
 
 def dynamic_shapes(arguments: Mapping[str, Any], named: Dimensions) -> dict[str, Any]:
-    """What `torch.export` is told. The batch and a sequence of tokens must vary; others may turn out to be fixed."""
+    """The dynamic shapes for `torch.export`. The batch and a sequence of tokens must vary; others may turn out
+    fixed."""
     main = main_input(arguments)
     shapes: dict[str, Any] = {}
     for name, value in arguments.items():
@@ -189,9 +191,9 @@ def dynamic_shapes(arguments: Mapping[str, Any], named: Dimensions) -> dict[str,
 def read_shapes(values: Mapping[str, Tensor], named: Dimensions, main: str) -> dict[str, tuple[int | str, ...]]:
     """Shapes of the captured inputs, with the names of dimensions that vary. `values` are the exporter's tensors.
 
-    What has an entry per token takes the names it had in the example; the exporter, who lets a mask of another batch
-    be broadcast and labels be of any length, has symbols of their own for them. So do inputs of which it found that
-    their sizes together equal those of the main input (labels that are flattened, say).
+    Inputs with an entry per token keep the names they had in the example, although the exporter gives them separate
+    symbols: it lets a mask of another batch be broadcast, and labels have any length. The same holds for inputs whose
+    sizes it found to be equal, taken together, to those of the main input (flattened labels, for example).
     """
     known = {str(values[main].shape[i]): dim for i, dim in named[main].items()}
     env = getattr(getattr(values[main], "fake_mode", None), "shape_env", None)

@@ -1,4 +1,4 @@
-"""The exporter's runs of a model: as it is, and again where a cache of an earlier call hides the way to compute it."""
+"""Runs the exporter on a model: as it is, and again where a cache of an earlier call hides how a value is computed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from loopq_compile.errors import CaptureError, LoopQError
 from loopq_compile.graph.conditions import SizeCondition
 
 _LONGEST = 1 << 17
-"""Longest example that is tried to make a model renew its caches."""
+"""Longest example tried in order to make a model renew its caches."""
 
 
 @dataclass
@@ -40,9 +40,9 @@ class Export:
 
     Args:
         program: the exporter's result.
-        values: the exporter's tensors of the inputs, by name.
-        shapes: those with the names of dimensions.
-        conditions: on sizes, that the graph depends on.
+        values: the exporter's input tensors, by name.
+        shapes: their shapes, with the names of dimensions.
+        conditions: the conditions on sizes that the graph depends on.
         relations: how sizes follow from others, such as `labels_1 == sequence - 1`.
     """
 
@@ -56,7 +56,7 @@ class Export:
 def export(model: nn.Module, arguments: Mapping[str, Any], named: Dimensions, state: ModelState) -> Export:
     """The graph of `model` with the fewest conditions on sizes.
 
-    A model that is refused since it makes buffers on its first call is captured as it is after a call.
+    If a model is refused because it makes buffers on its first call, it is called once and then captured.
 
     Raises:
         CaptureError: `torch.export` cannot capture the model.
@@ -73,7 +73,7 @@ def export(model: nn.Module, arguments: Mapping[str, Any], named: Dimensions, st
 
 
 def _call_once(model: nn.Module, arguments: Mapping[str, Any], state: ModelState) -> bool:
-    """Runs `model` with real values, so that it has what its first call makes; False where it does not run.
+    """Runs `model` with real values, so that it has what its first call makes; False if it does not run.
 
     Raises:
         CaptureError: it makes weights or draws random values, which would not be those of the user's first call.
@@ -87,7 +87,7 @@ def _call_once(model: nn.Module, arguments: Mapping[str, Any], state: ModelState
             before = torch.get_rng_state()
             model(*args.values(), **kwargs)
             drawn = not torch.equal(torch.get_rng_state(), before)
-    except Exception:  # whatever a model says of an example it does not take
+    except Exception:  # models raise anything for an example that they do not accept
         state.restore()
         return False
     if drawn or [name for name, _ in model.named_parameters()] != weights:
@@ -104,8 +104,8 @@ def _with_fewest_conditions(
 ) -> Export:
     """The best of several runs of the exporter.
 
-    Caches of earlier calls (`if self.length != n`) make a model look as if it took one length only. So where a first
-    run is refused or finds conditions, and the model has such caches, it runs again from stale ones.
+    Caches of earlier calls (`if self.length != n`) make a model look as if it accepted one length only. If a first run
+    is refused or finds conditions, and the model has such caches, the exporter therefore runs again from stale caches.
     """
     best: Export | None = None
     error: CaptureError | None = None
@@ -136,7 +136,7 @@ def _with_fewest_conditions(
 def _provoke(
     model: nn.Module, arguments: Mapping[str, Any], named: Dimensions, state: ModelState, first: Export | None
 ) -> list[Any]:
-    """The caches that a model renews at sizes which none of its caches has, found by another run of the exporter."""
+    """Finds the caches that a model renews, by another run of the exporter at sizes that none of its caches has."""
     main = arguments[main_input(arguments)]
     kept = state.numbers()
     if first is None:
@@ -153,12 +153,12 @@ def _provoke(
 
 
 def _run(model: nn.Module, arguments: Mapping[str, Any], named: Dimensions, state: ModelState) -> Export:
-    """One run of the exporter, after which the model is as before; `state.found` has the caches that it wrote."""
+    """Runs the exporter once and restores the model; `state.found` then holds the caches that the run wrote."""
     watch = Watch()
     try:
         with _vmap_free_masks(), _without_disable_marks(model), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            # The exporter itself puts back some of what a model assigns, so caches are looked for before it does.
+            # The exporter itself restores some of what a model assigns, so caches are looked for before that.
             model.register_forward_hook(lambda *_: state.find_caches(), always_call=True)
             try:
                 program = _export(model, arguments, dynamic_shapes(arguments, named), watch)
@@ -218,7 +218,7 @@ def _export(model: nn.Module, arguments: Mapping[str, Any], shapes: dict[str, An
 
 
 def _forget_unread_buffers(graph: fx.Graph) -> None:
-    """Takes out what is written to a buffer as a whole and never read from it: a table that every call makes anew."""
+    """Removes writes to buffers that are overwritten as a whole and never read: tables that every call makes anew."""
     for node in list(graph.nodes):
         if node.target is torch.ops.aten.copy_.default and not node.users:
             buffer = node.args[0]
@@ -245,10 +245,10 @@ def _is_functional(graph: fx.Graph) -> bool:
 
 @contextlib.contextmanager
 def _vmap_free_masks() -> Iterator[None]:
-    """Lets transformers build attention masks without vmap while exporting, where it is installed and does not do so.
+    """Makes transformers, if it is installed, build attention masks without vmap while exporting.
 
-    transformers 4.x builds masks with `torch.vmap`, which leaves functorch bookkeeping in the graph; it ships
-    functions without vmap for its own exporters.
+    transformers 4.x builds masks with `torch.vmap`, which leaves functorch bookkeeping in the graph. It ships functions
+    without vmap for its own exporters.
     """
     masking = sys.modules.get("transformers.masking_utils")
     executorch: Any = None
@@ -275,10 +275,10 @@ def _vmap_free_masks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_disable_marks(model: nn.Module) -> Iterator[None]:
-    """Takes `torch._dynamo.disable(recursive=False)` off the methods of `model` while exporting.
+    """Removes `torch._dynamo.disable(recursive=False)` from the methods of `model` while exporting.
 
-    Methods so marked refuse to run under the exporter, even in non-strict mode, which runs them in plain Python and
-    never asks Dynamo: there the mark means nothing.
+    Methods with this mark refuse to run under the exporter, even in non-strict mode, where the mark has no meaning:
+    that mode runs them in plain Python without Dynamo.
     """
     marked = [
         (cls, name, method)

@@ -1,4 +1,4 @@
-"""What a model must be before it can be captured: whole, in floating point, on one device, and free of chance."""
+"""What a model must be before it can be captured: complete, in floating point, on one device, and deterministic."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from loopq_compile.errors import CaptureError, LoopQError
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
-"""PyTorch's wrappers around a model, and where they keep it."""
+"""PyTorch's wrappers around a model, and the attribute that holds it."""
 
 
 def check_model(model: object) -> None:
-    """Refuses what is not an `nn.Module` with its weights in floating point on one device.
+    """Refuses anything but an `nn.Module` with its weights in floating point on one device.
 
     Raises:
-        LoopQError: says what the object is and what to pass instead.
+        LoopQError: the message says what the object is and what to pass instead.
     """
     inner = _WRAPPERS.get(type(model).__name__)
     if inner and type(model).__module__.startswith("torch."):
@@ -79,7 +79,7 @@ def check_weights(model: nn.Module) -> None:
         if not torch.isfinite(torch.stack(tensor.aminmax())).all():
             infinite_mask = isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
             if infinite_mask and not torch.isnan(tensor).any():
-                continue  # a causal mask kept as a buffer
+                continue  # a causal mask that is stored as a buffer
             raise LoopQError(f"Weight {name!r} contains NaN or infinite values; the checkpoint is damaged.")
 
 
@@ -98,7 +98,7 @@ def check_deterministic(graph: fx.Graph) -> None:
 
 
 def check_stored_weights(graph: fx.Graph) -> None:
-    """Refuses linears whose weights are drawn while the model runs: modules that a first call makes.
+    """Refuses linears whose weights are drawn at random while the model runs: modules that a first call makes.
 
     Raises:
         CaptureError: names the model's line.
@@ -124,7 +124,7 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _draws(node: fx.Node) -> bool:
-    """Whether an operator that may use random numbers does; attention and dropout do with a rate above 0 only."""
+    """Whether an operator does use random numbers; attention and dropout do so only with a rate above 0."""
     arguments = node.target._schema.arguments  # type: ignore[union-attr]
     given = {argument.name: argument.default_value for argument in arguments}
     given |= {**dict(zip(given, node.args, strict=False)), **node.kwargs}
@@ -133,7 +133,7 @@ def _draws(node: fx.Node) -> bool:
 
 
 def _check_type(name: str, dtype: torch.dtype) -> None:
-    """Refuses weights in a type that models do not compute in.
+    """Refuses weights stored in a type that models do not compute in.
 
     Raises:
         LoopQError: a floating-point type other than float64, float32, bfloat16 and float16.

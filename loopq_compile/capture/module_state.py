@@ -1,8 +1,8 @@
-"""What a model keeps between its calls, put back after capture.
+"""What a model keeps between its calls, restored after capture.
 
-Research code caches tables in plain attributes, buffers, dictionaries of a module, of a class or of a file, and hooks
-store what passes them. While the exporter runs, these receive its fake tensors. `ModelState` remembers every such place
-before, and puts the old values back.
+Research code caches tables in plain attributes, buffers, and dictionaries of a module, a class or a file; hooks store
+what passes through them. While the exporter runs, its fake tensors end up in these places. `ModelState` remembers
+every such place before, and restores the old values.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch.nn.modules import module as torch_module
 
 _ABSENT = object()
 _FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "sympy"} - {"__main__", "collections"}
-"""Packages whose objects and functions are not looked into."""
+"""Packages whose objects and functions are not searched."""
 _COPIED_AT_MOST = 1 << 28
-"""Bytes of tensors that are copied before a model runs with real values."""
+"""Largest tensors, in bytes, that are copied before a model runs with real values."""
 _LOOKED_INTO_AT_MOST = 100_000
-"""Entries of a container; longer ones are data, and only remembered."""
+"""Most entries of a container that is searched; longer ones are data, and only remembered."""
 
 
 @contextlib.contextmanager
 def hashable_sizes() -> Iterator[None]:
-    """Lets sizes that vary be keys of a dictionary or of `lru_cache`, in which they never meet a number.
+    """Lets sizes that vary be keys of a dictionary or of `lru_cache`; they never equal a number there.
 
     Only for models that need it: libraries such as einops rely on the error.
     """
@@ -43,7 +43,7 @@ def hashable_sizes() -> Iterator[None]:
 
 
 class Place:
-    """One container and what it holds: an attribute dictionary, a list, a cell of a closure."""
+    """One container and its contents: an attribute dictionary, a list, a cell of a closure."""
 
     def __init__(self, read: Callable[[], dict[Any, Any]], write: Callable[[dict[Any, Any]], None]) -> None:
         self.read, self.write = read, write
@@ -61,7 +61,7 @@ class Place:
         return found
 
     def restore(self) -> None:
-        """Puts the old values back, in their old order."""
+        """Restores the old values, in their old order."""
         if self.changed():
             self.write(self.before)
 
@@ -70,8 +70,8 @@ class ModelState:
     """Everything that running `model` may change, as it is now.
 
     Args:
-        model: its modules, what they hold in plain attributes, their classes, hooks, and the functions and variables
-            of a file that their code names.
+        model: what counts is its modules, their plain attributes, classes and hooks, and the functions and variables of
+            a file that their code names.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -91,7 +91,7 @@ class ModelState:
                 waiting.extend(self._visit(value))
 
     def restore(self) -> None:
-        """Puts everything back as it was."""
+        """Restores everything."""
         for place in self.places:
             place.restore()
         for function, info in self._cached_functions.values():
@@ -112,11 +112,12 @@ class ModelState:
                 self._copies.append((tensor, tensor.detach().clone(), tensor._version))
 
     def find_caches(self) -> None:
-        """Sets `found`: place, key and stale value of what the exporter's run has written, and what follows its sizes.
+        """Sets `found`: place, key and stale value of every entry that the exporter's run wrote and that follows its
+        sizes.
 
         `made_tensors` says whether it holds tensors or modules now where it held nothing.
 
-        A stale table has no rows and a stale number is 0, as if the model had last run on no token at all.
+        A stale table has no rows and a stale number is 0, as if the model had last run on no tokens.
         """
         found = []
         for place in self.places:
@@ -128,7 +129,7 @@ class ModelState:
         self.found = found
 
     def numbers(self) -> set[int]:
-        """Whole numbers and sizes of tables among what is kept, outside of parameters."""
+        """The whole numbers and sizes of tables that the model keeps, parameters excluded."""
         sizes = {size for tensor in self.tensors.values() for size in tensor.shape}
         for place in self.places:
             for value in place.before.values():
@@ -137,7 +138,7 @@ class ModelState:
         return sizes
 
     def _visit(self, value: Any) -> Iterable[Any]:
-        """Remembers what `value` holds, and returns it."""
+        """Remembers the contents of `value`, and returns them."""
         if value is None or isinstance(value, nn.Parameter | types.ModuleType | str | bytes | bool | int | float):
             return []
         if isinstance(value, Tensor):
@@ -226,7 +227,7 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
 
 
 def _entries(value: dict[Any, Any]) -> dict[Any, Any]:
-    """What a dictionary holds, in its order; a class of its own may make entries when it is asked for them."""
+    """Contents of a dictionary, in order; without look-ups, for which a subclass may create entries."""
     ordered = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
     return {key: dict.__getitem__(value, key) for key in ordered.__iter__(value)}
 
@@ -284,7 +285,7 @@ def _set_all(value: Any, before: Mapping[str, Any]) -> None:
 
 
 def _stale(old: Any, new: Any) -> Any:
-    """`old`, as a run on no token would have left it, where `new` follows the sizes of the run."""
+    """`old` as a run on no tokens would have left it, if `new` follows the sizes of the run."""
     if isinstance(new, torch.SymInt) and type(old) is int:
         return 0
     if isinstance(new, Tensor) and isinstance(old, Tensor) and new.ndim == old.ndim:

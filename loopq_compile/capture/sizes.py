@@ -1,4 +1,4 @@
-"""What a model decides by sizes while it is captured, and which of it a program has to check."""
+"""Decisions that a model takes by size while it is captured, and which of them a program has to check."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from loopq_compile.graph.conditions import SizeCondition
 
 _PYTORCH = os.path.dirname(torch.__file__)
 _SYMBOLIC = ("torch/__init__.py", "sym_node.py", "symbolic_shapes.py", "recording.py")
-"""Ends of the names of PyTorch's files in which a model's comparison of sizes is carried out."""
+"""Endings of the names of PyTorch's files that carry out a model's comparison of sizes."""
 _LARGE = (1 << 14, (1 << 14) + 1, (1 << 14) + 2, (1 << 14) + 3)
 """Lengths that stand for all large ones: consecutive, since a condition may ask for remainders."""
 
 
 @dataclass
 class Decision:
-    """A condition that was settled with the example's sizes.
+    """A condition that was decided with the example's sizes.
 
     Args:
         env: the exporter's shapes.
-        expression: what holds on the way that was taken.
+        expression: what holds on the branch that was taken.
         place: the model's line.
-        by_model: decided in the model's own code, not inside PyTorch.
+        by_model: whether the model's own code decided, not PyTorch's.
     """
 
     env: ShapeEnv
@@ -55,10 +55,10 @@ class Watch:
     decisions: dict[Any, Decision] = field(default_factory=dict)
 
     def decided(self, env: ShapeEnv, expression: Any, result: Any) -> None:
-        """Notes that `expression` was found to be `result`, where it depends on sizes and matters for the graph.
+        """Records that `expression` was found to be `result`, if it depends on sizes and matters for the graph.
 
-        Comparisons inside PyTorch are about memory layout, or are made again when the operator runs. What it turns
-        into a plain number (how many chunks a split has) and the bounds of slices become part of the graph.
+        Comparisons inside PyTorch do not matter: they concern memory layout, or are repeated when the operator runs.
+        Sizes that it turns into plain numbers (the chunks of a split) and bounds of slices do: they are in the graph.
         """
         if not getattr(expression, "free_symbols", None):
             return
@@ -83,7 +83,7 @@ class Watch:
 
 
 def _is_symbolic(file: str) -> bool:
-    """Whether code of this file only carries out what another asks of a size."""
+    """Whether code of this file only compares sizes on behalf of other code."""
     if file.startswith(_PYTORCH):
         return file.replace(os.sep, "/").endswith(_SYMBOLIC) or "_sympy" in file
     return file.startswith("<") or file.endswith(("contextlib.py", "functools.py"))
@@ -93,8 +93,8 @@ def _is_symbolic(file: str) -> bool:
 def watch_sizes(watch: Watch) -> Iterator[None]:
     """Fills `watch` while the exporter runs.
 
-    The exporter reports a fixed size only at its end, without a place, and decisions only as far as they are not
-    settled by its assumption that sizes are at least 2. The methods watched here are private to PyTorch.
+    The exporter reports a fixed size only at its end, without a place. It reports decisions only if they do not already
+    follow from its assumption that sizes are at least 2. The methods watched here are private to PyTorch.
     """
     replace, evaluate = ShapeEnv._set_replacement, ShapeEnv.evaluate_expr
 
@@ -120,12 +120,12 @@ def watch_sizes(watch: Watch) -> Iterator[None]:
 def conditions_of(
     watch: Watch, env: ShapeEnv, names: Mapping[Any, str], sizes: Mapping[str, int]
 ) -> list[SizeCondition]:
-    """The decisions of `watch` as conditions on named dimensions, without those that hold at all sizes.
+    """Turns the decisions of `watch` into conditions on named dimensions; drops those that hold at all sizes.
 
     Args:
-        watch: of the export whose shapes are `env`.
-        names: of the dimensions, by the exporter's symbol.
-        sizes: of the example, by name.
+        watch: watch of the export whose shapes are `env`.
+        names: names of the dimensions, by the exporter's symbol.
+        sizes: sizes of the example, by name.
 
     Raises:
         CaptureError: a decision cannot be written down.
@@ -165,15 +165,15 @@ def violations(condition: SizeCondition, sizes: Mapping[str, int]) -> list[dict[
 def necessary(
     conditions: Sequence[SizeCondition], sizes: Mapping[str, int], agrees: Callable[[Mapping[str, int]], bool]
 ) -> tuple[SizeCondition, ...]:
-    """The conditions that a program must check: where they do not hold, it computes something else than the model.
+    """The conditions that a program must check: where one does not hold, the program differs from the model.
 
-    Most branches on sizes give one result on both ways: no mask for one token, no padding for whole chunks. This is
-    tried at a few small sizes. What stops to hold beyond some length is always checked.
+    Most branches on sizes give the same result either way: no mask for one token, no padding for whole chunks. This is
+    tried at a few small sizes. A condition that stops holding beyond some length is always checked.
 
     Args:
-        conditions: of the captured graph.
-        sizes: of the example.
-        agrees: whether model and graph compute the same at some sizes.
+        conditions: conditions of the captured graph.
+        sizes: sizes of the example.
+            agrees: whether model and graph compute the same at some sizes.
     """
     kept = []
     for condition in conditions:
@@ -189,7 +189,7 @@ def necessary(
 def dimension_names(
     values: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int | str, ...]]
 ) -> tuple[dict[Any, str], list[SizeCondition]]:
-    """Names by the exporter's symbol, and how dimensions without a symbol of their own follow from others."""
+    """Names by the exporter's symbol, and how dimensions without their own symbol follow from others."""
     names: dict[Any, str] = {}
     derived: list[tuple[str, Any]] = []
     for name, value in values.items():
@@ -209,11 +209,12 @@ def dimension_names(
 
 
 def tied_sizes(env: ShapeEnv, names: Mapping[Any, str], main: Sequence[int | str]) -> list[SizeCondition]:
-    """How sizes follow from those of the main input where operators need it: flattened targets, one shorter than ids.
+    """How sizes must follow from those of the main input for operators to work: flattened targets, one shorter than
+    ids.
 
     Args:
         env: the exporter's shapes.
-        names: of the dimensions, by the exporter's symbol.
+        names: names of the dimensions, by the exporter's symbol.
         main: names of the main input's dimensions.
     """
     found: dict[str, SizeCondition] = {}

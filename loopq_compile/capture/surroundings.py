@@ -1,7 +1,7 @@
-"""What PyTorch has switched on around a call: inference mode, autocast, default type and device.
+"""PyTorch's settings around a call: inference mode, autocast, default type and device.
 
-A compilation means the same wherever it stands, and leaves these settings as they are. The captured model runs under
-the caller's default type, which may be part of what it computes; passes run under float32.
+A compilation gives the same result under any settings, and leaves them unchanged. The captured model runs under the
+caller's default type, which may affect what it computes; passes run under float32.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _AUTOCAST = ("cpu", "cuda")
 
 @contextlib.contextmanager
 def undisturbed(device: torch.device, default: torch.dtype | None = None) -> Iterator[None]:
-    """Inside, there is no inference mode and no autocast, and new tensors are made on `device`.
+    """Turns inference mode and autocast off, and creates new tensors on `device`.
 
     Args:
-        device: the model's.
+        device: the model's device.
         default: the type of new tensors; None for the caller's.
     """
     before = torch.get_default_dtype()
@@ -49,7 +49,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """`tensor`, or an ordinary one on the same memory if it was made in inference mode: autograd refuses such."""
+    """`tensor`; if it was made in inference mode, an ordinary tensor on the same memory, which autograd accepts."""
     if not tensor.is_inference():
         return tensor
     with torch.inference_mode(False), torch.no_grad():
@@ -59,7 +59,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def with_plain_tensors(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` holds ordinary tensors in place of those made in inference mode, on the same memory."""
+    """While it is open, `model` holds ordinary tensors, on the same memory, instead of those made in inference mode."""
     aliases: dict[int, Tensor] = {}  # tensors that are shared stay shared
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     try:

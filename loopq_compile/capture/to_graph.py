@@ -1,7 +1,7 @@
 """Capture: an `nn.Module` becomes one flat ATen graph, by `torch.export` in non-strict mode.
 
 The exporter's output is brought into the form that passes expect: functional (no in-place operators), no wrappers
-around `set_grad_enabled` or `vmap`, weights as `get_attr` nodes, one node per tensor however many names it has.
+around `set_grad_enabled` or `vmap`, weights as `get_attr` nodes, one node per tensor no matter how many names it has.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     """The graph of `model(*example_inputs)` with dynamic batch and sequence, its state attached.
 
     Args:
-        model: the module; it is captured in evaluation mode and left as it was.
+        model: the module; it is captured in evaluation mode and left unchanged.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. Tensors become inputs, other
             values (flags, None) become part of the graph. The first integer tensor of at least two dimensions is
             taken as `[batch, sequence]`; dimensions of other tensors that match become dynamic with it. Hugging Face
@@ -107,12 +107,12 @@ def _capture(
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """What makes two names one tensor."""
+    """A key that is equal for two names of the same tensor."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _first_names(model: nn.Module) -> dict[tuple[Any, ...], str]:
-    """The first name of every tensor; the exporter picks any."""
+    """The first name of every tensor; the exporter's choice among several names is arbitrary."""
     names: dict[tuple[Any, ...], str] = {}
     for source in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
         for name, tensor in source:

@@ -8,7 +8,7 @@ from torch import Tensor
 from loopq_compile.graph.signature import LOOPS_AXIS, PAST, InputSpec, Signature
 
 PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
-"""What names of cache inputs and outputs begin with; a number and `.key` or `.value` follow."""
+"""Prefix of the names of cache inputs and outputs; a number and `.key` or `.value` follow."""
 
 
 def has_cache(signature: Signature) -> bool:
@@ -17,7 +17,7 @@ def has_cache(signature: Signature) -> bool:
 
 
 def cache_inputs(signature: Signature) -> tuple[InputSpec, InputSpec, list[InputSpec]]:
-    """Of a program with a key-value cache: token ids, the attention mask, and the cache."""
+    """Token ids, attention mask and cache inputs of a program with a key-value cache."""
     ids, mask, *others = signature.inputs
     return ids, mask, [spec for spec in others if spec.name.startswith(PAST_PREFIX)]
 

@@ -1,8 +1,8 @@
 """Conditions on sizes: at which batches and lengths a captured graph is the model.
 
-A model may branch on sizes (`if ids.shape[1] > 16`). A graph holds one way only, so the condition stays with it, as
-text over the names of dimensions, and every call is checked. Saved programs carry it. Files are data from anywhere, so
-the text is read by a small evaluator of arithmetic, never by Python.
+A model may branch on sizes (`if ids.shape[1] > 16`). A graph holds one branch only. The condition is therefore kept
+with it, as text over the names of dimensions, and checked in every call. Saved programs carry it too. Since files may
+come from anywhere, a small evaluator of arithmetic reads the text, never Python itself.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class SizeCondition:
-    """What must hold of the sizes of a call.
+    """A condition that the sizes of a call must meet.
 
     Args:
-        text: over the names of dimensions, such as `sequence <= 16`.
+        text: an expression over names of dimensions, such as `sequence <= 16`.
         where: the line of the model's source that depends on it, "" if unknown.
     """
 
@@ -62,7 +62,7 @@ class SizeCondition:
     where: str = ""
 
     def holds(self, sizes: Mapping[str, Any]) -> bool:
-        """Whether it holds at `sizes`, by name of dimension; not where it cannot be computed.
+        """Whether it holds at `sizes` (by name of dimension); False where it cannot be computed.
 
         Raises:
             LoopQError: the text is not a condition on these sizes.
@@ -75,7 +75,7 @@ class SizeCondition:
         return {value for value in values if isinstance(value, int)}
 
     def names(self) -> set[str]:
-        """The dimensions it speaks of."""
+        """The dimensions that it names."""
         return {
             node.id for node in ast.walk(_parse(self.text)) if isinstance(node, ast.Name) and node.id not in _FUNCTIONS
         }
@@ -140,7 +140,7 @@ def _value(node: ast.expr, sizes: Mapping[str, Any]) -> Any:
 def check_conditions(
     conditions: tuple[SizeCondition, ...], sizes: Mapping[str, int], captured: Mapping[str, int]
 ) -> None:
-    """Refuses sizes at which the model is not what was captured.
+    """Refuses sizes at which the model computes something other than the captured graph.
 
     Raises:
         LoopQError: names the condition, the line it comes from, and the sizes of capture and call.
@@ -161,7 +161,7 @@ def check_conditions(
 
 
 def check_condition_names(conditions: tuple[SizeCondition, ...], captured: Mapping[str, int]) -> None:
-    """Refuses conditions, of a file from anywhere, that the captured sizes themselves do not meet.
+    """Refuses conditions, read from a file, that the captured sizes themselves do not meet.
 
     Raises:
         LoopQError: one cannot be read, or does not hold.

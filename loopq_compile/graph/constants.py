@@ -1,5 +1,5 @@
-"""Constant expressions: nodes that depend on stored tensors alone, as the chains between weights and linears do; and
-what depends on nothing but those and sizes, as the embedding of a loop's time does."""
+"""Constant expressions: nodes that depend only on stored tensors, such as the chains between weights and linears; and
+nodes that depend only on those and on sizes, such as the embedding of a loop's time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _MADE = {
     *(_aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.scalar_tensor.default),
     *(_aten.zeros.default, _aten.ones.default, _aten.full.default, _aten.eye.default, _aten.linspace.default),
 }
-"""What makes a tensor from numbers alone, the same one every time."""
+"""Operators that make a tensor from numbers only, the same one every time."""
 _LARGE = 1 << 20
-"""Entries of a value behind which freed memory is given back to the system."""
+"""After dropping a value of more entries than this, freed memory is returned to the system."""
 
 
 def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The stored tensors of `graph`, and every node that is computed from them alone."""
+    """The stored tensors of `graph`, and every node that is computed only from them."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         inputs = node.all_input_nodes
@@ -37,11 +37,11 @@ def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 def independent_nodes(graph: fx.Graph, sizes: bool = False) -> set[fx.Node]:
-    """The nodes that no input of the graph can change: constant ones, and what is computed from numbers alone.
+    """The nodes that no input of the graph can change: constant ones, and what is computed only from numbers.
 
     Args:
-        graph: with functional operators.
-        sizes: also those that depend on sizes of inputs, and on nothing else of them. These cannot be evaluated.
+        graph: a graph of functional operators.
+        sizes: include nodes that depend on the sizes of inputs and nothing else of them. These cannot be evaluated.
     """
     found: set[fx.Node] = set()
     for node in graph.nodes:
@@ -55,13 +55,13 @@ def independent_nodes(graph: fx.Graph, sizes: bool = False) -> set[fx.Node]:
 
 
 def evaluate(graph_module: fx.GraphModule, targets: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, Tensor]]:
-    """Computes constant nodes, in graph order; a value is dropped when all that needed it are computed.
+    """Computes constant nodes, in graph order; drops each value after its last use.
 
-    The caller may rewrite the graph between two values, but keeps the tensors.
+    The caller may rewrite the graph between two values, but must keep the tensors.
     """
     wanted = set(targets)
     needed = sources_of(wanted)
-    # Noted down first: the caller may replace nodes while the values come.
+    # Collected first: the caller may replace nodes between values.
     plan = [(n, n.op, n.target, n.args, n.kwargs, n.all_input_nodes) for n in graph_module.graph.nodes if n in needed]
     readers = Counter(argument for *_, inputs in plan for argument in inputs)
     values: dict[fx.Node, Any] = {}
@@ -85,15 +85,15 @@ def evaluate(graph_module: fx.GraphModule, targets: Iterable[fx.Node]) -> Iterat
 
 
 def root_weight(end: fx.Node) -> fx.Node:
-    """The stored weight that the chain ending with `end` begins with."""
+    """The stored weight at the start of the chain that ends with `end`."""
     while end.op != "get_attr":
         end = end.args[0]  # type: ignore[assignment]
     return end
 
 
 def chain_name(graph_module: fx.GraphModule, end: fx.Node) -> str:
-    """What to call the buffers of the chain that ends with `end`: its weight, and `_loop<row>` behind the weight's name
-    where the chain reads that row of a table with one row for each loop."""
+    """Base name for the buffers of the chain that ends with `end`: the weight's name, followed by `_loop<row>` where
+    the chain reads that row of a table with one row for each loop."""
     rows: set[Any] = set()
     stack, seen = [end], set[fx.Node]()
     while stack:

@@ -1,4 +1,4 @@
-"""Calls of programs that may stop their loop early (pass `exit-early`): one input more, and one result."""
+"""Calls of programs that may stop their loop early (pass `exit-early`): one more input and one more result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def threshold_tensor(value: Any) -> Tensor:
     """`value` as the input `exit_threshold`; None means 1, which runs all loops.
 
     Raises:
-        LoopQError: it is no number above 0.
+        LoopQError: it is not a number above 0.
     """
     if value is None:
         return torch.ones(())
@@ -42,7 +42,7 @@ def check_early_exit(signature: Signature, threshold: Any) -> None:
     """Refuses a threshold where the program cannot stop early.
 
     Raises:
-        LoopQError: it cannot; says what to do.
+        LoopQError: it cannot; the message says what to do.
     """
     if threshold is not None and not has_early_exit(signature):
         raise LoopQError(
@@ -52,6 +52,6 @@ def check_early_exit(signature: Signature, threshold: Any) -> None:
 
 
 def spent_of(output: Any) -> list[int]:
-    """The loops that a call spent, as a list of one entry; [] for programs that run all."""
+    """The number of loops that a call ran, as a list of one entry; [] for programs that always run all."""
     spent = output.get(LOOPS_SPENT) if isinstance(output, dict) else None
     return [] if spent is None else [int(spent)]

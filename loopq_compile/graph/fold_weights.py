@@ -1,11 +1,11 @@
-"""Plain weights: what a model computes only from its parameters before it multiplies becomes a stored weight.
+"""Plain weights: what a model computes from its parameters before a product becomes a stored weight.
 
 `F.linear(x, weight.to(x.dtype))`, `weight_norm` and other parametrizations, `weight * mask` and slices of a fused
 weight leave operators between a parameter and its product. They give the same result in every call, so they are
-computed once, by the same operators, and the product reads the result. One chain that occurs in several iterations
-gives one weight, so that loops are found as before.
+computed once, by the same operators, and the product reads the result. A chain that occurs in several iterations
+becomes one weight, so that loops are still found.
 
-Also which operators return their input, because there was nothing to cast, to copy or to reshape.
+This module also tells which operators return their input because there is nothing to cast, copy or reshape.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _same_sizes(left: Any, right: Any) -> bool:
 
 @dataclass
 class _Chain:
-    """Nodes that compute the same from the same parameters, and the names of those parameters."""
+    """Nodes that compute the same value from the same parameters, and the names of those parameters."""
 
     roots: tuple[str, ...]
     ends: list[fx.Node] = field(default_factory=list)
@@ -82,10 +82,10 @@ def fold_weights(graph_module: fx.GraphModule) -> None:
     """Stores the results of constant chains between parameters and products, as parameters; a second run does nothing.
 
     Before: `linear(x, to(weight, bfloat16))`. After: `linear(x, weight)`, where `weight` is stored in bfloat16. The
-    result keeps the name of the parameter where nothing else reads that, else `_folded` is added, or `_part0`,
-    `_part1` for several results of one parameter.
+        result keeps the name of the parameter if nothing else reads that parameter. Otherwise `_folded` is added, or
+        `_part0`, `_part1` for several results of one parameter.
 
-    A chain stays where the results would take more room than the parameters do (a product of two thin matrices,
+    A chain stays where the results would need more memory than the parameters (a product of two thin matrices,
     a scale that differs in each iteration). The parameters of the user's model are never changed.
     """
     chains = _find_chains(graph_module)
@@ -131,7 +131,7 @@ def _is_end(graph_module: fx.GraphModule, node: fx.Node, constant: set[fx.Node])
         return False
     readers = [user for user in node.users if user not in constant]
     products = [user for user in readers if _weight_of(user) is node]
-    if node.target not in _TRANSPOSES:  # `canonicalize-linears` takes these out of products, other than `linear`
+    if node.target not in _TRANSPOSES:  # `canonicalize-linears` removes these from products other than `linear`
         turned = [turn for turn in node.users if turn in constant and turn.target in _TRANSPOSES]
         products += [user for turn in turned for user in turn.users if _weight_of(user) is turn and _takes_turned(user)]
     elif node.meta["val"].ndim == 2:
@@ -194,7 +194,7 @@ def _base(root: str) -> str:
 
 
 def _still_read(graph: fx.Graph, ends: set[fx.Node]) -> set[str]:
-    """Parameters that something reads on another way than through `ends`."""
+    """Parameters that are also read other than through `ends`."""
     needed: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or node.op == "placeholder" or (node in needed and node not in ends):

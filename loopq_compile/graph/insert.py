@@ -17,10 +17,10 @@ from loopq_compile.graph.state import free_name, set_tensor
 
 @contextlib.contextmanager
 def inserting(graph: fx.Graph, *, before: fx.Node, tag: LoopTag | None, site: str = "") -> Iterator[list[fx.Node]]:
-    """Creates nodes in front of `before`; they get the loop `tag` and the name of the `site` they serve.
+    """Creates nodes before `before`; they get the loop `tag` and the name of the `site` they serve.
 
-    Constants may be added on top of the graph meanwhile (`add_constant`). Only these two places are looked at: a pass
-    that opens a block for every linear would otherwise read the whole graph for each.
+    Constants may be added at the top of the graph meanwhile (`add_constant`). Only these two places are checked; else a
+    pass that opens a block for every linear would read the whole graph for each of them.
 
     Raises:
         InternalError: nodes were created elsewhere, or erased.
@@ -37,7 +37,7 @@ def inserting(graph: fx.Graph, *, before: fx.Node, tag: LoopTag | None, site: st
         node = node.prev
     made += on_top + in_front[::-1]
     if len(made) != len(graph.nodes) - count:
-        raise InternalError(f"inserting in front of {before.name!r}: nodes were created elsewhere, or erased.")
+        raise InternalError(f"inserting before {before.name!r}: nodes were created elsewhere, or erased.")
     for node in made:
         set_tag(node, None if node.op == "get_attr" else tag)
         if site:
@@ -50,7 +50,7 @@ def call(graph: fx.Graph, operator: Any, *args: Any) -> fx.Node:
 
 
 def add_constant(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
-    """Registers `tensor` as buffer `name`, or a free name like it, and returns a `get_attr` node at the top."""
+    """Registers `tensor` as buffer `name`, or a similar free name, and returns a `get_attr` node at the top."""
     name = free_name(graph_module, name)
     set_tensor(graph_module, name, tensor)
     graph = graph_module.graph

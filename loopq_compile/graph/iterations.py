@@ -1,10 +1,10 @@
 """Finds where the iterations of a loop begin and end.
 
 A captured graph lists nodes in the order in which the model ran them, so an iteration is a stretch of that list. The
-matrix products of iteration `t` say where it is, but not where it ends: between the last product of one iteration and
-the first of the next stands a *gap*, with the end of the one (residual, norm, gate), the beginning of the next
-(injection, norm), and perhaps layers of their own between two calls of a shared block. What a gap begins with and what
-also follows the last iteration is an end; what it ends with and what also precedes the first iteration is a beginning:
+matrix products of iteration `t` say where it is, but not where it ends. Between the last product of one iteration and
+the first product of the next is a *gap*. It holds the end of the one (residual, norm, gate), the beginning of the next
+(injection, norm), and perhaps separate layers between two calls of a shared block. The steps at the start of a gap
+that also follow the last iteration are an end; those at its end that also precede the first are a beginning:
 
     embed  [add e, norm | products 0 | residual, norm]  [add e, norm | products 1 | residual, norm]  head
            prologue                    `------------- gap -------------'            epilogue
@@ -28,14 +28,14 @@ Call = tuple[str, int]
 
 @dataclass(frozen=True)
 class Region:
-    """Where to look: `nodes` in program order, and for nodes computed from weights alone the names of those weights."""
+    """Where to look: `nodes` in program order, and for nodes computed only from weights the names of those weights."""
 
     nodes: Nodes
     roots: Mapping[fx.Node, frozenset[str]]
 
 
 def find_dependence(nodes: Nodes, use_of: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
-    """For each node the last iteration whose products it depends on, -1 if none."""
+    """For each node, the last iteration whose products it depends on; -1 if none."""
     last: dict[fx.Node, int] = {}
     for node in nodes:
         inputs = (last.get(argument, -1) for argument in node.all_input_nodes)
@@ -47,7 +47,7 @@ def assign_iterations(region: Region, use_of: Mapping[fx.Node, int], count: int)
     """The iteration of every node that belongs to a loop.
 
     Args:
-        region: the graph, or one iteration of the loop around this one.
+        region: the graph, or one iteration of the enclosing loop.
         use_of: the iteration of every matrix product of the loop.
         count: number of iterations.
 
@@ -71,7 +71,7 @@ def assign_iterations(region: Region, use_of: Mapping[fx.Node, int], count: int)
         head = min(head, len(gap) - tail)
         middle = gap[tail : len(gap) - head]
         if not layers.foreign.intersection(middle):
-            # What is neither (`if t > 0: ...`) prepares the next iteration.
+            # Nodes that are neither (`if t > 0: ...`) prepare the next iteration.
             assigned.update(dict.fromkeys(middle, t + 1))
         assigned.update(dict.fromkeys(gap[:tail], t))
         assigned.update(dict.fromkeys(gap[len(gap) - head :], t + 1))
@@ -83,7 +83,7 @@ def assign_iterations(region: Region, use_of: Mapping[fx.Node, int], count: int)
 
 
 def _cut(nodes: Nodes, use_of: Mapping[fx.Node, int], count: int) -> tuple[list[Nodes], list[Nodes]]:
-    """From first to last product of every iteration, and the `count + 1` gaps before, between and behind."""
+    """From first to last product of every iteration, and the `count + 1` gaps before, between and after them."""
     first, last = [len(nodes)] * count, [-1] * count
     for position, node in enumerate(nodes):
         if node in use_of:
@@ -100,11 +100,11 @@ def _is_size(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Layers:
-    """What module calls say about the nodes of gaps.
+    """What module calls tell about the nodes of gaps.
 
     Args:
-        voted: nodes in a call that holds products of one iteration: they belong to it.
-        foreign: layers of their own: products with a weight that is used nowhere else, and the calls around them.
+        voted: nodes in a call that holds products of one iteration only; they belong to that iteration.
+        foreign: separate layers: products with a weight that is used nowhere else, and the calls around them.
     """
 
     voted: dict[fx.Node, int]
@@ -125,7 +125,7 @@ def _layers(region: Region, gaps: Sequence[Nodes], use_of: Mapping[fx.Node, int]
 
     def vote(node: fx.Node) -> int | None:
         call = next((call for call in reversed(module_calls(node)) if call in inside), None)
-        # A module with layers of its own decides only if it is called in several iterations.
+        # A module with separate layers decides only if it is called in several iterations.
         if call and len(inside[call]) == 1 and (call not in own_calls or len(iterations_of[call[0]]) > 1):
             return next(iter(inside[call]))
         return None
@@ -151,7 +151,7 @@ def _steps(
 ) -> dict[fx.Node, _Step | None]:
     """The step that each node is; None for foreign layers, which are like nothing else.
 
-    `segments` are the iterations, each with the gap in front of it.
+    `segments` are the iterations, each with the gap before it.
     """
     readers: dict[Hashable, set[int]] = defaultdict(set)
     for i, segment in enumerate(segments):
@@ -163,7 +163,7 @@ def _steps(
     def is_shared(value: fx.Node | str) -> bool:
         if isinstance(value, str):
             return len(readers[value]) > 1
-        # What enters the loop is read by iteration 0 and the gap behind it (a residual); what is shared, later too.
+        # What enters the loop is read by iteration 0 and the gap after it (a residual); what is shared, later too.
         return dependence.get(value, -1) < 0 and max(readers[value]) > 1
 
     def step(node: fx.Node) -> _Step | None:
@@ -181,9 +181,9 @@ def _values(node: fx.Node, region: Region) -> set[fx.Node | str]:
 
 
 def _common(left: Iterable[_Step | None], right: Iterable[_Step | None]) -> int:
-    """How many steps `left` and `right` begin with alike.
+    """How many steps `left` and `right` have in common at their start.
 
-    What `right` reads from outside may be more: a loop often starts from the very value that it also injects.
+    `right` may read more from outside: a loop often starts from the very value that it also injects.
     """
     count = 0
     for a, b in zip(left, right, strict=False):
@@ -194,7 +194,7 @@ def _common(left: Iterable[_Step | None], right: Iterable[_Step | None]) -> int:
 
 
 def _drop_shared_values(nodes: Nodes, dependence: Mapping[fx.Node, int], assigned: dict[fx.Node, int]) -> None:
-    """Takes what does not depend on the loop and is read outside of its iteration out of `assigned`."""
+    """Removes from `assigned` what does not depend on the loop and is read outside of its iteration."""
     for node in reversed(nodes):
         if dependence[node] < 0 and any(assigned.get(user) != assigned.get(node) for user in node.users):
             assigned.pop(node, None)

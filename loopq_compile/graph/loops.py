@@ -1,4 +1,4 @@
-"""Loop structure: which block of a graph runs how often, and the tag that says to which loop a node belongs.
+"""Loop structure: which block of a graph runs how often, and the tag that names the loop of a node.
 
 Everything here is plain data. Finding the structure is `loopq_compile.graph.recurrence`; writing it onto a graph is the
 pass `tag-loops`.
@@ -18,7 +18,7 @@ from loopq_compile.graph.keys import TAG
 
 @dataclass(frozen=True)
 class LoopTag:
-    """Where a node stands: iteration `index[0]` of top-level loop `loops[0]`, in it iteration `index[1]` of that
+    """The place of a node: iteration `index[0]` of top-level loop `loops[0]`, in it iteration `index[1]` of that
     loop's child `loops[1]`, and so on. Loops and iterations are counted from 0.
     """
 
@@ -41,7 +41,7 @@ def get_tag(node: fx.Node) -> LoopTag | None:
 
 
 def set_tag(node: fx.Node, tag: LoopTag | None) -> None:
-    """Tag `node`, or take its tag away."""
+    """Tags `node`; None removes its tag."""
     if tag is None:
         node.meta.pop(TAG, None)
     else:
@@ -50,7 +50,7 @@ def set_tag(node: fx.Node, tag: LoopTag | None) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """One use of a shared weight: the node that uses it, and the iteration it stands in (`"2"`, nested `"2.0"`)."""
+    """One use of a shared weight: the node that uses it, and the iteration of that node (`"2"`, nested `"2.0"`)."""
 
     loop: str
     node: str
@@ -146,7 +146,7 @@ class LoopStructure:
             stack.extend(reversed(loop.children))
 
     def chain(self, tag: LoopTag | None) -> tuple[Loop, ...]:
-        """The loops that `tag` stands in, outermost first."""
+        """The loops around a node with this `tag`, outermost first."""
         chain: list[Loop] = []
         siblings = self.loops
         for number in tag.loops if tag else ():
@@ -159,7 +159,7 @@ class LoopStructure:
         return math.prod(loop.count for loop in self.chain(tag))
 
     def row(self, tag: LoopTag | None) -> int:
-        """Row of a per-loop table for this `tag`: iterations counted through, those of nested loops fastest."""
+        """Row of a per-loop table for this `tag`: the running number of its iteration, nested loops counted fastest."""
         row = 0
         for loop, position in zip(self.chain(tag), tag.index if tag else (), strict=True):
             row = row * loop.count + position

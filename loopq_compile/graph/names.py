@@ -1,9 +1,9 @@
 """Names of the model's parameters, and the safe targets under which a graph module holds them.
 
 PyTorch takes any text without dots as the name of a module or parameter: Python keywords (`in`, `lambda`), attributes
-of `GraphModule` (`graph`, `meta`), quotes, and letters that Python reads as others. A graph module is Python code, and
-takes none of these. So a part of a name that Python or `GraphModule` has taken is spelled as an ordinary identifier
-inside the graph, `loopq_in`, and people and files see the name of the model, `in`. Everything else stays as it is.
+of `GraphModule` (`graph`, `meta`), quotes, and letters that Python normalizes to others. A graph module is Python code
+and takes none of these. Such a part of a name is therefore spelled as an ordinary identifier inside the graph,
+`loopq_in`. People and files see the name of the model, `in`. Everything else stays as it is.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _MARK = "loopq_"
 _ESCAPED = re.compile(r"_x([0-9a-f]+)_")
 _TO_ESCAPE = re.compile(r"[^A-Za-z0-9_]|_(?=x[0-9a-f]+(?:[^A-Za-z0-9]|$))")
 _ARGUMENTS = ("self", "torch", "device", "inf", "nan", "operator", "math", "fx_pytree", "pytree", "NoneType")
-"""What generated code means by these names."""
+"""Names with a meaning of their own in generated code."""
 
 
 def safe_name(name: str) -> str:
-    """The target of `name` (dotted) in a graph module; most names are their own.
+    """The target of `name` (dotted) in a graph module; for most names, the name itself.
 
     Two names never share a target, and `shown_name` gives the name back.
     """
@@ -38,7 +38,7 @@ def safe_argument(name: str) -> str:
 
 
 def shown_name(target: str) -> str:
-    """The name for people that stands behind a target of `safe_name`, or several joined by `+`."""
+    """Inverse of `safe_name`: the name for people, or several joined by `+`."""
     return "+".join(".".join(map(_shown, name.split("."))) for name in target.split("+"))
 
 

@@ -25,30 +25,32 @@ class CalibrationOptions:
     """How a method calibrates; `compile(**options)` takes the fields by name.
 
     Args:
-        steps: optimizer steps of learned methods over all their phases; None for the method's own number.
+        steps: optimizer steps of learned methods, summed over all phases; None for the method's default.
         seed: of everything random: order of samples, signs of rotations, start of adapters.
         batch_rows: calibration rows (sequences) in a step.
         learning_rate: factor on the learning rates of all parameters; 1 is what was tuned.
-        weight_solver: "rtn", "gptq" or "loaq" find integers from second-order statistics; None for the method's own.
+        weight_solver: "rtn", "gptq" or "loaq": rounding to nearest, or integers found from second-order statistics;
+            None for the method's default.
         transition_rank: rank r of the transition adapter's low-rank part (LoopQ eq. 7).
-        selection_budget: share of the transform groups inside loops that get transforms and weights of their own per
+        selection_budget: share of the transform groups inside loops that get separate transforms and weights for each
             loop (LoopQ section 4.2).
         state_weight: lambda, weight of the trajectory loss.
         transition_weight: lambda', weight of the transition loss.
         final_share: upper bound of a_t, the pull of every loop towards the last state; 1 is the paper's.
         refresh: steps between updates of a_t.
         temperature: of teacher and student in the KL divergence.
-        top_k: teacher logits kept for a token; the others count as one. None for all up to a vocabulary of 8192, else
-            512.
+        top_k: teacher logits kept for each token; the others count as one. None means all up to a vocabulary of 8192,
+            else 512.
         validation: share of the calibration batches held out to choose the best state.
         evaluate_every: steps between evaluations on them.
         patience: evaluations without improvement after which calibration stops.
         gradient_clip: largest norm of the gradient.
         precision: "bfloat16" runs matrix products of calibration in bfloat16 where the model is in float32.
-        recompute: "on" keeps only the ends of layers for the backward pass, "off" everything; "auto" decides by size.
+        recompute: what is kept for the backward pass: "on" keeps only the outputs of layers, "off" everything; "auto"
+            decides by size.
         fused: "on" compiles elementwise functions with torch.compile, which needs a C++ compiler and some seconds;
-            "auto" does so for calibrations of some length.
-        checkpoint: folder for checkpoints; a killed calibration that is started again goes on from there.
+            "auto" does so for long calibrations.
+        checkpoint: folder for checkpoints; a killed calibration resumes from it when it is started again.
         checkpoint_every: steps between checkpoints.
 
     Raises:

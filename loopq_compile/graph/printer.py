@@ -1,4 +1,4 @@
-"""A program as Python: runnable, stable from run to run, with a comment behind every node."""
+"""A program as Python: runnable, stable from run to run, with a comment after every node."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def print_graph(graph_module: fx.GraphModule) -> str:
     """The whole graph as the source of a `forward` function.
 
     Each line ends in a comment: the loop, the site (module or quantized linear), the type, and the pass that made the
-    node, if one did. The text runs with `torch` and `inf` in scope and `self` being the graph module.
+    node, if one did. To run the text, put `torch` and `inf` in scope; `self` is the graph module.
     """
     state = get_state(graph_module)
     method = f"{state.scheme.name} {state.scheme.activation}, method {state.method}" if state.scheme else "as captured"
@@ -63,7 +63,7 @@ def print_nodes(nodes: Iterable[fx.Node]) -> list[str]:
 
 
 def print_transition(graph_module: fx.GraphModule, boundary: int = 0, context: int = 6) -> str:
-    """The lines around one step from loop `boundary` to the next: where the recurrent state passes on."""
+    """The lines around one step from loop `boundary` to the next, where the recurrent state is handed over."""
     nodes = [node for node in graph_module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     edges = get_state(graph_module).loops.boundaries
     if not edges:

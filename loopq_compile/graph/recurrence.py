@@ -3,10 +3,9 @@
 A weight that takes part in several matrix products, each depending on the one before, is *repeated*; its number of
 chained uses is its multiplicity (uses side by side, such as a head applied to every loop's state, count once). Weights
 repeated in lockstep form the block of one loop. A weight used `T * K` times inside a block that runs `T` times belongs
-to a nested loop. Module calls recorded by the exporter (`layers.0@2` is the third call of `layers.0`) take part as
-if they were weights, so that an outer module without weights of its own is seen; otherwise modules are names only.
-
-Nothing here knows an architecture.
+to a nested loop. Module calls recorded by the exporter (`layers.0@2` is the third call of `layers.0`) are treated like
+weights, so that an outer module without weights of its own is found. Apart from that, modules only give names.
+Nothing here depends on an architecture.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ MATRIX_PRODUCTS = {
     _aten.conv1d.default,
     _aten.conv2d.default,
 }
-"""Operators whose weight makes a loop worth the name; shared norms or scalars alone do not."""
+"""Operators whose shared weight makes a loop; shared norms or scalars only do not."""
 
 Token = tuple[str, str]
 """What repeats: `("weight", name)` or `("call", module path)`."""
@@ -58,7 +57,7 @@ class Group:
     windows: list[tuple[int, int]] = field(default_factory=list)
 
     def try_add(self, repeat: Repeat) -> bool:
-        """Takes `repeat` in if iterations still follow each other without overlap."""
+        """Adds `repeat` if iterations still follow each other without overlap."""
         if len(repeat.uses) % self.count:
             return False
         spans = [(min(part), max(part)) for part in self.parts(repeat)]
@@ -111,7 +110,7 @@ def _flat(parts: Iterable[Iterable[int]]) -> list[int]:
 
 
 def weight_roots(graph: fx.Graph) -> dict[fx.Node, frozenset[str]]:
-    """For nodes computed from weights alone (`get_attr`, its transposes and casts): the names of those weights."""
+    """For nodes computed only from weights (`get_attr`, its transposes and casts): the names of those weights."""
     roots: dict[fx.Node, frozenset[str]] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -193,7 +192,7 @@ def _repeated_calls(nodes: Sequence[fx.Node], used: set[int]) -> list[Repeat]:
 
 
 def group_repeats(repeats: Sequence[Repeat]) -> list[Group]:
-    """Loops at one level, the one with most work first. Repeats inside another loop's iterations are its own matter."""
+    """Loops at one level, the one with most work first. Repeats inside an iteration of a loop are left to that loop."""
     pending = sorted(repeats, key=lambda repeat: (len(repeat.uses), repeat.uses[0][0]))
     groups: list[Group] = []
     while pending:
@@ -214,7 +213,7 @@ def group_repeats(repeats: Sequence[Repeat]) -> list[Group]:
 
 
 def _grow(pending: Sequence[Repeat]) -> Group:
-    """The group with most work around the least repeated token; of equal ones that with most iterations.
+    """The group with most work that contains the least repeated token; among equal ones, the one with most iterations.
 
     That token may repeat `T * K` times in a loop of `T` iterations that has nothing of its own, only loops inside.
     """
@@ -230,7 +229,7 @@ def _grow(pending: Sequence[Repeat]) -> Group:
 
 
 def _collect(pending: Sequence[Repeat], count: int) -> Group:
-    # What repeats exactly as often comes first, so that it decides where iterations begin and end.
+    # Tokens that repeat exactly `count` times come first: they decide where iterations begin and end.
     once = [repeat for repeat in pending if len(repeat.uses) == count]
     several = [repeat for repeat in pending if len(repeat.uses) != count]
     group = Group(count)

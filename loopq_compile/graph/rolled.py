@@ -1,9 +1,9 @@
 """`RolledLoop`: the iterations of a loop as one module, which a rolled graph calls as a `call_module` node.
 
-PyTorch's own operators come near and miss: `scan` slices every table it is given, weights among them, and stops where
-the tables end; `while_loop` cannot collect what its iterations return. Here the body is a graph of its own that reads
-tables by a row number, and what it reads beyond its state, it is given as arguments: the program stays the only owner
-of its tensors.
+PyTorch's own operators do not fit: `scan` slices every table it is given, weights included, and stops where the
+tables end; `while_loop` cannot collect what its iterations return. Here the body is a graph of its own that reads
+tables by a row number. Whatever else it reads is passed in as arguments, so the program stays the only owner of its
+tensors.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 class RolledLoop(nn.Module):
-    """Runs `body` again and again, each time on the state that the previous iteration left.
+    """Runs `body` repeatedly, each time on the state that the previous iteration left.
 
     Args:
         body: a graph `(row, *state, *shared) -> (*state, *collected)` without tensors of its own. `row` is an integer.
         count: number of iterations, at least 1.
         rows: rows of the tables that the body reads. Iterations beyond that read the last row (LoopQ appendix C.2).
-        skipped: iterations that stand in front of the loop, because they are not like the others.
+        skipped: iterations placed before the loop because they differ from the others.
         number: which of the program's loops this is (`LoopTag.loops[0]`).
-        scanned: which shared values the body gets one entry of, that of its iteration: key-value caches `[loops, ...]`.
-        survival: for loops that stop early, which part of the state holds every token's probability to go on; see the
-            pass `exit-early`. None: all iterations run.
+        scanned: which shared values (key-value caches `[loops, ...]`) are passed to the body one entry at a time, that
+            of its iteration.
+        survival: for loops that stop early, which part of the state holds every token's probability of going on; see
+            the pass `exit-early`. None: all iterations run.
     """
 
     def __init__(
@@ -45,13 +46,13 @@ class RolledLoop(nn.Module):
         self.body, self.count, self.rows, self.skipped, self.number = body, count, rows, skipped, number
 
     def forward(self, state: Sequence[Tensor], shared: Sequence[Any], *threshold: Tensor) -> tuple[Tensor, ...]:
-        """The state behind the last iteration, then everything collected, `[count, ...]` each.
+        """The state after the last iteration, then everything collected, `[count, ...]` each.
 
         Args:
             state: what the first iteration starts from.
             shared: tensors and sizes that all iterations read.
-            threshold: a number, where the loop may stop early (`goes_on`). For iterations that do not run, the results
-                of the last one that did are collected.
+            threshold: a number, if the loop may stop early (`goes_on`). Iterations that do not run contribute the
+                results of the last one that did.
         """
         current, collected = list(state), []
         for iteration in range(self.count):
@@ -70,10 +71,10 @@ class RolledLoop(nn.Module):
 
 
 def goes_on(survival: Tensor, threshold: Tensor) -> Tensor:
-    """Whether a loop runs once more: while, for some token, the probability to have stopped is below `threshold`.
+    """Whether a loop runs once more: it does while some token's probability of having stopped is below `threshold`.
 
     Args:
-        survival: probability of each token to have come through all iterations so far, 0 for tokens that do not count.
+        survival: each token's probability of not having stopped so far, 0 for tokens that do not count.
         threshold: a number. From 1 on the loop never stops early, not even where probabilities are rounded to 1.
 
     Returns:
@@ -83,7 +84,7 @@ def goes_on(survival: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _may_go_on(survival: Tensor, threshold: Tensor) -> bool:
-    # Without values (shapes are being inferred) all iterations are looked at.
+    # Without values (shapes are being inferred), all iterations run.
     return isinstance(survival, FakeTensor) or bool(goes_on(survival, threshold))
 
 

@@ -35,14 +35,14 @@ class Scheme:
         weight_range: "minmax" takes the largest magnitude of a group, "mse" the clipped range with the least squared
             rounding error.
         activation_range: how calibration turns statistics into ranges: "minmax", "percentile" or "mse".
-        signed_scales: scales of weights, and dynamic ones of activations, have the sign that makes a group's entry of
-            largest magnitude the integer `q_min`, one further out than `q_max`: the step is finer. False for scales
-            that are all positive, as LoopQ eq. 4 has them. Static scales of activations, and 8 bits, have positive
-            scales in both cases.
+        signed_scales: scales of weights, and dynamic scales of activations, get the sign that maps a group's entry of
+            largest magnitude to the integer `q_min`. That is one step more than `q_max`, so the step is finer. False
+            gives positive scales only, as in LoopQ eq. 4. Static scales of activations, and all scales at 8 bits, are
+            positive in both cases.
         percentile: share of magnitudes inside the range, in percent, for `activation_range="percentile"`.
-        skip: names or `fnmatch` patterns of linears to leave in floating point, on top of the defaults (LM heads,
+        skip: names or `fnmatch` patterns of linears to leave in floating point, in addition to the defaults (LM heads,
             gates of at most 8 outputs, linears that do not see the input tokens such as time embeddings).
-        quantize: names or patterns of linears to quantize even if the defaults would leave them alone.
+        quantize: names or patterns of linears to quantize even if the defaults would skip them.
 
     Raises:
         LoopQError: a value is out of range or of the wrong type.
@@ -96,7 +96,7 @@ class Scheme:
     def limit(self, bits: int) -> int:
         """The integer that a group's entry of largest magnitude becomes: `q_min` with signed scales, else `q_max`.
 
-        At 8 bits one integer more gains nothing, and runtimes that compute in int8 have positive scales.
+        At 8 bits one more integer gains nothing, and runtimes that compute in int8 expect positive scales.
         """
         return quantized_range(bits)[0 if self.signed_scales and bits < 8 else 1]
 

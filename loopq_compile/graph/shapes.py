@@ -31,7 +31,7 @@ _SHORT = {
 
 
 def infer_shapes(graph_module: fx.GraphModule) -> None:
-    """Computes `node.meta["val"]` of every node anew from those of the inputs, with symbolic batch and sequence."""
+    """Recomputes `node.meta["val"]` of every node from the inputs' values, with symbolic batch and sequence."""
     inputs = [node.meta.get("val") for node in graph_module.graph.nodes if node.op == "placeholder"]
     if any(value is None for value in inputs):
         state = get_state(graph_module)
@@ -71,7 +71,7 @@ def symbolic_inputs(signature: Signature, loops: int) -> list[Tensor]:
 
 
 def _example_sizes(signature: Signature) -> dict[str, int]:
-    """Sizes at which the conditions of a program hold; none where it has no conditions. A cache holds part of them."""
+    """Sizes at which a program's conditions hold; none if it has no conditions. A cache holds part of the tokens."""
     sizes = dict(signature.captured)
     if any(TOTAL in spec.shape for spec in signature.inputs) and sizes.get("sequence", 0) > 3:
         sizes[TOTAL], sizes[PAST] = sizes["sequence"], sizes["sequence"] // 2

@@ -1,4 +1,4 @@
-"""The calling convention of a program: how a call like `model(input_ids, attention_mask=mask)` meets its graph."""
+"""The calling convention of a program: how `model(input_ids, attention_mask=mask)` becomes a call of its graph."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class Signature:
 
     Args:
         parameters: all parameter names, in positional order.
-        inputs: those given as tensors at capture, in the order of the graph's placeholders.
-        constants: those given as plain values (`None`, flags, numbers); they are part of the graph.
+        inputs: parameters that were tensors at capture, in the order of the graph's placeholders.
+        constants: parameters that were plain values (`None`, flags, numbers); they are part of the graph.
         outputs: how the graph's flat list of results becomes what the model returns.
-        conditions: what must hold of the sizes of a call, where the model branches on sizes. With a cache, `sequence`
-            stands there for all tokens, cached and new ones.
-        captured: sizes of the example by name of dimension, where some other sizes do not fit together.
+        conditions: what the sizes of a call must meet, if the model branches on sizes. With a cache, `sequence` means
+            all tokens there, cached and new ones.
+        captured: sizes of the example by name of dimension; empty if all sizes fit together.
     """
 
     parameters: tuple[str, ...]
@@ -74,8 +74,8 @@ class Signature:
         """Tensors in placeholder order for a call `(*args, **kwargs)`.
 
         Raises:
-            LoopQError: an unknown, missing or doubled argument, a wrong type or shape, or a constant with another
-                value than at capture.
+            LoopQError: an argument is unknown, missing or given twice, has a wrong type or shape, or is a constant
+                whose value differs from that at capture.
         """
         if len(args) > len(self.parameters):
             raise LoopQError(f"Got {len(args)} positional arguments, the program takes {len(self.parameters)}.")
@@ -105,7 +105,7 @@ class Signature:
         return tensors
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
-        """Refuses sizes, by name of dimension, at which the model is not what was captured.
+        """Refuses sizes (by name of dimension) at which the model computes something other than the captured graph.
 
         Raises:
             LoopQError: names the condition and the line of the model.
@@ -115,7 +115,7 @@ class Signature:
             check_conditions(self.conditions, {**sizes, **text}, self.captured)
 
     def restore(self, flat: Sequence[Any]) -> Any:
-        """What the model would return, from the graph's flat results."""
+        """Rebuilds what the model would return from the graph's flat results."""
         return pytree.tree_unflatten(list(flat), self.outputs)
 
     def describe(self) -> str:
@@ -124,7 +124,7 @@ class Signature:
         return f"({', '.join([*map(str, self.inputs), *constants])})"
 
     def _broadcast(self, spec: InputSpec, value: Any, others: Sequence[Tensor]) -> Any:
-        """`value`, one row of it (positions, a mask) for all rows of the first input."""
+        """`value`; if it is one row (positions, a mask), it is expanded to all rows of the first input."""
         batch = others and self.inputs[0].shape[:1] == spec.shape[:1] == ("batch",)
         if batch and isinstance(value, Tensor) and value.shape[:1] == (1,):
             return value.expand(len(others[0]), *value.shape[1:])
@@ -170,7 +170,7 @@ def result_names(outputs: pytree.TreeSpec) -> list[str]:
     try:
         numbered = pytree.tree_unflatten(list(range(outputs.num_leaves)), outputs)
         paths = {leaf: path for path, leaf in pytree.tree_flatten_with_path(numbered)[0]}
-    except ValueError:  # a container without names for its parts, as in transformers 4: but it is a mapping
+    except ValueError:  # a container that does not name its parts, as in transformers 4, but is a mapping
         paths = {}
         if isinstance(numbered, Mapping):
             paths = {leaf: (pytree.MappingKey(key),) for key, leaf in numbered.items() if isinstance(leaf, int)}
@@ -184,14 +184,14 @@ def result_names(outputs: pytree.TreeSpec) -> list[str]:
 
 
 def named_results(outputs: pytree.TreeSpec, values: Sequence[Any]) -> list[str]:
-    """Names for the flat results of a program that is going to return a dict: their own where they have one.
+    """Names for the flat results of a program that will return a dict: their own if they have one.
 
-    The first without one that runs over batch, sequence and vocabulary is called logits, as files' readers expect; if
-    none does, the very first, if it runs over batch and vocabulary: logits of the last token.
+    The first unnamed result over batch, sequence and vocabulary is called logits, as readers of files expect. If there
+    is none, the very first result gets that name if it runs over batch and vocabulary: logits of the last token.
 
     Args:
         outputs: the structure the results have now.
-        values: the results, fake tensors among them.
+        values: the results; fake tensors are allowed.
     """
     names = result_names(outputs)
     made: list[str] = []
@@ -206,7 +206,7 @@ def named_results(outputs: pytree.TreeSpec, values: Sequence[Any]) -> list[str]:
 
 
 def signature_to_dict(signature: Signature) -> dict[str, Any]:
-    """Plain values for JSON. An output type that PyTorch cannot name in a file is kept as a dict by field name."""
+    """Plain values for JSON. An output type that PyTorch cannot name in a file becomes a dict by field name."""
     try:
         outputs = json.loads(pytree.treespec_dumps(signature.outputs))
     except (NotImplementedError, TypeError, ValueError):
@@ -253,7 +253,7 @@ def _input_from_json(name: str, dtype: str, shape: list[int | str]) -> InputSpec
 
 
 def _check_outputs(value: Any) -> None:
-    """PyTorch imports the modules that a file names for enumerations and default factories; none is needed here.
+    """Refuses names of modules: PyTorch would import what a file names for enumerations and default factories.
 
     Raises:
         LoopQError: the structure names a module.
@@ -273,7 +273,7 @@ def _check_outputs(value: Any) -> None:
 
 
 def _import_output_types(text: str) -> None:
-    """Output types register themselves when their module is imported; only these two packages are."""
+    """Imports the modules of output types, which register themselves; only these two packages are allowed."""
     if '"loopq_compile.models.' in text:
         importlib.import_module("loopq_compile.models")
     for name in sorted(set(re.findall(r'"(transformers(?:\.\w+)+)\.\w+"', text))):

@@ -1,4 +1,4 @@
-"""What passes know beyond the graph, kept in `graph_module.meta["loopq"]`. `Program` is the friendly view of it."""
+"""What passes know beyond the graph, kept in `graph_module.meta["loopq"]`. `Program` is the public view of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LogEntry:
 
 @dataclass
 class Site:
-    """A linear layer by its weight: quantized, or left in floating point for a stated `reason`.
+    """A linear layer, identified by its weight: quantized, or left in floating point for a stated `reason`.
 
     Args:
         name: dotted name for people, such as `layers.0.mlp.down_proj`.
@@ -47,14 +47,14 @@ class Site:
 
 @dataclass
 class RunContext:
-    """What passes share while one pipeline runs, and what is dropped when it ends.
+    """What passes share while one pipeline runs; it is dropped at the end.
 
     Args:
-        calibration: an iterable of inputs; None without calibration data.
-        teacher: the captured graph before any pass, with the same node names; None where nothing asks for it.
-        targets: cached teacher outputs per batch, by the nodes that are watched, for later phases that watch them too.
+        calibration: an iterable of inputs; None if there is no calibration data.
+        teacher: the captured graph before any pass, with the same node names; None if no pass needs it.
+        targets: cached teacher outputs per batch, by watched nodes; later phases that watch the same nodes reuse them.
         statistics: what `collect-ranges` measured, by group and row of its per-loop table.
-        release_model: free the captured model's weights one by one as their integers are stored.
+        release_model: whether to free each weight of the captured model when its integers are stored.
         notes: lines for the log entry of the pass that is running.
     """
 
@@ -78,10 +78,10 @@ class CompilerState:
         scheme: bits and groups; None before a pipeline runs.
         method: name of the pipeline.
         sites: linears by weight name, filled by `annotate-linears`.
-        options: of calibration.
-        results: what passes found out, as plain values for JSON, by topic.
+        options: options of calibration.
+        results: findings of passes by topic, as plain values for JSON.
         log: one entry per pass.
-        run: what lives for one run of a pipeline; never saved.
+        run: state of the current run of a pipeline; never saved.
     """
 
     signature: Signature
@@ -97,12 +97,12 @@ class CompilerState:
     run: RunContext = field(default_factory=RunContext)
 
     def note(self, text: str) -> None:
-        """A line for the log entry of the pass that is running."""
+        """Adds a line to the log entry of the pass that is running."""
         self.run.notes.append(text)
 
 
 def attach_state(graph_module: fx.GraphModule, state: CompilerState) -> None:
-    """Hangs `state` onto `graph_module`."""
+    """Attaches `state` to `graph_module`."""
     graph_module.meta[_KEY] = state
 
 
@@ -126,7 +126,7 @@ def copy_nodes(graph: fx.Graph) -> fx.Graph:
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The graph with a fresh state, for one more pipeline; tensors are shared, passes replace and never change them."""
+    """A copy of the graph with a fresh state, for another pipeline. Tensors are shared; passes never change them."""
     copied = fx.GraphModule(graph_module, copy_nodes(graph_module.graph))
     state = get_state(graph_module)
     attach_state(copied, CompilerState(state.signature, state.model_name))
@@ -142,7 +142,7 @@ def get_tensor(graph_module: fx.GraphModule, name: str) -> Tensor:
 
 
 def set_tensor(graph_module: fx.GraphModule, name: str, tensor: Tensor) -> None:
-    """Registers a buffer (a parameter if `tensor` is one) under the dotted `name`; makes the modules on the way."""
+    """Registers a buffer (a parameter if `tensor` is one) under the dotted `name`; creates the modules in between."""
     owner: nn.Module = graph_module
     *path, leaf = name.split(".")
     for part in path:
@@ -163,13 +163,13 @@ def _forget(owner: nn.Module, leaf: str) -> None:
 
 
 def remove_tensor(graph_module: fx.GraphModule, name: str) -> None:
-    """Forgets the parameter or buffer `name` (dotted)."""
+    """Removes the parameter or buffer `name` (dotted)."""
     owner, _, leaf = name.rpartition(".")
     delattr(graph_module.get_submodule(owner), leaf)
 
 
 def free_name(graph_module: fx.GraphModule, name: str) -> str:
-    """A target for a new tensor called `name`: with a number where the graph reads another tensor of that name.
+    """A target for a new tensor called `name`; a number is added if the graph reads another tensor of that name.
 
     The end of the name (`_scale`, `.left`) says what the tensor is, and stays.
     """

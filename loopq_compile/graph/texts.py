@@ -1,4 +1,4 @@
-"""What language models read beside token ids, and the logits in what they return."""
+"""What language models read besides token ids, and where their result holds the logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loopq_compile.graph.signature import InputSpec, Signature
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits `[batch, sequence, vocabulary]` in what a model, a program or an ONNX file returns.
+    """Finds the logits `[batch, sequence, vocabulary]` in the result of a model, a program or an ONNX file.
 
     Raises:
         LoopQError: there is no such tensor.
@@ -33,7 +33,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def last_logits(output: Any, batch: int) -> Tensor:
-    """The logits `[batch, vocabulary]` of the last token in what a model, a program or an ONNX file returns.
+    """Finds the logits `[batch, vocabulary]` of the last token in the result of a model, a program or an ONNX file.
 
     A model may return only these (`head(x[:, -1])`), or those of all tokens.
 
@@ -47,7 +47,7 @@ def last_logits(output: Any, batch: int) -> Tensor:
 
 
 def _logits_in(output: Any) -> Any:
-    """What stands where logits are expected: the output itself, its `logits`, or its first element."""
+    """The value where logits are expected: the output itself, its `logits`, or its first element."""
     found = output
     if not isinstance(found, Tensor):
         found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
@@ -57,12 +57,12 @@ def _logits_in(output: Any) -> Any:
 
 
 def text_inputs(signature: Signature, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Inputs of a program by name, from token ids `[batch, sequence]`: whatever stands beside them follows.
+    """Inputs of a program by name, from token ids `[batch, sequence]`; all other inputs are derived.
 
     Args:
         signature: the program's calling convention.
         ids: its first input.
-        mask: `[batch, sequence]`, 0 on padding; without it there is none. Positions count what is not padding.
+        mask: `[batch, sequence]`, 0 on padding; None means no padding. Positions skip padding.
     """
     first, *others = signature.inputs
     mask = torch.ones(ids.shape[:2], dtype=torch.int64, device=ids.device) if mask is None else mask
@@ -74,14 +74,14 @@ MADE_OF_MASK: dict[str, Callable[[Tensor], Tensor]] = {
     "position_ids": lambda mask: (mask.cumsum(1) - 1).clamp_min(0),
     "token_type_ids": torch.zeros_like,
 }
-"""What may stand beside token ids, made of the attention mask."""
+"""Inputs that may accompany token ids, computed from the attention mask."""
 
 
 def _made_of(spec: InputSpec, mask: Tensor) -> Tensor:
-    """One row stands for all where the program was captured so, such as with positions `[1, sequence]`."""
+    """One row serves all if the program was captured that way, for instance with positions `[1, sequence]`."""
     value = MADE_OF_MASK[spec.name](mask).to(spec.dtype)
     if len(spec.shape) == 1 or spec.shape[0] == 1:
         if not bool((value == value[:1]).all()):
-            raise LoopQError(f"This program was captured with {spec}, one row for all: rows cannot be padded unlike.")
+            raise LoopQError(f"This program was captured with {spec}, one row for all: rows cannot differ in padding.")
         value = value[0] if len(spec.shape) == 1 else value[:1]
     return value

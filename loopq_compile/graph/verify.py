@@ -11,11 +11,11 @@ from loopq_compile.graph.loops import Loop, LoopTag, get_tag
 from loopq_compile.graph.state import get_state
 
 _Place = tuple[tuple[int, ...], tuple[int, ...]]
-"""A loop and the iteration of its parent: within one place iterations are counted by a single number."""
+"""A loop and the iteration of its parent; within one place, a single number counts the iterations."""
 
 
 def verify_tags(graph_module: fx.GraphModule) -> None:
-    """Proves that loop tags are whole: nothing inside an iteration lost its tag, and no iteration reads a later one.
+    """Proves that loop tags are intact: no node inside an iteration lost its tag, and no iteration reads a later one.
 
     Does nothing before `tag-loops` ran.
 
@@ -32,14 +32,14 @@ def verify_tags(graph_module: fx.GraphModule) -> None:
             raise InternalError(f"Node {node.name!r} had the tag {expected} and now has {tag or 'none'}.")
         if tag is not None and not _exists(tag, state.loops.loops):
             raise InternalError(
-                f"Node {node.name!r} has the tag {tag}, which is no iteration of {state.loops.describe()}."
+                f"Node {node.name!r} has the tag {tag}, which is not an iteration of {state.loops.describe()}."
             )
     for place, members in _places(graph_module.graph).items():
         _verify_place(place, members)
 
 
 def _exists(tag: LoopTag, loops: tuple[Loop, ...]) -> bool:
-    """Whether there is such an iteration."""
+    """Whether the iteration of `tag` exists."""
     if len(tag.loops) != len(tag.index) or not tag.index:
         return False
     for number, position in zip(tag.loops, tag.index, strict=True):

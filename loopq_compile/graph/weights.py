@@ -1,8 +1,8 @@
-"""Where quantized linears get their weights from: helpers for passes behind `annotate-linears`.
+"""Where quantized linears get their weights from: helpers for passes after `annotate-linears`.
 
-Between a weight and the linears that read it may stand a chain of constant nodes: an inverse transform, a rounding
-offset, quantization. A chain belongs to one weight; in a group that was given a transform per loop, to one weight and
-one row of the transform's table.
+A chain of constant nodes may lie between a weight and the linears that read it: an inverse transform, a rounding
+offset, quantization. A chain belongs to one weight; in a group with a transform for each loop, to one weight and one
+row of the transform's table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEPS = (
     _aten.mul.Tensor,
     _aten.add.Tensor,
 )
-"""Operators of a chain; the weight comes in as first argument."""
+"""Operators of a chain; the weight is their first argument."""
 
 
 def site_calls(graph_module: fx.GraphModule) -> list[tuple[Site, list[fx.Node]]]:
@@ -54,4 +54,4 @@ def weight_chain(linear: fx.Node) -> list[fx.Node]:
         if node.target not in STEPS:
             break
         node = node.args[0]
-    raise InternalError(f"The weight of {linear.name!r} is computed by {node}, which is no step of quantization.")
+    raise InternalError(f"The weight of {linear.name!r} is computed by {node}, which is not a step of quantization.")

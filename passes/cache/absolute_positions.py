@@ -1,10 +1,10 @@
-"""Absolute positions in a graph with a key-value cache: the number of a token counts real tokens, not padding.
+"""Absolute positions in a graph with a key-value cache: a token's number counts real tokens, not padding.
 
-A program counts `0, 1, 2, ...` from the first column. Of a row that is padded on the left the first real token stands
-further right, so what is added to its state, multiplied or joined with it, has to be that of an earlier column. It does
-not matter how it was made: rows of a stored table, sinusoids, or a linear of either.
+A program counts `0, 1, 2, ...` from the first column. In a row with padding on the left, the first real token is
+further right. What is added to its state, multiplied or joined with it, must therefore be that of an earlier column.
+It does not matter how that value was made: rows of a stored table, sinusoids, or a linear of either.
 
-Rotary tables are left alone: only distances matter there.
+Rotary tables are not changed: only distances matter there.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from loopq_compile.passes.cache.last_rows import LastRows
 _aten = torch.ops.aten
 _LENGTHS = (5, 7)
 _LARGEST_TURN = 4.0
-"""Rotary tables hold cosines and sines, at most scaled a little."""
+"""Upper bound of values in rotary tables: cosines and sines, perhaps scaled a little."""
 _JOINS = {_aten.add.Tensor, _aten.sub.Tensor, _aten.rsub.Tensor, _aten.cat.default, _aten.stack.default}
 Meeting = tuple[fx.Node, fx.Node]
 
 
 def find_absolute(regions: Regions, attention: list[Attention], meetings: list[Meeting]) -> set[Meeting]:
-    """Those of `meetings`, tokens outside of attention with positions of one axis, that tell where a token stands.
+    """Those `meetings` (tokens outside attention combined with positions along one axis) that tell a token's position.
 
-    What a model computes from its attention mask is its own affair, and is not among them.
+    What a model computes from its attention mask is not among them.
 
     Raises:
-        LoopQError: what is computed from positions depends on the length of the text.
+        LoopQError: a value computed from positions depends on the length of the text.
     """
     masked = _computed_from_mask(regions)
     inside = {node for found in attention for node in (found.node, *found.inside)}
@@ -49,10 +49,10 @@ def find_absolute(regions: Regions, attention: list[Attention], meetings: list[M
 
 
 class RealTokens:
-    """Rows of positions by the number of each token among those that are not padding.
+    """Rows of positions, chosen by each token's number among the tokens that are not padding.
 
     Args:
-        rows: takes new tokens of positions; says how many there are.
+        rows: takes the new tokens' share of positions; tells how many there are.
         padding: the attention mask `[batch, total]`.
     """
 
@@ -72,7 +72,7 @@ class RealTokens:
         """`argument`, which `node` reads, for the new tokens of every row of the batch.
 
         Raises:
-            LoopQError: it is not plain which axis is that of the batch.
+            LoopQError: it is not clear which axis is that of the batch.
         """
         back = self._batch_axis(node, argument)
         if (argument, back) not in self.made:
@@ -80,7 +80,7 @@ class RealTokens:
         return self.made[argument, back]
 
     def _batch_axis(self, node: fx.Node, argument: fx.Node) -> int:
-        """The axis of the batch, counted from the last, in `argument` or in what it is broadcast against."""
+        """The axis of the batch, counted from the last, in `argument` or in what it is broadcast with."""
         batch, axis = shape_of(self.regions.ids)[0], self.regions.axes(argument)[0] - len(shape_of(argument))
         own = [a - len(shape_of(argument)) for a, size in enumerate(shape_of(argument)) if _equal(size, batch)]
         found = own
@@ -166,7 +166,7 @@ def _turns(regions: Regions, argument: fx.Node) -> bool:
 
 
 def _reaches_scores_only(node: fx.Node, inside: set[fx.Node], values: set[tuple[fx.Node, int]]) -> bool:
-    """Whether all that follows from `node` enters attention, as queries or keys."""
+    """Whether everything computed from `node` enters attention, as queries or keys."""
     seen, stack = {node}, [node]
     while stack:
         source = stack.pop()

@@ -1,4 +1,4 @@
-"""`add-cache`: a call brings new tokens alone, with the keys and values of those before."""
+"""`add-cache`: a call takes only the new tokens, with the keys and values of those before."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ class AddCache(Pass):
 
     Before: `(input_ids [batch, sequence], attention_mask?) -> (logits, ...)`. After: `(input_ids [batch, sequence],
     attention_mask [batch, past + sequence], past_key_values.N.key, .value, ...) -> {logits, ..., present.N.key,
-    .value, ...}`: one pair for every attention that runs, so for every loop and layer, `[batch, heads, past, size]`.
-    The new keys and values are appended to the past ones where they are computed; what is computed from positions
-    alone (masks, rotary tables, learned positions) is computed for past and new tokens, and the new ones' share taken.
-    An attention that reads keys of several passes reads the cache of each.
+    .value, ...}`: one pair for every attention that runs, that is for every loop and layer, `[batch, heads, past,
+    size]`. The new keys and values are appended to the past ones where they are computed. What depends only on
+    positions (masks, rotary tables, learned positions) is computed for past and new tokens, and the new tokens' share
+    is taken. An attention that reads keys of several passes reads the cache of each.
     A call with `past` = 0 reads a prompt.
 
-    Without a mask of its own a model gets one: padding, which stands on the left, is not attended to. Positions that
-    are added to tokens, multiplied or joined with them count real tokens, as Hugging Face's `generate` does. Keys and
-    values are cached in front of the copies for grouped queries.
+    A model without a mask gets one: padding, which is on the left, is not attended to. Positions that are added to
+    tokens, multiplied or joined with them count real tokens, as Hugging Face's `generate` does. Keys and values are
+    cached before they are copied for grouped queries.
 
     Args:
-        stacked: caches of one layer stand in one tensor for all iterations of its loop, `[loops, batch, heads, past,
-            size]`, which `roll-loops` turns into a cache that a loop reads and writes by row.
-        last_token: `logits` are those of the last token alone, `[batch, 1, vocabulary]`; the head runs on no other.
-        kv_bits: 8 or 4 stores keys and values as integers, with scales beside them (`.key_scale`, `.value_scale`).
-            Attention reads what is stored, that of new tokens too, so a prompt gives the same in one call as in many.
+        stacked: one tensor holds a layer's caches for all iterations of its loop, `[loops, batch, heads, past, size]`;
+            `roll-loops` turns it into a cache that a loop reads and writes by row.
+        last_token: `logits` are those of the last token only, `[batch, 1, vocabulary]`; the head runs only on it.
+        kv_bits: 8 or 4 stores keys and values as integers, with scales next to them (`.key_scale`, `.value_scale`).
+            Attention reads stored values, also for new tokens, so a prompt gives the same result in one call or many.
 
-    Does nothing to a graph that has a cache already.
+    Does nothing to a graph that already has a cache.
 
     Raises:
-        LoopQError: no attention is found, a token sees later ones, or tokens are mixed outside of attention; names
-            node, loop and source line.
+        LoopQError: no attention is found, a token sees later ones, or tokens are mixed outside attention; the message
+            names node, loop and source line.
     """
 
     def __init__(self, *, stacked: bool = False, last_token: bool = False, kv_bits: int | None = None) -> None:
@@ -129,7 +129,7 @@ class _Cacher:
         self._add_outputs()
 
     def _add_inputs(self) -> fx.Node:
-        """The mask and caches as placeholders, and how many tokens there are; returns the mask."""
+        """Adds the mask, the caches and the numbers of tokens as nodes; returns the mask."""
         signature, ids = self.state.signature, self.regions.ids
         specs = list(signature.inputs)
         mask = self.regions.mask
@@ -167,7 +167,7 @@ class _Cacher:
         *leading, size = cache_shape(self.regions, stem)
         assert isinstance(size, int)
         store = self.stores[number, kind] = CacheStore(size, stem.meta["val"].dtype, self.bits)
-        # The first loop's count is chosen at run time, that of others is fixed.
+        # The first loop's count is chosen at run time, that of other loops is fixed.
         loops = [] if slot.loop is None else [len(slot.pairs) if slot.loop else LOOPS_AXIS]
         specs = []
         nodes = self.inputs[number, kind] = []
@@ -193,7 +193,7 @@ class _Cacher:
         if (node, total) not in self.variants:
             if node.target is _aten.sym_size.int:
                 if node.args[0] in self.regions.tokens and not total:
-                    return node  # of a tensor that has the new tokens only
+                    return node  # the size of a tensor of only the new tokens
                 raise LoopQError(f"This size is not the plain sequence length, which a cache needs: {where(node)}.")
             args = map_arg(node.args, lambda argument: self._size(argument, total))
             with self.graph.inserting_after(node):
@@ -203,7 +203,7 @@ class _Cacher:
         return self.variants[node, total]
 
     def _resize(self) -> None:
-        """Positions are computed for all tokens, tokens for the new ones, scores for both."""
+        """Resizes positions to all tokens, the token region to the new ones, and scores to both."""
         for node in [*self.graph.nodes]:
             if node in self.regions.positions:
                 _map_sizes(node, lambda argument: self._size(argument, True))
@@ -216,7 +216,7 @@ class _Cacher:
                 _map_sizes(node, lambda argument: self._size(argument, False))
 
     def _meetings(self) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """Nodes of the token region that read positions, and what they read; masks of fused attention apart."""
+        """Nodes of the token region that read positions, and what they read; except masks of fused attention."""
         fused = {found.node for found in self.attention if found.is_fused}
         for node in [*self.graph.nodes]:
             if node in self.regions.tokens and node.op == "call_function" and node not in fused:
@@ -240,7 +240,7 @@ class _Cacher:
                     )
 
     def _take_rows(self, absolute: set[tuple[fx.Node, fx.Node]], mask: fx.Node) -> None:
-        """Where tokens meet positions, they meet those of the new tokens; absolute ones do not count padding."""
+        """Combines tokens with the positions of the new tokens; absolute positions do not count padding."""
         numbered = RealTokens(self.rows, mask) if absolute else None
         for node, argument in list(self._meetings()):
             if numbered is not None and (node, argument) in absolute:
@@ -253,7 +253,7 @@ class _Cacher:
                 node.replace_input_with(argument, self.rows.take(argument, axes[0]))
 
     def _append(self, pair: Pair, kind: str, store: CacheStore, stacked: bool) -> None:
-        """Joins past and new keys or values where the new ones are computed."""
+        """Joins past and new keys or values at the place where the new ones are computed."""
         stem = pair.part(kind)
         with inserting(self.graph, before=stem.next, tag=get_tag(stem)):
             pieces = store.write(self.graph, stem)
@@ -266,7 +266,7 @@ class _Cacher:
         self.presents[pair, kind] = pieces if stacked else joined
 
     def _read(self, found: Attention, entry: tuple[fx.Node, int], source: Source) -> None:
-        """Lets an attention read what is cached, through copies of the nodes between."""
+        """Lets an attention read the cache, through copies of the nodes in between."""
         reader, position = entry
         copies = {stem: self.cached[stem] for stem in source.stems}
         sizes = {made: node for (node, _), made in self.variants.items()} | {self.new: self.new}
@@ -296,7 +296,7 @@ class _Cacher:
         self.state.signature = replace(self.state.signature, outputs=structure)
 
     def _stack(self, rows: list[fx.Node], past: fx.Node, output: fx.Node) -> fx.Node:
-        """The new entries of a loop's iterations behind those of earlier calls, `[loops, ...]`."""
+        """Appends the new entries of a loop's iterations to those of earlier calls, `[loops, ...]`."""
         with self.graph.inserting_before(output):
             stack = self.graph.call_function(_aten.stack.default, (rows,))
             return self.graph.call_function(_aten.cat.default, ([past, stack], len(shape_of(past)) - 2))
@@ -311,7 +311,7 @@ def _map_sizes(node: fx.Node, size: Any) -> None:
 
 
 def _keep_last(regions: Regions) -> None:
-    """Cuts the tensor in front of the head to its last token, where nothing but the logits is behind."""
+    """Cuts the tensor before the head to its last token, if only the logits depend on it."""
     graph = regions.graph_module.graph
     output = next(node for node in graph.nodes if node.op == "output")
     head: Any = output.args[0][0]  # type: ignore[index]

@@ -20,7 +20,7 @@ _COPIES = {_aten.clone.default, _aten.contiguous.default}
 _REPEATS = {_aten.repeat_interleave.self_int}
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default}
 _MOVES = {*_COPIES, *_REPEATS, *_VIEWS, _aten.repeat.default, _aten.to.dtype}
-"""What may, beside views, stand between a cache and attention: it is computed anew from the cache."""
+"""Operators that, like views, may lie between a cache and attention; they are recomputed from the cache."""
 
 
 @dataclass
@@ -28,12 +28,12 @@ class Attention:
     """One attention.
 
     Args:
-        node: its result: the fused operator, or the product with the values.
+        node: the node of its result: the fused operator, or the product with the values.
         key, value: `(node, position)` of the arguments where keys and values enter.
-        inside: nodes on `[new, total]` scores, in order, when it is spelled out; `node` among them.
+        inside: nodes on `[new, total]` scores, in order, when it is spelled out; includes `node`.
         masks: nodes of the region of positions that run over the sequence twice.
         softmax: the node that normalizes the scores; `node` where it is fused.
-        passes: how many sequences of keys stand one behind the other: 2 where a second pass reads those of the first.
+        passes: how many sequences of keys are concatenated: 2 where a second pass also reads those of the first.
     """
 
     node: fx.Node
@@ -57,10 +57,10 @@ class Attention:
 
 
 def find_attention(regions: Regions) -> list[Attention]:
-    """All attention of new tokens among themselves, in the order of the graph.
+    """All self-attention, in the order of the graph.
 
     Raises:
-        LoopQError: there is none, or one has another form than those that are known.
+        LoopQError: there is none, or one has an unknown form.
     """
     found = []
     for node in regions.graph_module.graph.nodes:
@@ -84,8 +84,8 @@ def _passes(regions: Regions, attention: Attention) -> int:
     if count is None or not count.is_Integer or (count > 1 and attention.is_causal):
         raise LoopQError(
             f"This model cannot have a key-value cache: {where(attention.node)} reads values "
-            f"{list(shape_of(values))}; they must be [batch, heads, sequence, size], or several such sequences one "
-            "behind the other under a mask. Use cache=False."
+            f"{list(shape_of(values))}; they must be [batch, heads, sequence, size], or several such sequences "
+            "concatenated under a mask. Use cache=False."
         )
     return int(count)
 
@@ -96,9 +96,7 @@ def _spelled_out(regions: Regions, softmax: fx.Node) -> Attention:
     while scores.target not in _PRODUCTS:
         above = [a for a in scores.all_input_nodes if a in regions.tokens and len(regions.axes(a)) == 2]
         if len(above) != 1:
-            raise LoopQError(
-                f"The scores of this attention come from no product of queries and keys: {where(softmax)}."
-            )
+            raise LoopQError(f"The scores of this attention are not a product of queries and keys: {where(softmax)}.")
         before.append(scores)
         scores = above[0]
     inside, product = [scores, *reversed(before)], softmax
@@ -126,7 +124,7 @@ class Source:
 
     Args:
         stems: what a cache holds, `[batch, heads, sequence, size]`: one node, or one for each pass.
-        between: the nodes between these and the attention.
+        between: the nodes between `stems` and the attention.
         end: the node that the attention reads.
     """
 
@@ -136,7 +134,7 @@ class Source:
 
 
 def find_source(regions: Regions, attention: Attention, entry: tuple[fx.Node, int]) -> Source:
-    """Finds it: the smallest tensor above copies that grouped queries ask for, views and casts.
+    """Finds the smallest tensor before views, casts, and copies for grouped queries.
 
     Raises:
         LoopQError: keys or values have another layout.
@@ -195,7 +193,7 @@ def _width(node: fx.Node) -> int:
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether an operator gives the numbers of its argument in another shape, as its schema says."""
+    """Whether an operator returns its argument's numbers in another shape, according to its schema."""
     schema = getattr(node.target, "_schema", None)
     aliases = [result.alias_info for result in schema.returns] if schema is not None else []
     return len(aliases) == 1 and aliases[0] is not None and not aliases[0].is_write
@@ -206,7 +204,7 @@ def _is_scaling(node: fx.Node) -> bool:
 
 
 def ungrouped(node: Any) -> fx.Node:
-    """What was copied so that every query head has its keys, head `i` reading `i // copies`; `node` if nothing was."""
+    """The tensor before it was copied for query heads (head `i` reads `i // copies`); `node` if there is no copy."""
     if node.target in _REPEATS and node.args[2] == 1:
         return node.args[0]
     above = node

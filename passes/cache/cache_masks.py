@@ -1,4 +1,4 @@
-"""Masks of attention in a graph with a key-value cache: new tokens in rows, past and new ones in columns."""
+"""Masks of attention in a graph with a key-value cache: rows are new tokens, columns past and new ones."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _aten = torch.ops.aten
 
 
 class Masks:
-    """Gives every attention an additive mask `[..., new, total]`, made once where several share it.
+    """Gives every attention an additive mask `[..., new, total]`; equal masks are made once.
 
-    It is additive, with the lowest finite number in place of minus infinity, because a padded query may see nothing at
-    all: its weights are then equal, and not NaN, which a cache would carry into all later tokens.
+    It is additive, with the lowest finite number instead of minus infinity, because a padded query may see nothing at
+    all. Its weights are then equal; NaN would spread through the cache into all later tokens.
 
     Args:
-        regions, rows: of the graph.
+        regions, rows: regions and last rows of the graph.
         padding: the attention mask `[batch, total]`.
     """
 
@@ -55,7 +55,7 @@ class Masks:
         node.args, node.kwargs = (*node.args[:3], additive), kwargs
 
     def _add_to_scores(self, attention: Attention) -> None:
-        """After all that the model itself does to scores, before it joins others to them (attention sinks)."""
+        """Adds the mask after all that the model does to scores, before it joins others to them (attention sinks)."""
         scores: Any = attention.softmax.args[0]
         first = attention.inside[0]
         while scores is not first and shape_of(scores)[-2:] != shape_of(first)[-2:]:
@@ -67,14 +67,14 @@ class Masks:
         scores.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
 
     def _leading(self, node: fx.Node) -> tuple[int, int]:
-        """The rank of attention's result, and how many heads stand on its first axis together with the batch."""
+        """The rank of attention's result, and how many heads share its first axis with the batch."""
         shape = shape_of(node)
         batch = shape_of(self.regions.ids)[0]
         heads = sympy.cancel(_expression(shape[0]) / _expression(batch)) if len(shape) == 3 else sympy.Integer(1)
         return len(shape), int(heads) if heads.is_Integer else 1
 
     def _additive(self, attention: Attention, mask: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """A model's own mask: the new tokens' rows; with padding, where the model does not know of any."""
+        """A model's own mask, the rows of new tokens; padding is added if the model has no attention mask."""
         rows = self.rows.take(mask, -2)
         is_float = mask.meta["val"].dtype.is_floating_point
         leading, added, allowed = self._leading(attention.node), None, None
@@ -100,7 +100,7 @@ class Masks:
         return call(_aten.mul.Tensor, (call(_aten.sub.Tensor, (number, 1.0)), torch.finfo(dtype).max))
 
     def _plain(self, passes: int, leading: tuple[int, int]) -> fx.Node:
-        """`[batch, 1, new, total]`, or without the 1: earlier tokens that are no padding, and the token itself."""
+        """`[batch, 1, new, total]`, or without the 1: earlier tokens that are not padding, and the token itself."""
         rank, heads = leading
         if (passes, leading) not in self.plain:
             with self.graph.inserting_before(self.rows.total.next):
@@ -137,5 +137,5 @@ def _expression(size: Any) -> Any:
 
 
 def _later(graph: fx.Graph, first: fx.Node, second: fx.Node) -> fx.Node:
-    """Which of two nodes stands further down."""
+    """The one of two nodes that comes later in the graph."""
     return next(node for node in reversed(graph.nodes) if node in (first, second))

@@ -1,13 +1,13 @@
-"""Which nodes of a causal language model read tokens, and which only know how many there are.
+"""Which nodes of a causal language model depend on tokens, and which only on their number.
 
-With a key-value cache a call brings the *new* tokens alone, and keys and values of the *past* ones. So every node of
+With a key-value cache, a call takes only the *new* tokens, and keys and values of the *past* ones. So every node of
 the graph belongs to one of these regions:
 
 - `sizes`: whole numbers computed from the sequence length;
-- `positions`: tensors computed from the sequence length or the attention mask, without looking at a token: causal
+- `positions`: tensors computed from the sequence length or the attention mask, without reading a token: causal
   masks, rotary tables, learned positions. They are computed for past and new tokens;
-- `tokens`: what is computed from tokens; in a graph with a cache, from the new ones. Nothing here may mix positions,
-  apart from attention;
+- `tokens`: what is computed from tokens; in a graph with a cache, from the new ones. Only attention may mix tokens
+  here;
 - constants, which are in none of these.
 """
 
@@ -35,16 +35,16 @@ _POINTWISE = {
     *(_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout),
     *(_aten.__and__.Tensor, _aten.__or__.Tensor, _aten.__xor__.Tensor),
 }
-"""What PyTorch forgot to mark as such."""
+"""Pointwise operators that PyTorch does not mark as such."""
 
 
 def is_pointwise(node: fx.Node) -> bool:
-    """Whether `node` computes each number from those at its own place."""
+    """Whether `node` computes each number only from those at the same place."""
     return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _POINTWISE
 
 
 def shape_of(node: Any) -> tuple[Any, ...]:
-    """Sizes of a node's tensor; () if it is none."""
+    """Sizes of a node's tensor; () if it is not a tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
@@ -62,8 +62,8 @@ class Regions:
 
     Args:
         graph_module: a captured graph with shapes.
-        ids: the tokens' placeholder; `mask`: that of the attention mask, None without.
-        symbol: the sequence length as the graph's shapes have it.
+        ids: the tokens' placeholder; `mask`: that of the attention mask, or None.
+        symbol: the symbol of the sequence length in the graph's shapes.
     """
 
     graph_module: fx.GraphModule
@@ -89,7 +89,7 @@ class Regions:
         return getattr(getattr(value, "node", None), "expr", None) == self.symbol
 
     def compute(self, targets: Iterable[fx.Node], length: int) -> dict[fx.Node, Tensor]:
-        """The values that `targets`, positions, have for `length` tokens without padding, two rows."""
+        """The values of `targets` (nodes of positions) for two rows of `length` tokens without padding."""
         wanted = list(targets)
         needed = sources_of(wanted)
         values: dict[fx.Node, Any] = {}
@@ -102,7 +102,7 @@ class Regions:
 
 
 def find_regions(graph_module: fx.GraphModule) -> Regions:
-    """Sorts the nodes of a graph.
+    """Sorts the nodes of a graph into regions.
 
     Raises:
         LoopQError: the graph does not take token ids `[batch, sequence]` and at most an attention mask.

@@ -1,4 +1,4 @@
-"""Which keys and values share a cache: those of a layer in all iterations of its loop, those of two readers."""
+"""Which keys and values share a cache: those of a layer in all iterations of its loop, and those of two readers."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class Pair:
     value: fx.Node
 
     def part(self, kind: str) -> fx.Node:
-        """That of `kind`, "key" or "value"."""
+        """The node of `kind`, "key" or "value"."""
         return self.key if kind == "key" else self.value
 
 
 @dataclass
 class Slot:
-    """A cache: that of one pair, or (`loop` is a number) of the pairs of all iterations of a loop, one in each row."""
+    """The cache of one pair or, if `loop` is a number, of the pairs of all iterations of a loop, one in each row."""
 
     pairs: list[Pair]
     loop: int | None = None
 
 
 def find_pairs(attention: list[Attention], sources: dict[tuple[fx.Node, str], Source]) -> list[Pair]:
-    """What all attention reads, in order, each pair once: a later pass may read what an earlier one has read.
+    """The pairs that attention reads, in order, each one once: a later pass may read what an earlier one has read.
 
     Raises:
-        LoopQError: an attention joins keys in another way than values.
+        LoopQError: an attention joins keys in a different way than values.
     """
     found: dict[Pair, None] = {}
     for reader in attention:
@@ -53,7 +53,8 @@ def find_pairs(attention: list[Attention], sources: dict[tuple[fx.Node, str], So
 
 
 def find_slots(pairs: list[Pair], counts: list[int], stacked: bool) -> list[Slot]:
-    """The caches for `pairs`; `counts` are the iterations of every loop. `stacked`: one for a loop's iterations."""
+    """The caches for `pairs`; `counts` are the iterations of every loop. `stacked`: one cache for a loop's
+    iterations."""
     if not stacked:
         return [Slot([pair]) for pair in pairs]
     slots: dict[Any, list[Pair]] = {}

@@ -1,4 +1,4 @@
-"""How a key-value cache holds its entries: as they are, or as integers with scales."""
+"""How a key-value cache stores its entries: unchanged, or as integers with scales."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loopq_compile.operators.cache import BITS
 from loopq_compile.passes.cache.cache_regions import Regions, shape_of, where
 
 GROUP_SIZE = 32
-"""Channels of a head that share a scale in 4 bits."""
+"""Channels of a head that share a scale at 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class CacheStore:
     Args:
         size: channels of a head.
         dtype: of keys and values in the graph.
-        bits: 8 or 4; None stores them as they are.
+        bits: 8 or 4; None stores keys and values unchanged.
     """
 
     size: int
@@ -41,12 +41,12 @@ class CacheStore:
 
     @property
     def group_size(self) -> int:
-        """Channels that share a scale: a head's in 8 bits, 32 of them in 4 bits where that divides the head."""
+        """Channels that share a scale: the whole head at 8 bits, 32 at 4 bits if that divides the head."""
         return GROUP_SIZE if self.bits == 4 and self.size % GROUP_SIZE == 0 else self.size
 
     @property
     def parts(self) -> list[tuple[str, torch.dtype, int]]:
-        """The tensors of a cache: what their names end with, their types and last sizes."""
+        """The tensors of a cache: the endings of their names, their types and last sizes."""
         if self.bits is None:
             return [("", self.dtype, self.size)]
         codes = ("", torch.int8, self.size) if self.bits == 8 else ("", torch.uint8, self.size // 2)
@@ -60,7 +60,7 @@ class CacheStore:
         return [graph.call_function(operator.getitem, (made, position)) for position in range(2)]
 
     def read(self, graph: fx.Graph, parts: list[fx.Node]) -> fx.Node:
-        """A node that holds the keys or values again."""
+        """A node that computes the keys or values from `parts`."""
         return parts[0] if self.bits is None else call(graph, ops.dequantize_cache.default, *parts, self.bits)
 
 

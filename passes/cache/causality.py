@@ -1,5 +1,5 @@
-"""Proves that attention lets no token see later ones, and that a cache can serve it: by running what stands between its
-scores and its weights on random scores, for all tokens, for all but one, and for the last rows only."""
+"""Proves that attention lets no token see later ones, and that a cache can serve it. The nodes between its scores and
+its weights run on random scores: for all tokens, for all but one, and for only the last rows."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _spelled_out(probe: Probe, attention: Attention, length: int, rows: int) -> 
 
 
 def _beside(probe: Probe, attention: Attention, node: fx.Node, length: int, rows: int) -> Any:
-    """What the chain reads beside the scores."""
+    """What the chain reads in addition to the scores."""
     regions = probe.regions
     if not isinstance(node.meta.get("val"), Tensor):
         return probe.number(node.meta["val"], length)

@@ -1,4 +1,4 @@
-"""`fix-cache`: a key-value cache with room for more tokens, into which a step writes where it is told."""
+"""`fix-cache`: a key-value cache with room for more tokens; a step writes at a given position."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ POSITION = "position"
 
 
 class FixCache(Pass):
-    """Makes one step of decoding a graph whose shapes are always the same.
+    """Gives one decoding step a graph with fixed shapes.
 
     Before: a program with a cache that grows: `cat(past, new)`, and rows `past ... past + new` of what is computed from
-    positions. After: a last input `position`; the new token is written into the cache in place, at that column, and
-    takes that row. Cache and attention mask have one length, that of the longest text; columns behind the position hold
-    anything, since causal masks hide them, and attention on a cache of integers does not read them. A position is a
-    tensor, so a CUDA graph reads it anew in every step.
+    positions. After: there is a last input `position`. The new token is written into the cache in place at that column,
+    and
+        takes that row. Cache and attention mask have one length, that of the longest text. Columns after the position
+        may hold anything: causal masks hide them, and attention on a cache of integers does not read them. A position
+        is a tensor, so a CUDA graph reads it again in every step.
 
-    The signature stays that of the program. Does its work once: a graph that has the input is left as it is.
+    The signature stays that of the program. Does nothing to a graph that already has the input.
 
     Raises:
         LoopQError: the number of past tokens is used in another way, or a rolled loop reads a copy of its cache.
@@ -60,7 +61,7 @@ class FixCache(Pass):
 
 
 def has_position(graph_module: fx.GraphModule) -> bool:
-    """Whether the pass has done its work."""
+    """Whether the pass has run on this graph."""
     inputs = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
     return inputs[-1:] == [POSITION]
 
@@ -70,7 +71,7 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _write(joined: fx.Node, position: fx.Node) -> None:
-    """`cat(past, new)` as `past`, into which `new` is written."""
+    """Replaces `cat(past, new)` by `past`, into which `new` is written."""
     arguments: Any = joined.args
     (past, new), axis = arguments
     with joined.graph.inserting_before(joined):
@@ -109,7 +110,7 @@ def _read_no_further(graph: fx.Graph, position: fx.Node) -> None:
 
 
 def _take_row(graph: fx.Graph, caches: dict[fx.Node, Any], position: fx.Node) -> None:
-    """What takes rows `past ... past + new` takes that of the position.
+    """Nodes that take rows `past ... past + new` take the row of the position.
 
     Raises:
         LoopQError: something else is done with the number of past tokens.

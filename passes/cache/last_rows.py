@@ -1,8 +1,8 @@
 """The new tokens' share of what is computed from positions.
 
-Positions are computed for past and new tokens; queries, and rotary tables beside new keys, need the last rows alone. To
-slice at the end would make every step pay for the whole context squared (a causal mask has that size), so the slice
-wanders up through the nodes that compute each row by itself, in the best case into `arange`.
+Positions are computed for past and new tokens. Queries, and rotary tables of new keys, need only the last rows. A slice
+at the end would make every step pay for the whole context squared (the size of a causal mask). So the slice is moved
+up through the nodes that compute each row by itself, in the best case into `arange`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class LastRows:
     """Takes rows `past ... past + new` along one axis of a node of the region of positions.
 
     Args:
-        regions: of the graph, from before it was changed: their shapes say what runs over the sequence.
-        past, new, total: nodes that hold the number of past, new and all tokens. The nodes of the region are expected
-            to be computed for `total` tokens already.
+        regions: regions of the graph before it was changed: their shapes tell which axes run over the sequence.
+            past, new, total: nodes that hold the number of past, new and all tokens. The nodes of the region must
+            already be computed for `total` tokens.
     """
 
     def __init__(self, regions: Regions, past: fx.Node, new: fx.Node, total: fx.Node) -> None:
@@ -46,7 +46,7 @@ class LastRows:
     def create(
         self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> fx.Node:
-        """A node behind `node`, of its loop."""
+        """Creates a node after `node`, in its loop."""
         graph = node.graph
         place = self.total if node.op in ("placeholder", "get_attr") else node
         with graph.inserting_after(place):
@@ -91,7 +91,7 @@ class LastRows:
         return None
 
     def _aligned(self, node: fx.Node, axis: int) -> fx.Node:
-        """A node whose tensors are broadcast against each other; `axis` counts from the end."""
+        """Handles a node whose tensors are broadcast with each other; `axis` counts from the end."""
 
         def rows(argument: fx.Node) -> fx.Node:
             rank = len(shape_of(argument))

@@ -1,7 +1,7 @@
-"""Operators that read a tensor's shape or type only, or multiply in a notation of their own, in plainer ones.
+"""Rewrites operators that only read a tensor's shape or type, and `einsum`, as plainer operators.
 
-A causal mask made by `x.new_full((t, t), ...)`, or cast by `mask.type_as(x)`, would look as if it were computed from
-the tokens in `x`. Attention written as `einsum("bqhd,bkhd->bhqk", q, k)` is a product of matrices.
+A causal mask made by `x.new_full((t, t), ...)`, or cast by `mask.type_as(x)`, would look as if it depended on the
+tokens in `x`. Attention written as `einsum("bqhd,bkhd->bhqk", q, k)` is a product of matrices.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def write_plainly(graph_module: fx.GraphModule) -> Regions:
 
 
 def _plain(regions: Regions, node: fx.Node) -> fx.Node | None:
-    """What to put in place of `node`; None to leave it."""
+    """The replacement of `node`; None to keep it."""
     graph, target = node.graph, node.target
     call: Any = graph.call_function
     if target in _TYPED:
@@ -67,7 +67,7 @@ def _plain(regions: Regions, node: fx.Node) -> fx.Node | None:
 
 
 def _sizes(regions: Regions, node: fx.Node) -> list[Any]:
-    """The sizes of a node's tensor, as nodes where they vary; those of the tokens' input are read there."""
+    """The sizes of a node's tensor, as nodes where they vary; batch and sequence are read from the tokens' input."""
     inputs = {str(size): axis for axis, size in enumerate(regions.ids.meta["val"].shape)}
     found: list[Any] = []
     for axis, size in enumerate(node.meta["val"].shape):

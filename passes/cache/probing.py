@@ -1,7 +1,7 @@
-"""Single nodes of a graph, run on small random tensors: what a rule for every operator would have to know, seen.
+"""Runs single nodes of a graph on small random tensors, which replaces a rule for every operator.
 
-A captured graph has symbolic sizes, so a node can be run for any number of tokens. Where an operator has no rule of its
-own, running it on all tokens and on the last ones shows whether it computes each token from that token only.
+A captured graph has symbolic sizes, so a node can be run for any number of tokens. If an operator has no rule,
+running it on all tokens and on the last ones shows whether it computes each token only from that token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _DOUBLE[torch.complex64] = torch.complex128
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor holds its tokens: on `axis`, of size `outer * sequence * inner`, token `i // inner % sequence`.
+    """Where a tensor holds its tokens: entry `i` of `axis` (size `outer * sequence * inner`) has token
+    `i // inner % sequence`.
 
     `inner` is 1 unless the sequence was merged with other axes, as `[sequence * batch, width]` is.
     """
@@ -59,21 +60,21 @@ class Probe:
         return float(found) if isinstance(size, torch.SymFloat) else bool(found) if found.is_Boolean else int(found)
 
     def random(self, node: fx.Node, length: int) -> Tensor:
-        """A tensor as `node` gives it for `length` tokens, in double precision; whole numbers are 0 and 1."""
+        """A tensor like the result of `node` for `length` tokens, in double precision; integers are 0 and 1."""
         value = node.meta["val"]
         if node in self.constants and not (value.is_floating_point() or value.is_complex()):
             return dict(evaluate(self.regions.graph_module, [node]))[node]
         shape = [self.number(size, length) for size in value.shape]
         dtype = _DOUBLE.get(value.dtype, value.dtype)
         if node in self.constants and value.numel() > _LARGE:
-            # Weights of many experts, for instance: alike, so that they take no memory.
+            # Weights of many experts, for instance: all equal, so that they take no memory.
             return torch.randn(shape[-2:], generator=self.generator, dtype=dtype).expand(shape)
         if value.is_floating_point() or value.is_complex():
             return torch.randn(shape, generator=self.generator, dtype=dtype)
         return torch.randint(0, 2, shape, generator=self.generator).to(dtype)
 
     def run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        """What `node` makes of `values`; types that it names are doubled as well."""
+        """The result of `node` on `values`; types among its arguments become double precision, too."""
         target: Any = node.target
         args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
         doubled = torch.fx.node.map_aggregate(
@@ -91,7 +92,7 @@ def last_tokens(tensor: Tensor, place: Place, inner: int, length: int, count: in
 
 
 def same(first: Any, second: Any) -> bool:
-    """Whether two results are equal but for rounding."""
+    """Whether two results are equal up to rounding."""
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
         return first == second
     if first.shape != second.shape or first.dtype != second.dtype:

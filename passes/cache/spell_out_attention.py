@@ -1,4 +1,4 @@
-"""`spell-out-attention`: fused attention on a key-value cache as the products it is made of."""
+"""`spell-out-attention`: writes fused attention on a key-value cache as products and softmax."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _aten = torch.ops.aten
 
 
 class SpellOutAttention(Pass):
-    """Writes attention out so that a step touches the cache as little as it can.
+    """Writes attention out so that a step reads the cache as little as possible.
 
     Before: `scaled_dot_product_attention(q, keys, values, mask)` on an additive mask, with keys `[batch, heads,
     total, size]` copied for grouped queries out of a cache of fewer heads. After: `softmax(q * scale @ keysᵀ + mask) @
-    values`, in which queries of a group, `[batch, groups, heads / groups, new, size]`, read the cache without copies;
-    exporters of the fused operator copy them and scale all keys anew in every step.
+    values`, in which queries of a group, `[batch, groups, heads / groups, new, size]`, read the cache without copies.
+    Exporters of the fused operator copy the cache and scale all keys again in every step.
 
     Does nothing to attention without a mask or with other ways of sharing heads.
     """
@@ -74,7 +74,7 @@ def _spell_out(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _free_views(node: fx.Node) -> None:
-    """Views of what the fused operator returned rely on its layout in memory; `reshape` reads any layout."""
+    """Turns views of the fused operator's result, which rely on its memory layout, into `reshape`."""
     for user in node.users:
         if user.target is _aten.view.default:
             user.target = _aten.reshape.default

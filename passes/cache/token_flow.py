@@ -1,16 +1,15 @@
-"""Proves that, outside of attention, no token of a causal language model reads another one.
+"""Proves that no token of a causal language model reads another one outside attention.
 
-Every tensor that is computed from tokens has one axis on which they stand (`Place`), and every node is asked where it
-puts them:
+Every tensor that is computed from tokens has one axis that holds them (`Place`). For every node, that place is found:
 
 - operators that work on each number, or on each row of the last axis, leave tokens where they are;
-- a view keeps the order of all numbers, so the distance from one token to the next in that order stays the same; a
-  view that has no axis for that distance mixes tokens;
-- every other operator is run on random tensors, for all tokens and for the last ones (module
-  `probing`): it gives the same rows, or it mixes tokens.
+- a view keeps the order of all numbers, so the distance from one token to the next stays the same; a view without an
+  axis for that distance mixes tokens;
+- every other operator is run on random tensors, for all tokens and for the last ones (module `probing`): either it
+  gives the same rows, or it mixes tokens.
 
-Of a tensor without such an axis the probe tells whether it is the last token's share (`x[:, -1]`, `x[:, [-1]]`), which
-a call with new tokens has as well, or no token's (`x.new_zeros(...)`).
+For a tensor without such an axis, the probe tells whether it belongs to the last token (`x[:, -1]`, `x[:, [-1]]`),
+which a call with new tokens has as well, or to no token (`x.new_zeros(...)`).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from loopq_compile.passes.cache.probing import Place, Probe, last_tokens, same
 
 _aten = torch.ops.aten
 _ALL, _SOME, _ONE = 7, 3, 1
-"""Tokens of a probe, and how many of them the later calls have."""
+"""Tokens of a probe, and how many of them later calls have."""
 _NORMS = {_aten.rms_norm.default, _aten.layer_norm.default}
 _ROWS = {
     *_NORMS,
@@ -41,7 +40,7 @@ _ROWS = {
     ops.kronecker.default,
     ops.transition_adapter.default,
 }
-"""What works on the last axis (norms: on the last few), each row by itself."""
+"""Operators on the last axis (norms: the last few), which treat each row by itself."""
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.flatten.using_ints}
 _VIEWS |= {_aten.unflatten.int, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.default}
 _ALIKE = {
@@ -52,7 +51,7 @@ _ALIKE = {
     *(_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other, _aten._to_copy.default),
     *(_aten.type_as.default, _aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default),
 }
-"""What gives a tensor of the shape of its first argument."""
+"""Operators whose result has the shape of their first argument."""
 Places = Place | None | list["Place | None"]
 
 
@@ -60,10 +59,10 @@ class TokenFlow:
     """Follows tokens through the token region of a graph.
 
     Args:
-        regions: of the graph.
-        attention: nodes of attention, which may mix tokens; `results` of it hold one row for each token.
+        regions: regions of the graph.
+        attention: nodes of attention, which may mix tokens; its `results` hold one row for each token.
 
-    `last` has the nodes that hold the last token's share only.
+    `last` has the nodes that hold only the last token's share.
     """
 
     def __init__(self, regions: Regions, attention: set[fx.Node], results: set[fx.Node]) -> None:
@@ -73,10 +72,10 @@ class TokenFlow:
         self.last: set[fx.Node] = set()
 
     def check(self) -> None:
-        """Proves it.
+        """Runs the proof.
 
         Raises:
-            LoopQError: a token reads another one; names the node, its loop and its source line.
+            LoopQError: a token reads another one; the message names the node, its loop and its source line.
         """
         for node in self.regions.graph_module.graph.nodes:
             if node not in self.regions.tokens or node.op != "call_function":
@@ -93,7 +92,7 @@ class TokenFlow:
             self.places[node] = self._place(node)
 
     def _check_attention(self, node: fx.Node) -> None:
-        """Queries, keys and values hold one token in each row."""
+        """Checks that queries, keys and values hold one token in each row."""
         for argument in node.all_input_nodes:
             place = self.places.get(argument)
             if argument in self.last or (isinstance(place, Place) and place.inner != 1):
@@ -124,7 +123,7 @@ class TokenFlow:
         return self._probed(node, pairs)
 
     def _placed(self, nodes: Iterable[fx.Node]) -> list[tuple[fx.Node, Place]]:
-        """Those of `nodes` that run over the sequence, and where."""
+        """Those of `nodes` that run over the sequence, with their places."""
         found: list[tuple[fx.Node, Place]] = []
         for node in nodes:
             place = self.places.get(node)
@@ -135,7 +134,7 @@ class TokenFlow:
         return found
 
     def _aligned(self, node: fx.Node, pairs: Sequence[tuple[fx.Node, Place]]) -> Place | None:
-        """Broadcasting lines tensors up from the last axis."""
+        """The common place of broadcast tensors, which are aligned from the last axis."""
         seen = {(place.axis - len(shape_of(argument)), place.inner) for argument, place in pairs}
         if len(seen) > 1:
             raise _refused(node, "combines tokens with tokens at another place of the sequence")
@@ -156,7 +155,7 @@ class TokenFlow:
         raise _refused(node, f"turns {list(shape_of(source))} into {list(shape)}, which mixes tokens with channels")
 
     def _check_last(self, node: fx.Node) -> None:
-        """What reads the last token's share may read nothing that runs over the sequence."""
+        """Refuses a node that reads the last token's share together with something that runs over the sequence."""
         if node.target is not operator.getitem and self._placed(node.all_input_nodes):
             raise _refused(node, "combines the last token with those before it")
         self.last.add(node)
@@ -166,7 +165,7 @@ class TokenFlow:
             return self._run(node, dict(pairs))
         except LoopQError:
             raise
-        except Exception as error:  # an operator that cannot be run on random tensors is not known to be harmless
+        except Exception as error:  # an operator that cannot run on random tensors may be harmful
             raise _refused(node, "may mix tokens of the sequence") from error
 
     def _run(self, node: fx.Node, places: dict[fx.Node, Place]) -> Places:

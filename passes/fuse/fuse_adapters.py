@@ -1,4 +1,4 @@
-"""`fuse-adapters`: transition adapters read their tables themselves."""
+"""`fuse-adapters`: transition adapters that read their tables themselves."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _aten = torch.ops.aten
 
 
 class FuseAdapters(Pass):
-    """One kernel for an adapter in all loops.
+    """Gives an adapter one kernel for all loops.
 
     Before: `transition_adapter(u, row(gate, t), row(gain, t), row(shift, t), row(mix, t), down, up)`. After:
     `transition_adapter_row(u, gate, gain, shift, mix, down, up, t)`. Does nothing to adapters whose arguments are not
     the same row of four tables, or whose rank is too high; the report says so.
 
     Args:
-        highest_rank: that a kernel has registers for.
+        highest_rank: highest rank that a kernel has registers for.
     """
 
     def __init__(self, highest_rank: int = 32) -> None:

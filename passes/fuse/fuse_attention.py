@@ -1,4 +1,4 @@
-"""`fuse-attention`: attention on a cache of integers reads the integers."""
+"""`fuse-attention`: attention that reads the integers of an integer cache directly."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from loopq_compile.passes.fuse.fusion import Refusal, entry, record
 
 
 class FuseAttention(Pass):
-    """Puts attention on the codes and scales of a key-value cache.
+    """Makes attention read the codes and scales of a key-value cache.
 
     Before: `scaled_dot_product_attention(q, keys, values, mask)`, where keys and values are `dequantize_cache(cat(past,
     quantize_cache(new)), ...)`, maybe copied for grouped queries, which share a head of the cache. After:
-    `cached_attention(q, codes and scales of both, mask)`, which dequantizes as it goes; `quantize_cache` has a kernel
-    of its own. Runs in front of `roll-loops`, so rolled loops have it in their body.
+    `cached_attention(q, codes and scales of both, mask)`, which dequantizes on the fly; `quantize_cache` has a
+    separate kernel. Runs before `roll-loops`, so that rolled loops have it in their body.
 
-    Does nothing to programs without a cache, and to caches in floating point. The report says which attention stays as
-    it is, and why: spelled out as products and softmax, a step between cache and attention, a mask that is not added,
-    heads that are too wide.
+    Does nothing to programs without a cache, and to caches in floating point. The report says which attention is
+    unchanged and why: it is spelled out as products and softmax, there is a step between cache and attention, the mask
+    is not added, or heads are too wide.
 
     Args:
         widest: bytes that a head may have in the type of its queries.
@@ -63,10 +63,10 @@ class FuseAttention(Pass):
 
 
 def _arguments(node: fx.Node, widest: int) -> tuple[Any, ...]:
-    """Those of `cached_attention` for a fused attention of PyTorch.
+    """The arguments of `cached_attention` for a fused attention of PyTorch.
 
     Raises:
-        Refusal: it is another one.
+        Refusal: it does not match.
     """
     given: Any = node.args
     query, keys, values = given[:3]
@@ -95,10 +95,10 @@ def _arguments(node: fx.Node, widest: int) -> tuple[Any, ...]:
 
 
 def _stored(kind: str, read: Any) -> tuple[fx.Node, fx.Node, int]:
-    """Codes, scales and bits of what an attention reads.
+    """Codes, scales and bits of the keys or values that an attention reads.
 
     Raises:
-        Refusal: it is not what a cache of integers holds.
+        Refusal: they do not come from a cache of integers.
     """
     source = ungrouped(read)
     if source.target is not ops.dequantize_cache.default:
@@ -116,7 +116,7 @@ def _stored(kind: str, read: Any) -> tuple[fx.Node, fx.Node, int]:
 
 
 def _left(graph: fx.Graph) -> list[Any]:
-    """A line for every cache of integers that is still read as numbers by something else than a fused attention."""
+    """A line for every integer cache that something other than fused attention still reads as numbers."""
     return [
         entry(node, reason="its attention is spelled out as products and softmax")
         for node in graph.nodes
@@ -125,7 +125,7 @@ def _left(graph: fx.Graph) -> list[Any]:
 
 
 def _reaches(node: fx.Node) -> bool:
-    """Whether a fused attention reads `node`, as it is or copied or turned."""
+    """Whether a fused attention reads `node`, directly, copied or transposed."""
     return node.target is SDPA or (
         len(node.users) == 1 and len(node.all_input_nodes) == 1 and _reaches(next(iter(node.users)))
     )

@@ -1,4 +1,4 @@
-"""`fuse-linears`: quantized linears, and what prepares their input, become two kernels."""
+"""`fuse-linears`: quantized linears, and the nodes that prepare their input, become two kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loopq_compile.passes.quantize.pack_weights import drop_unused
 
 _aten = torch.ops.aten
 _Weight = tuple[str, str, int]
-"""Names of codes and scales, features per scale."""
+"""Names of codes and scales, and features per scale."""
 
 
 @dataclass
@@ -36,22 +36,22 @@ class _Use:
 
 @dataclass
 class _Stack:
-    """The weights of one launch: several linears side by side, one row for each loop that has weights of its own."""
+    """The weights of one launch: several linears side by side, with a row for each loop that has its own weights."""
 
     rows: list[tuple[_Weight, ...]] = field(default_factory=list)
     nodes: tuple[fx.Node, ...] = ()
 
 
 class FuseLinears(Pass):
-    """Puts linears on packed integers.
+    """Makes linears compute with packed integers.
 
     Before: `linear(dequantize(quantize(x')), dequantize(codes, scale), bias)`, where `x'` is a norm or SwiGLU, a
     diagonal and a transform of `x`. After: `packed_linear(quantize_packed(x, ...), ...)`; the linears of a group are
     one product, split afterwards. Weights are stored packed, `packed.<group>.codes` and `.scale`, with a row for each
-    loop that has its own. Every `view` becomes a `reshape`, since parts of a product are no contiguous tensors.
+    loop that has its own. Every `view` becomes a `reshape`, since parts of a product are not contiguous.
 
-    A weight is rewritten only if every use of it is. Does nothing to weights that are not packed, groups that no kernel
-    has, activations in floating point; the report in `state.results["fusion"]` says which and why.
+    A weight is rewritten only if every use of it is. Does nothing to weights that are not packed, to group sizes that
+    no kernel has, and to activations in floating point. The report in `state.results["fusion"]` says which and why.
 
     Args:
         limits: what one kernel can do.
@@ -67,7 +67,7 @@ class FuseLinears(Pass):
         record(graph_module, [*(_describe(use) for use in uses), *refused])
         launches = _launches(uses)
         stacks = _make_stacks(graph_module, launches)
-        # First in front of all linears, then the linears: a SwiGLU reads linears that are about to be replaced.
+        # First what comes before the linears, then the linears: a SwiGLU reads linears that will be replaced.
         integers = [_insert_quantize(graph_module, use) for use, _ in launches]
         for (use, parts), pair in zip(launches, integers, strict=True):
             _replace_linears(graph_module, use, parts, stacks, pair)
@@ -81,7 +81,7 @@ class FuseLinears(Pass):
 
 
 def _find_uses(graph_module: fx.GraphModule, limits: Limits) -> tuple[list[_Use], list[Entry]]:
-    """Quantized tensors that only linears read; and every linear that takes part in none, with the reason."""
+    """Quantized tensors that only linears read; and every other linear, with the reason."""
     uses: list[_Use] = []
     refused: list[Entry] = []
     for node in graph_module.graph.nodes:
@@ -100,7 +100,7 @@ def _reads_codes(linear: fx.Node) -> bool:
 
 
 def _linears(graph_module: fx.GraphModule, quantize: fx.Node) -> list[fx.Node]:
-    """The linears behind `quantize`, in graph order.
+    """The linears after `quantize`, in graph order.
 
     Raises:
         Refusal: something else reads the integers, or a weight is not packed or has other groups.
@@ -168,13 +168,13 @@ def _describe(use: _Use) -> Entry:
 
 
 def _key(linears: list[fx.Node]) -> tuple[Any, ...]:
-    """What launches that differ only in the loop have in common: sites and biases."""
+    """A key that launches have in common if they differ only in the loop: sites and biases."""
     return tuple((linear.meta.get(SITE, ""), *linear.args[2:]) for linear in linears)
 
 
 def _launches(uses: list[_Use]) -> list[tuple[_Use, list[list[fx.Node]]]]:
-    """The linears of each use, those of one launch together. A weight belongs to one launch: linears whose weight
-    occurs in different company stay alone."""
+    """The linears of each use, grouped by launch. A weight belongs to one launch only: a linear is launched by itself
+    if its weight occurs together with different weights elsewhere."""
     company: dict[str, set[tuple[_Weight | None, ...]]] = defaultdict(set)
     for use in uses:
         together = tuple(map(_weight, use.linears))

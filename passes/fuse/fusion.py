@@ -1,10 +1,10 @@
-"""What fusing passes look for, and the report of what they found.
+"""The patterns that fusing passes look for, and the report of what they found.
 
-In front of a group of quantized linears stands, for every loop,
+In every loop, these operators come before a group of quantized linears:
 
     x ─▶ [norm | activation(·) [* up]] ─▶ [mul(·, diagonal[t])] ─▶ [kronecker(·, left[t], right[t])] ─▶ quantize ─▶ …
 
-with a static scale, a row of a table, or `dynamic_scale` with a row of clip ratios. `match_activation` reads this
+The scale is static, a row of a table, or `dynamic_scale` with a row of clip ratios. `match_activation` reads this
 backwards from the quantize node, takes what fits one kernel, and says why the rest stays outside.
 """
 
@@ -34,8 +34,8 @@ class Limits:
     Args:
         group_sizes: features per scale.
         widest: features of a token without a transform.
-        widest_factored: size of the tile of a transform, its sides rounded up to powers of two.
-        longest_side: of such a tile.
+        widest_factored: size of the tile of a transform, with its sides rounded up to powers of two.
+        longest_side: longest side of such a tile.
     """
 
     group_sizes: tuple[int, ...] = (32, 64, 128)
@@ -49,11 +49,11 @@ class Entry:
     """One line of the report: what became one kernel, or what did not and why.
 
     Args:
-        node: in the program's graph.
+        node: name of the node in the program's graph.
         loop: label of its iteration, empty outside loops.
         site: group or linear.
         parts: what was fused, such as `("rms_norm", "kronecker", "quantize")`; empty if nothing was.
-        reason: why the node, or what stands in front of it, stays as it is; empty if all was fused.
+        reason: why the node, or what comes before it, stays unchanged; empty if all was fused.
     """
 
     node: str
@@ -74,7 +74,7 @@ class Refusal(Exception):
 
 @dataclass
 class Activation:
-    """What one kernel computes in front of linears: the arguments of `loopq::quantize_packed`, as nodes and numbers."""
+    """What one kernel computes before linears: the arguments of `loopq::quantize_packed`, as nodes and numbers."""
 
     quantize: fx.Node
     x: fx.Node
@@ -91,7 +91,7 @@ class Activation:
     reason: str = ""
 
     def arguments(self) -> tuple[Any, ...]:
-        """In the order of the operator."""
+        """The arguments in the order of the operator."""
         front = self.front or Front(self.x, "", set())
         before = (front.up, front.activation, front.norm, front.gain, front.shift, front.eps)
         tables = (self.diagonal, self.left, self.right, self.table)
@@ -99,7 +99,7 @@ class Activation:
 
 
 def record(graph_module: fx.GraphModule, entries: list[Entry]) -> None:
-    """Adds to the report of the graph, and to the log how much was fused."""
+    """Adds `entries` to the report of the graph, and a line about how much was fused to the log."""
     state = get_state(graph_module)
     state.results.setdefault(RESULTS, []).extend(asdict(entry) for entry in entries)
     fused = sum(bool(entry.parts) for entry in entries)
@@ -114,7 +114,7 @@ def entry(node: fx.Node, parts: tuple[str, ...] = (), reason: str = "") -> Entry
 
 
 def match_activation(graph_module: fx.GraphModule, quantize: fx.Node, limits: Limits) -> Activation:
-    """What can be one kernel with `quantize`.
+    """Finds what can share one kernel with `quantize`.
 
     Raises:
         Refusal: not even the quantize node fits a kernel.
@@ -151,7 +151,7 @@ def match_activation(graph_module: fx.GraphModule, quantize: fx.Node, limits: Li
 def _match_transform(
     graph_module: fx.GraphModule, found: Activation, own: set[Any], rows: list[tuple[int, int]], limits: Limits
 ) -> None:
-    """Takes the transform and the diagonal in front of it into `found`, if they fit."""
+    """Takes the transform and the diagonal before it into `found`, if they fit."""
     if found.x.target is ops.kronecker.default and _is_private(found, found.x, own):
         x, *factors = found.x.args
         chosen: list[tuple[int, int]] = []
@@ -182,10 +182,10 @@ def _match_transform(
 
 
 def _take_front(found: Activation, own: set[Any]) -> None:
-    """Takes the norm or the activation function in front of it into `found`."""
+    """Takes the norm or the activation function before it into `found`."""
     front = match_front(found.x)
     if front is None:
-        found.reason = f"in front of it stands {_describe(found.x)}, which no kernel takes in"
+        found.reason = f"before it is {_describe(found.x)}, which no kernel takes in"
     elif all(_is_private(found, node, own | front.nodes) for node in front.nodes):
         found.x, found.front = front.x, front
         found.parts.insert(0, front.part)
@@ -196,7 +196,7 @@ def _describe(node: fx.Node) -> str:
 
 
 def _is_private(found: Activation, node: fx.Node, own: set[Any]) -> bool:
-    """Whether nothing but what is fused reads `node`; else the reason is noted."""
+    """Whether only fused nodes read `node`; otherwise records the reason."""
     others = [user.name for user in node.users if user not in own]
     if others and not found.reason:
         found.reason = f"{node.name} is also read by {', '.join(others)}"
@@ -204,7 +204,7 @@ def _is_private(found: Activation, node: fx.Node, own: set[Any]) -> bool:
 
 
 def _row(graph_module: fx.GraphModule, node: Any, rows: list[tuple[int, int]]) -> fx.Node | None:
-    """The stored table that `node` is a row of, None if it is none; notes `(index, number of rows)`."""
+    """The stored table of which `node` is a row, else None; adds `(index, number of rows)` to `rows`."""
     if not isinstance(node, fx.Node) or node.target is not _aten.select.int or node.args[1] != 0:
         return None
     table, _, index = node.args
@@ -215,7 +215,7 @@ def _row(graph_module: fx.GraphModule, node: Any, rows: list[tuple[int, int]]) -
 
 
 def _common_loop(graph_module: fx.GraphModule, node: fx.Node, rows: list[tuple[int, int]]) -> int:
-    """The one number that selects all `rows`: shared tables have one row, the others one for every loop.
+    """The number that selects the row in all tables: shared tables have one row, the others one for every loop.
 
     Raises:
         Refusal: there is none.

@@ -1,8 +1,8 @@
-"""What can stand in front of a transform or a quantization inside one kernel: an activation function or a norm.
+"""What can come before a transform or a quantization in the same kernel: an activation function or a norm.
 
-Models write both in one operator or spell them out, as Hugging Face's RMS norm and GPT-2's GELU. Spelled forms are
-trees of operators (`_RMS`, `_NEW_GELU`), matched with both orders of sums and products, and through casts: where a
-model in half precision rounds is what `norm` tells (`loopq_compile.operators.packed.NORMS`).
+Models write both as one operator or spell them out, as in Hugging Face's RMS norm and GPT-2's GELU. Spelled-out forms
+are trees of operators (`_RMS`, `_NEW_GELU`). They are matched in both orders of sums and products, and through casts;
+`norm` tells where a model in half precision rounds (`loopq_compile.operators.packed.NORMS`).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Front:
     """Nodes that compute an activation function or a norm of `x`, as arguments of `loopq::quantize_packed`.
 
     Args:
-        x: what they read.
-        part: for reports, such as "swiglu".
-        nodes: those that a kernel takes over.
+        x: the tensor that they read.
+        part: name for reports, such as "swiglu".
+        nodes: the nodes that a kernel takes over.
     """
 
     x: fx.Node
@@ -53,7 +53,7 @@ class Front:
 
 
 def match_front(node: fx.Node) -> Front | None:
-    """The activation function or norm whose result `node` is; None if it is none."""
+    """The activation function or norm whose result `node` is; None if there is none."""
     return _norm(node) or _spelled_norm(node) or _gated(node) or _activation(node)
 
 
@@ -79,7 +79,7 @@ def _spelled_norm(node: fx.Node) -> Front | None:
         if not _matches(_RMS, inner, found) or not isinstance(found.values[_EPS], int | float):
             continue
         nodes = nodes | casts | found.nodes | ({outer} if gain is not None else set())
-        # A cast that changes nothing is the residual stream of a model in float32: others read it, too.
+        # A cast without effect is the residual stream of a float32 model, which other nodes read, too.
         x, after = found.values[_X], _value(node).dtype
         x, more = (x, set()) if _value(x).dtype == after else _behind_casts(x)
         before = _value(x).dtype
@@ -94,7 +94,7 @@ def _spelled_norm(node: fx.Node) -> Front | None:
 
 
 def _with_gain(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Both ways to read `node` as a product of a tensor and a vector, which can be no number of a token."""
+    """Yields `(tensor, gain)` of a product in both orders; `gain` has one entry per feature."""
     if node.target is _aten.mul.Tensor:
         for core, gain in (node.args, node.args[::-1]):
             if not isinstance(core, fx.Node) or not isinstance(gain, fx.Node) or not isinstance(_value(gain), Tensor):
@@ -128,7 +128,7 @@ def _activation(node: fx.Node) -> Front | None:
 
 @dataclass
 class _Bound:
-    """What the names of a pattern met, and the nodes inside."""
+    """What the names of a pattern matched, and the nodes inside."""
 
     values: dict[str, Any] = field(default_factory=dict)
     nodes: set[fx.Node] = field(default_factory=set)
@@ -156,7 +156,7 @@ def _matches(pattern: Any, value: Any, found: _Bound) -> bool:
 
 
 def _behind_casts(node: fx.Node) -> tuple[fx.Node, set[fx.Node]]:
-    """What `node` is a cast of, and the casts."""
+    """The node before all casts that end in `node`, and the casts."""
     casts = set()
     while node.target in _CASTS and isinstance(node.args[0], fx.Node):
         casts.add(node)

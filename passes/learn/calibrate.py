@@ -31,26 +31,26 @@ from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
 
 LARGEST_CONDITION = 1e4
-"""States with a transform whose condition number is larger are not kept."""
+"""A state is not kept if a transform's condition number exceeds this."""
 KEPT_BYTES = 4 << 30
-"""Without `recompute="on"`, everything is kept for the backward pass up to this estimate."""
+"""With `recompute="auto"`, everything is kept for the backward pass up to this estimate."""
 
 
 class Calibrate(Pass):
-    """Learns what the passes before put in: transforms, ranges and clip ratios, rounding, adapters.
+    """Learns what earlier passes inserted: transforms, ranges and clip ratios, rounding, adapters.
 
     Before: a program that runs, with tables, offsets and adapters at their starting values. After: the same graph with
-    learned values, the best of those seen on held-out batches, starting values included. Teacher is the captured model;
-    labels play no part.
+        learned values: the best on held-out batches, starting values included. The teacher is the captured model;
+        labels are not used.
 
     Does nothing if there is nothing to learn.
 
     Args:
         share: part of the method's steps that this phase takes.
-        default_steps: the method's steps where the options leave them open.
-        kinds: what is learned, out of `trajectory.learnable.RATES`; None for everything.
-        trajectory: whether states at the ends of loops count, or predictions alone.
-        final_share: in place of the option of that name.
+        default_steps: the method's steps, used if the options do not set them.
+        kinds: what is learned, out of `loopq_compile.calibration.learnable.RATES`; None for everything.
+        trajectory: whether states at the ends of loops count, or only predictions.
+        final_share: overrides the option of that name.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Calibrate(Pass):
         learnables = find_learnables(graph_module, self.kinds)
         total = options.steps or self.default_steps
         steps = max(1, round(total * self.share))
-        if options.fused == "auto":  # the phases of a method share what compiling costs
+        if options.fused == "auto":  # the phases of a method share the cost of compiling
             options = dataclasses.replace(options, fused="on" if total >= FUSED_STEPS else "off")
         if not learnables:
             return PassResult(graph_module, False)
@@ -141,7 +141,7 @@ class Calibrate(Pass):
 
 
 def find_learnables(graph_module: fx.GraphModule, kinds: frozenset[str]) -> list[Learnable]:
-    """The tensors of the graph that may change, out of `kinds`, at their present values."""
+    """The tensors of the graph that may change, of the given `kinds`, at their current values."""
     scheme = get_state(graph_module).scheme
     static = scheme is not None and scheme.activation == "static"
     wanted: dict[fx.Node, str] = {}
@@ -165,12 +165,12 @@ def find_learnables(graph_module: fx.GraphModule, kinds: frozenset[str]) -> list
 
 
 def _scale_behind(rounding: fx.Node) -> fx.Node:
-    """The scale `[outputs, groups]` that the weight is rounded with behind the offset `rounding`."""
+    """The scale `[outputs, groups]` with which the weight is rounded after the offset `rounding`."""
     for add in rounding.users:
         for quantize in add.users:
             if quantize.target is ops.quantize.default:
                 return quantize.args[1]  # type: ignore[return-value]
-    raise InternalError(f"Nothing is rounded behind {rounding.name!r}.")
+    raise InternalError(f"Nothing is rounded after {rounding.name!r}.")
 
 
 def _teacher(state: CompilerState) -> fx.GraphModule:
@@ -179,7 +179,7 @@ def _teacher(state: CompilerState) -> fx.GraphModule:
 
 
 def guard(values: dict[str, Tensor]) -> str | None:
-    """A reason not to keep `values` (by constant name), None if there is none."""
+    """A reason not to keep `values` (by constant name); None if there is none."""
     for name, value in values.items():
         if not torch.isfinite(value).all():
             return f"{name} is not finite"
@@ -189,7 +189,7 @@ def guard(values: dict[str, Tensor]) -> str | None:
 
 
 def activation_bytes(graph_module: fx.GraphModule, batch: Batch) -> float:
-    """About how much a step keeps for its backward pass without recomputation."""
+    """Estimates how many bytes a step keeps for its backward pass without recomputation."""
     tokens = max(tensor[..., 0].numel() if tensor.is_floating_point() else tensor.numel() for tensor in batch)
     total = 0
     for node in graph_module.graph.nodes:
@@ -200,7 +200,7 @@ def activation_bytes(graph_module: fx.GraphModule, batch: Batch) -> float:
 
 
 def count_by_kind(learnables: Sequence[Learnable]) -> dict[str, int]:
-    """Numbers that are learned, by kind."""
+    """Counts of learned numbers, by kind."""
     counts: dict[str, int] = {}
     for item in learnables:
         counts[item.kind] = counts.get(item.kind, 0) + item.raw.numel()
@@ -210,7 +210,8 @@ def count_by_kind(learnables: Sequence[Learnable]) -> dict[str, int]:
 def fingerprint(
     tensors: Mapping[str, Tensor], state: CompilerState, batches: Sequence[Batch], learned: Sequence[str], steps: int
 ) -> str:
-    """Hash of all that decides the result: the graph's `tensors`, options, data, and what is `learned` for how long."""
+    """Hash of everything that affects the result: the graph's `tensors`, options, data, and what is `learned` how
+    long."""
     options = {k: v for k, v in state.options.to_dict().items() if k not in ("checkpoint", "checkpoint_every")}
     digest = hashlib.sha256(repr((options, state.scheme, state.method, steps, list(learned))).encode())
     for name, tensor in sorted(tensors.items()):

@@ -1,4 +1,4 @@
-"""`calibrate-blocks`: calibration block by block, blind to loops (FlatQuant's way of learning)."""
+"""`calibrate-blocks`: calibration block by block, without regard to loops (FlatQuant's way of learning)."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class CalibrateBlocks(Pass):
 
     Before: a program that runs, with tables at their starting values. After: the same graph with learned values. The
     graph is cut where only the residual stream crosses, into about one block for each call of a layer
-    (`loopq_compile.calibration.blocks`). Each block gets the inputs of the model in full precision and learns to give
-    its outputs; calls of the same weights in several loops are one block, trained on all of them. No error that one
-    block leaves is seen by the next, and none comes back around a loop. The best state on held-out batches is kept,
-    the starting values included. Reports go into `state.results["blocks"]`.
+    (`loopq_compile.calibration.blocks`). Each block gets the inputs of the full-precision model and learns to reproduce
+    its outputs. Calls of the same weights in several loops are one block, trained on all of them. The error of one
+    block never reaches the next, and never returns through a loop. The best state on held-out batches is kept,
+    starting values included. Reports go into `state.results["blocks"]`.
 
-    Passes before must leave the residual stream as it was: what blocks read and write has to mean the same as in the
+    Earlier passes must not change the residual stream: what blocks read and write must mean the same as in the
     captured model.
 
     Does nothing if nothing is quantized or there is nothing to learn.
 
     Args:
-        default_steps: steps for each block where the options leave them open.
-        kinds: what is learned, out of `trajectory.learnable.RATES`.
+        default_steps: steps for each block, used if the options do not set them.
+        kinds: what is learned, out of `loopq_compile.calibration.learnable.RATES`.
     """
 
     def __init__(self, default_steps: int = 200, kinds: Iterable[str] = KINDS) -> None:

@@ -23,33 +23,33 @@ from loopq_compile.passes.transforms.widen import loop_groups, widen
 from loopq_compile.progress import progress
 
 LEAST_GROUPS = 2
-"""Groups that are selected even if the budget is smaller."""
+"""Number of groups that are selected even if the budget is smaller."""
 SEQUENCES = 16
-"""Sequences that the gradients are taken from."""
+"""Number of sequences from which gradients are taken."""
 _DAMPING = 0.1
 """Epsilon of the score, relative to the median of the Fisher information."""
 
 
 class SelectTransforms(Pass):
-    """Gives the groups that suffer most from sharing a transform and weights of their own in every loop.
+    """Gives a separate transform and weight per loop to the groups that suffer most from sharing them.
 
     Before: every group has one transform and one quantized weight for all loops. After: selected groups have a row of
-    the transform's table, and a weight, per loop; their values are the shared ones until calibration goes on.
+    the transform's table, and a weight, per loop; they start with the shared values, from which calibration continues.
 
-    A group's score is the variance of its gradient across loops by the curvature (eq. 6): with `g[t, s]` the gradient
-    of the loss of sequence `s` with respect to the transform in loop `t` alone,
+    A group's score is the variance of its gradient across loops, divided by the curvature (eq. 6). With `g[t, s]` the
+    gradient of the loss of sequence `s` with respect to the transform in loop `t` only,
 
         S = Σ_tables mean_i Var_t(mean_s g[t, s, i]) / (F_i + ε),    F_i = mean_{t, s} g[t, s, i]²
 
-    ε is a tenth of the median of F. Selection is progressive: the pass stands several times in a pipeline, with
-    calibration in between, and each time takes its part of the budget. Scores and choice go into
+    ε is a tenth of the median of F. Selection is progressive: the pass occurs several times in a pipeline, with
+    calibration in between, and takes a part of the budget each time. Scores and choice go into
     `state.results["slt"]`.
 
-    Does nothing without loops, without transforms, and when the budget is spent.
+    Does nothing without loops, without transforms, or when the budget is used up.
 
     Args:
-        number: which of the rounds of selection this is, from 0.
-        rounds: number of rounds that the pipeline has.
+        number: number of this round of selection, from 0.
+        rounds: how many rounds the pipeline has.
     """
 
     def __init__(self, number: int = 0, rounds: int = 2) -> None:
@@ -85,7 +85,7 @@ class SelectTransforms(Pass):
 
 
 def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, float]:
-    """The score of each of `groups`, which have transforms that calibration may learn (others score zero)."""
+    """The score of each of `groups`; groups without a transform that calibration may learn score zero."""
     state = get_state(graph_module)
     relaxed = copy_graph(graph_module)
     attach_state(relaxed, dataclasses.replace(state, results={}))

@@ -1,4 +1,4 @@
-"""`exit-early`: a rolled loop stops when its exit gate says that every token is done."""
+"""`exit-early`: a rolled loop stops when its exit gate reports every token as done."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ from loopq_compile.passes.cache.cache_regions import ATTENTION_MASK
 
 _aten = torch.ops.aten
 _TRANSPARENT = {_aten.sigmoid.default, _aten.squeeze.dim, _aten.squeeze.default, _aten.to.dtype, _aten.clone.default}
-"""What may stand between a gate and the result that the loop returns."""
+"""Operators that may lie between a gate and the result that the loop returns."""
 
 
 class ExitEarly(Pass):
-    """Lets the main loop of a rolled program stop early; runs behind `roll-loops`.
+    """Lets the main loop of a rolled program stop early; runs after `roll-loops`.
 
     Before: `loop_0([state], [shared])` runs all iterations and returns, among other things, the logit of an exit gate,
-    a linear with one output per token. After: the loop also carries every token's probability to have come through all
-    gates so far, and stops behind the first iteration where, for all new tokens of the call, the probability to have
-    stopped reaches `exit_threshold` (Ouro, arXiv 2510.25741: the cumulative exit probability `1 - prod(1 - sigmoid)`).
-    From 1 on all iterations run, with results equal to the last bit. The program returns a dict, with `loops_spent`.
+        a linear with one output per token. After: the loop also carries every token's probability of having passed all
+        gates so far. It stops after the first iteration in which, for all new tokens of the call, the probability of
+        having stopped reaches `exit_threshold` (Ouro, arXiv 2510.25741: the cumulative exit probability
+        `1 - prod(1 - sigmoid)`). From 1 on all iterations run, with bit-identical results. The program returns a dict,
+        with `loops_spent`.
 
-    What the head reads is the state behind the last iteration that ran. Of iterations that did not run, everything
-    else that the loop returns is what the last one that ran returned: so keys and values that a cache lacks for the
-    new tokens are those of the last computed loop, as in Ouro's sharing of the last loop's cache. Padding, where the
-    program has an attention mask, does not hold a loop up.
+        The head reads the state after the last iteration that ran. For iterations that did not run, everything else
+        that the loop returns is what the last one that ran returned. Keys and values of the new tokens that a cache
+        would lack are therefore those of the last computed loop, as in Ouro's sharing of the last loop's cache. Padding
+        does not delay a stop, if the program has an attention mask.
 
-    Does nothing to a program that may stop early already.
+    Does nothing to a program that can already stop early.
 
     Raises:
-        LoopQError: there is no rolled loop, it has no exit gate or several, or its first iteration stands apart.
+        LoopQError: there is no rolled loop, it has no exit gate or several, or its first iteration is separate.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -78,14 +79,14 @@ def _main_loop(graph_module: fx.GraphModule) -> tuple[fx.Node, RolledLoop]:
         if isinstance(loop, RolledLoop) and loop.number == 0:
             if loop.skipped:
                 raise LoopQError(
-                    "Early exit needs a loop whose iterations are all alike; here the first one stands in front of it."
+                    "Early exit needs a loop whose iterations are all alike; here the first one is separate from it."
                 )
             return node, loop
     raise LoopQError("Early exit needs a loop that is rolled: run roll-loops first, or export with form='rolled'.")
 
 
 def _find_gate(graph_module: fx.GraphModule, node: fx.Node, loop: RolledLoop) -> fx.Node:
-    """The linear of the loop's body whose only output per token every iteration returns.
+    """The linear of the loop's body with one output per token that every iteration returns.
 
     Raises:
         LoopQError: there is none, or more than one.
@@ -117,7 +118,7 @@ def _results(loop: RolledLoop) -> list[Any]:
 
 
 def _extended(loop: RolledLoop, carried: int, gate: fx.Node) -> RolledLoop:
-    """The loop with two more parts of its state: the probability to go on, and the number of iterations."""
+    """The loop with two additional parts of its state: the probability of going on, and the number of iterations."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     results: Any = graph.graph_copy(loop.body.graph, copies)
     inputs = [n for n in graph.nodes if n.op == "placeholder"]

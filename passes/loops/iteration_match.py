@@ -1,21 +1,21 @@
-"""Compares the iterations of a loop node by node, and writes down the one body that stands for all of them.
+"""Compares the iterations of a loop node by node, and builds the one body that represents all of them.
 
-What a body node reads is, in every iteration, one of these:
+In every iteration, a body node reads one of these:
 
 - the node at the same place of its own iteration: a value inside the body;
 - the node at the same place of the iteration before: state. The first iteration reads what the loop starts from. A
-  transition adapter on this edge is the body's entry; where the first iteration has none it gets a row of zeros, with
-  which an adapter returns what it is given;
+  transition adapter on this edge is the body's entry. If the first iteration has none, it gets a row of zeros, with
+  which an adapter returns its input;
 - the same value in all iterations: shared, an argument of the body;
 - different constants: rows of a table. Rows of one stored table are read from it; different weights are stacked, a
   dequantized one as integers and scales; everything else is computed now;
 - the number of the iteration, where an operator of `loopq::` reads rows itself: the row number;
 - a row of an input for each iteration, `past[t]`: a key-value cache, of which the body gets its iteration's entry;
-- different values that do not depend on the loop: stacked in front of it.
+- different values that do not depend on the loop: stacked before it.
 
-What a loop computes from its number alone (an embedding of its time) may be computed differently in each, as sums that
-begin with zero are. Where iterations match but for that (`hoisted`), it is left in front of the loop: constants become
-rows of a table, what depends on sizes is stacked.
+What an iteration computes only from its number (an embedding of its time) may be computed differently in each one, for
+instance as a sum that begins with zero. If iterations match apart from that (`hoisted`), it stays before the loop:
+constants become rows of a table, and what depends on sizes is stacked.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from loopq_compile.operators import ops
 _aten = torch.ops.aten
 _ADAPTER = ops.transition_adapter.default
 _GATE = 1
-"""Position of the gate among an adapter's arguments; rows come up to `_LAST_ROW`, then what all loops share."""
+"""Position of the gate among an adapter's arguments; up to `_LAST_ROW` they are rows, then tensors that loops share."""
 _LAST_ROW = 4
 
 
 class Mismatch(LoopQError):
-    """Two iterations differ in a way that data cannot express. `first` says that one of them is the first."""
+    """Two iterations differ in a way that data cannot express. `first` tells whether one of them is the first."""
 
     def __init__(self, message: str, first: bool = False) -> None:
         super().__init__(message)
@@ -53,8 +53,8 @@ class Mismatch(LoopQError):
 
 @dataclass
 class Shared:
-    """What the body gets beside its state: a `node` of the graph around it (`scanned`: its entry for the iteration), a
-    new table of `values`, or a `stack` of nodes to be made in front of the loop."""
+    """What the body gets in addition to its state: a `node` of the graph around it (`scanned`: its entry for the
+    iteration), a new table of `values`, or a `stack` of nodes to be made before the loop."""
 
     name: str
     node: fx.Node | None = None
@@ -69,10 +69,10 @@ class Match:
 
     Args:
         body: the graph `(row, *state, *shared) -> (*state, *collected)`; without an output node until `finish`.
-        members: nodes of every iteration that the body stands for, and which go away.
+        members: nodes of every iteration that the body replaces.
         initial: what the state starts from, by place and starting value.
-        shared: in order of the body's arguments.
-        copies: body node by place.
+        shared: shared values in order of the body's arguments.
+        copies: body nodes by place.
     """
 
     body: fx.Graph
@@ -85,12 +85,12 @@ class Match:
 
 
 def match_iterations(graph_module: fx.GraphModule, number: int, skipped: int, hoisted: bool = False) -> Match:
-    """Matches the iterations of top-level loop `number`, the first `skipped` left out.
+    """Matches the iterations of top-level loop `number`, without the first `skipped`.
 
     The graph stays as it is. `hoisted` leaves out of the iterations what no input of the graph can change.
 
     Raises:
-        LoopQError: the iterations differ; names the node and its loop.
+        LoopQError: the iterations differ; the message names the node and its loop.
     """
     return _Matcher(graph_module, number, skipped, hoisted).run()
 
@@ -117,7 +117,7 @@ class _Matcher:
         self.reads: dict[Any, fx.Node] = {}
 
     def _dependents(self, members: list[list[fx.Node]]) -> set[fx.Node]:
-        """The loop's nodes, and what depends on one."""
+        """The loop's nodes, and all that depend on one of them."""
         found = {node for nodes in members for node in nodes}
         for node in self.graph_module.graph.nodes:
             if any(argument in found for argument in node.all_input_nodes):
@@ -194,7 +194,7 @@ class _Matcher:
         sources: list[Any] = [value.args[0] if entry else value for value, entry in zip(values, adapted, strict=True)]
         place = self.place.get(sources[-1], (0, 0))[1]
         for t, source in enumerate(sources):
-            # The first iteration's state comes from in front of the loop, every other one's from the one before.
+            # The first iteration's state comes from before the loop, every other one's from the iteration before.
             if self.place.get(source) != (t - 1, place) if t else source in self.depends:
                 raise self._mismatch(
                     t,
@@ -203,7 +203,7 @@ class _Matcher:
                     "other loops, the state that the loop before it left",
                 )
         if len(values) == 1 or any(adapted[1:]) != all(adapted[1:]):
-            raise self._mismatch(0, readers[0], f"{_call(readers[0])} with a transition adapter in some loops alone")
+            raise self._mismatch(0, readers[0], f"{_call(readers[0])} with a transition adapter in some loops only")
         key = (place, sources[0])
         if key not in self.match.initial:
             with self.match.body.inserting_before(self._first_argument()):
@@ -211,7 +211,8 @@ class _Matcher:
         return self._adapter(key, values, adapted[0]) if any(adapted) else self.match.initial[key]
 
     def _first_argument(self) -> fx.Node:
-        """Where the state's placeholders end: at the first shared one or, without, the first node of the body."""
+        """Where the state's placeholders end: at the first shared one or, if there is none, the first node of the
+        body."""
         known = {self.match.row, *self.match.initial.values()}
         return next((node for node in self.match.body.nodes if node not in known), self.match.body._root)
 
@@ -315,7 +316,7 @@ def _table_name(node: fx.Node) -> str:
 
 
 def _copy_meta(copy: fx.Node, node: fx.Node) -> None:
-    """What describes a node in every loop alike: all but its tag and the types seen in one loop."""
+    """Copies the metadata that holds in every loop: all but the tag and the types seen in one loop."""
     copy.meta.update({k: v for k, v in node.meta.items() if k not in ("val", TAG, "custom")})
 
 

@@ -28,18 +28,18 @@ class RollLoops(Pass):
 
     Before: every loop has its own nodes, tagged. After: `loop_0([state], [shared]) -> (state, collected)`; its body is
     a graph of its own that reads the tables of scales, transforms and adapters by row number. Weights per loop and
-    constants computed from the number of the loop are tables, too. The adapter stands at the entry of the body and
-    has a row of zeros for the first loop. `cat` or `stack` over what all loops returned reads the collected tensor
-    as a whole; what one loop returned is a row of it.
+    constants computed from the number of the loop are tables, too. The adapter is at the entry of the body and has a
+    row of zeros for the first loop. `cat` or `stack` over the results of all loops reads the whole collected tensor;
+    the result of one loop is a row of it.
 
-    What iterations compute from their number alone, and not all in the same way (LoopFormer's time, which starts as
-    zero), is left in front of the loop, as a table with a row for each. If the first iteration still differs from the
-    others (Parcae-like injection from the second loop on), it stays in front of the loop. Iterations of nested loops
-    stay unrolled inside the body. The result is the unrolled program's to the last bit. Does nothing without loops, and
-    to loops that are rolled already.
+    Values that iterations compute only from their number, not all in the same way (LoopFormer's time, which starts as
+    zero), stay before the loop, as a table with a row for each. If the first iteration still differs from the others
+    (Parcae-like injection from the second loop on), it also stays before the loop. Iterations of nested loops stay
+    unrolled inside the body. The results are bit-identical to the unrolled program's. Does nothing without loops, and
+    to loops that are already rolled.
 
     Raises:
-        LoopQError: iterations differ beyond data; names the node and the loop.
+        LoopQError: iterations differ in more than data; the message names the node and the loop.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -52,7 +52,7 @@ class RollLoops(Pass):
             _roll(graph_module, match, number, skipped)
             state.note(f"loop {number}: {loop.count - skipped} iterations of {len(match.copies)} nodes are one")
         if state.loops.loops:
-            # Names of nodes that are gone; the blocks and counts still hold.
+            # These name nodes that are gone; blocks and counts remain valid.
             state.tags = {}
             state.loops = replace(
                 state.loops, loops=tuple(replace(loop, call_sites=(), boundaries=()) for loop in state.loops.loops)
@@ -63,7 +63,7 @@ class RollLoops(Pass):
 
 
 def _drop_what_changes_nothing(graph_module: fx.GraphModule) -> None:
-    """Removes casts and expansions to what a tensor is already: often one iteration has them, and the others do not."""
+    """Removes casts and expansions without effect: often one iteration has them, and the others do not."""
     infer_shapes(graph_module)
     for node in [node for node in graph_module.graph.nodes if get_tag(node) is not None and returns_its_input(node)]:
         node.replace_all_uses_with(node.args[0])
@@ -71,7 +71,7 @@ def _drop_what_changes_nothing(graph_module: fx.GraphModule) -> None:
 
 
 def _match(graph_module: fx.GraphModule, number: int, count: int) -> tuple[Match, int]:
-    """The body of a loop, and how many iterations stay in front of it."""
+    """The body of a loop, and how many iterations stay before it."""
     first: Mismatch | None = None
     for skipped, hoisted in ((0, False), (0, True), (1, False), (1, True)):
         if skipped and (count < 3 or not (first and first.first)):
@@ -97,7 +97,7 @@ def _roll(graph_module: fx.GraphModule, match: Match, number: int, skipped: int)
     match.body.output(tuple(match.copies[place] for place in [*carried, *collected]))
     for node in match.body.nodes:
         if node.op == "placeholder":
-            node.target = node.name  # the argument's name in code, which must not be that of another node
+            node.target = node.name  # the argument's name in code, which must differ from every node's
     body = fx.GraphModule({}, match.body)
     name = free_name(graph_module, f"loop_{number}")
     scanned = [position for position, (value, _) in enumerate(match.shared) if value.scanned]
@@ -120,7 +120,7 @@ def _roll(graph_module: fx.GraphModule, match: Match, number: int, skipped: int)
 
 
 def _move_behind(graph: fx.Graph, gone: set[fx.Node], match: Match) -> fx.Node:
-    """Moves what reads the loop behind its last iteration, in order; returns the node that the loop goes in front of.
+    """Moves what reads the loop after its last iteration, in order; returns the node before which the loop is inserted.
 
     Raises:
         LoopQError: an iteration reads such a value.
@@ -135,7 +135,7 @@ def _move_behind(graph: fx.Graph, gone: set[fx.Node], match: Match) -> fx.Node:
     for node in inputs:
         if node in dependent:
             raise LoopQError(
-                f"roll-loops: {node.name!r} ({node.target}) stands between two loops and is no part of either; such a "
+                f"roll-loops: {node.name!r} ({node.target}) stands between two loops and is not part of either; such a "
                 "program cannot be rolled, use form='unrolled'."
             )
     spot = order[last]
@@ -143,7 +143,7 @@ def _move_behind(graph: fx.Graph, gone: set[fx.Node], match: Match) -> fx.Node:
         if node in dependent:
             spot.append(node)
             spot = node
-    # In front of everything that depends on the loop, and behind everything that it reads.
+    # Before everything that depends on the loop, and after everything that it reads.
     return order[last].next
 
 
@@ -157,7 +157,7 @@ def _outer_value(graph_module: fx.GraphModule, shared: Any, before: fx.Node) -> 
 
 
 def _read_collected(graph: fx.Graph, nodes: Sequence[fx.Node], stack: fx.Node, gone: set[fx.Node]) -> None:
-    """Lets everything outside read `stack [T, ...]` in place of the iterations' own results `nodes`."""
+    """Lets everything outside read `stack [T, ...]` instead of the iterations' own results `nodes`."""
     for user in [user for user in nodes[0].users if user not in gone]:
         joined = _joined(graph, user, list(nodes), stack)
         if joined is not None:

@@ -23,11 +23,12 @@ class TagLoops(Pass):
     Before: a captured graph. After: the same graph; `state.loops` holds its `LoopStructure`, and each node that
     computes something inside a loop has a `LoopTag`. Weights, inputs, prelude and coda have none.
 
-    A node belongs to iteration `t` if it stands, in program order, between matrix products of iteration `t`, or in a
-    module call that holds only such. `loopq_compile.graph.iterations` says to which of two iterations the rest belongs.
+    A node belongs to iteration `t` if it lies, in program order, between matrix products of iteration `t`, or in a
+    module call that holds only such products. `loopq_compile.graph.iterations` assigns the rest, which lies between
+    two iterations.
     Layers with weights of their own between two calls of a shared block (Zamba) stay outside.
 
-    Does nothing to a graph without repeated weights, and to one that is tagged already.
+    Does nothing to a graph without repeated weights, and to one that is already tagged.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -52,7 +53,7 @@ class TagLoops(Pass):
 
 
 def _shown(loop: Loop) -> Loop:
-    """The loop with the names that the model has for its parts."""
+    """The loop with the model's names for its parts."""
     blocks, weights = (tuple(map(shown_name, names)) for names in (loop.blocks, loop.weights))
     return replace(loop, blocks=blocks, weights=weights, children=tuple(map(_shown, loop.children)))
 
@@ -94,7 +95,7 @@ def _find_loop(region: Region, group: Group, parent: LoopTag, nodes: Sequence[fx
 def _boundaries(
     region: Region, iteration_of: Mapping[fx.Node, int], members: Sequence[Sequence[fx.Node]]
 ) -> tuple[Boundary, ...]:
-    """What crosses from each iteration to the next, directly or through layers between the two."""
+    """Finds what crosses from each iteration to the next, directly or through layers between the two."""
     order = {node: position for position, node in enumerate(region.nodes)}
     boundaries = []
     for k, (source, target) in enumerate(pairwise(members)):
@@ -111,7 +112,7 @@ def _boundaries(
 def _readers(
     node: fx.Node, iteration: int, iteration_of: Mapping[fx.Node, int], order: Mapping[fx.Node, int], last: int
 ) -> set[fx.Node]:
-    """Nodes of `iteration` that read `node`, or what nodes outside of the loop make of it before position `last`."""
+    """Nodes of `iteration` that read `node`, or what nodes outside the loop compute from it before position `last`."""
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     stack = list(node.users)
@@ -135,9 +136,9 @@ def _is_state(node: fx.Node) -> bool:
 def _name_blocks(
     loop: Loop, path: tuple[int, ...], owners: Mapping[str, tuple[int, ...]], taken: tuple[str, ...] = ()
 ) -> Loop:
-    """Fills in the modules that the loop at `path` has for itself: repeated weights, and norms and gates between.
+    """Fills in the modules that only the loop at `path` has: repeated weights, and norms and gates between them.
 
-    Names of the loops around it are `taken`.
+    Names of the enclosing loops are `taken`.
     """
     parts = {part for weight in loop.weights for part in weight.split("+")}
     members = [name for name, owner in owners.items() if name in parts or owner == path]

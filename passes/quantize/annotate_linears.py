@@ -28,12 +28,12 @@ class AnnotateLinears(Pass):
     """Lists the linears in `state.sites` and marks their nodes with `node.meta[SITE]`.
 
     Before: linears are `aten.linear` with a weight as second argument. After: the same graph; every weight of a linear
-    has a `Site` that is quantized or has a reason not to be, and belongs to a transform-weight group: the linears
-    that read the same tensor.
+        has a `Site`, which is quantized or has a reason why not. It belongs to a transform-weight group: the linears
+        that read the same tensor.
 
-    Left in floating point by default: language-model heads (as many outputs as an embedding has rows and no product
-    behind them, or tied to one), gates, and linears that do not depend on the input tokens (time embeddings,
-    modulation).
+    Left in floating point by default: language-model heads (tied to an embedding, or with as many outputs as an
+    embedding has rows and no product after them), gates, and linears that do not depend on the input tokens (time
+    embeddings, modulation).
     """
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -85,7 +85,7 @@ def linear_calls(graph: fx.Graph) -> dict[str, list[fx.Node]]:
 
 
 def _vocabularies(graph_module: fx.GraphModule) -> set[int]:
-    """Rows of the tables that are looked up by an input."""
+    """Row counts of the tables that an input indexes."""
     return {
         get_tensor(graph_module, str(node.args[0].target)).shape[0]
         for node in graph_module.graph.nodes
@@ -137,7 +137,7 @@ def _depends_on_input(start: object) -> bool:
 
 
 def _feeds_a_product(start: fx.Node) -> bool:
-    """Whether another matrix product depends on `start`, as on everything but a model's last layer."""
+    """Whether another matrix product depends on `start`; this holds for all but a model's last layer."""
     stack, seen = list(start.users), set[fx.Node]()
     while stack:
         node = stack.pop()
@@ -162,7 +162,7 @@ def _apply_patterns(sites: Iterable[Site], scheme: Scheme) -> None:
 
 
 def _leave_misfits(sites: Iterable[Site], scheme: Scheme) -> None:
-    """Leaves linears in floating point whose inputs the group size does not divide, such as adapters of a low rank.
+    """Leaves linears in floating point if the group size does not divide their inputs, as with adapters of a low rank.
 
     Raises:
         LoopQError: that would leave nothing to quantize, or `Scheme(quantize=...)` names one of them.
@@ -211,7 +211,7 @@ def _name_groups(state: CompilerState, calls: dict[str, list[fx.Node]]) -> None:
 
 
 def _common_module(names: list[str]) -> str:
-    """The dotted prefix that all `names` have in common, with its last dot; "" if there is none."""
+    """The longest dotted prefix of all `names`, with its last dot; "" if there is none."""
     paths = [name.split(".")[:-1] for name in names]
     shared = []
     for parts in zip(*paths, strict=False):

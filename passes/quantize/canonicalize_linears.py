@@ -22,9 +22,9 @@ class CanonicalizeLinears(Pass):
     Before: `mm`, `matmul` and `addmm` with a weight or its transpose on the right, as functional code and GPT-2's
     `Conv1D` produce them. After: `aten.linear`.
 
-    A weight used as `x @ w` is stored transposed; that needs every use of it to be such a product, otherwise (the
-    weight is also an embedding, or is multiplied both ways) its products stay as they are. `addmm` with `alpha` or
-    `beta` stays too. Does nothing to `aten.linear`.
+    A weight used as `x @ w` is stored transposed, if every use of it is such a product. Otherwise (the weight is also
+    an embedding, or is multiplied both ways) its products stay as they are. `addmm` with `alpha` or `beta` stays too.
+    Does nothing to `aten.linear`.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -85,7 +85,7 @@ def _is_product(node: fx.Node, weight: fx.Node) -> bool:
 
 
 def _replace(product: fx.Node, weight: fx.Node) -> None:
-    """`product` becomes a linear layer; its metadata (loop tag, module, source line) stays."""
+    """Turns `product` into a linear layer; keeps its metadata (loop tag, module, source line)."""
     x = product.args[-2]
     bias = (product.args[0],) if product.target is _aten.addmm.default else ()
     product.target = _aten.linear.default

@@ -22,16 +22,15 @@ from loopq_compile.progress import progress
 class CollectRanges(Pass):
     """Fills `state.run.statistics[group][row]` with statistics of the activations each group reads in each loop.
 
-    Before: linears are annotated. After: the same graph, statistics measured in one pass over the calibration batches;
-    memory depends on the model, not on the number of batches. Rows count loop iterations, 0 outside loops.
+    Before: linears are annotated. After: the same graph; statistics are measured in one pass over the calibration
+        batches. Memory depends on the model, not on the number of batches. Rows are loop iterations, 0 outside loops.
 
-    Does nothing for weight-only schemes, and without calibration data where scales are dynamic (their clip ratios
-    stay 1).
+    Does nothing for weight-only schemes, nor for dynamic scales without calibration data (their clip ratios stay 1).
 
-    Tokens that an attention mask masks do not count.
+    Tokens hidden by an attention mask do not count.
 
     Args:
-        max_tokens: statistics come from the first batches of about so many tokens together.
+        max_tokens: statistics come from the first batches, up to about this many tokens in total.
     """
 
     def __init__(self, max_tokens: int = 16384) -> None:
@@ -68,7 +67,7 @@ class CollectRanges(Pass):
 
 
 def vocabulary_size(graph_module: fx.GraphModule) -> int | None:
-    """Rows of the embedding that reads the token ids, None if there is none."""
+    """Rows of the embedding that reads the token ids; None if there is none."""
     for node in graph_module.graph.nodes:
         if node.target is torch.ops.aten.embedding.default and node.args[1].op == "placeholder":
             return get_tensor(graph_module, str(node.args[0].target)).shape[0]

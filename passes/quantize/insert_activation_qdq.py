@@ -1,4 +1,4 @@
-"""`insert-activation-qdq`: a quantize-dequantize pair in front of every group of quantized linears."""
+"""`insert-activation-qdq`: a quantize-dequantize pair before every group of quantized linears."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class InsertActivationQdq(Pass):
     Before: linears with quantized weights read floating point. After: the linears that read one tensor read
     `dequantize(quantize(x, scale), scale)`, one pair per loop. Static: `scale` is a row of a constant table. Dynamic:
     `scale = dynamic_scale(x, clip)`, and `clip` is the row. Tables have one row, which all loops read, until
-    `insert-las` gives each loop its own; they hold ones until `set-ranges`.
+    `insert-las` gives each loop its own row. They hold ones until `set-ranges` fills them.
 
     Does nothing for weight-only schemes and for linears left in floating point.
     """
@@ -65,7 +65,7 @@ class InsertActivationQdq(Pass):
 
 
 def _dtype(graph_module: fx.GraphModule, linear: fx.Node) -> torch.dtype:
-    """The type a linear computes in: that of its weight, or of the weight's scales once integers are stored."""
+    """The type a linear computes in: its weight's, or that of the weight's scales once integers are stored."""
     weight, *chain = weight_chain(linear)
     dtype = get_tensor(graph_module, str(weight.target)).dtype
     if not dtype.is_floating_point:

@@ -1,5 +1,5 @@
 """Weights of products that are not linear layers: experts of a mixture, convolutions, computed weights. They stay in
-floating point, and the log, the summary and `inspect` name them."""
+floating point; the log, the summary and `inspect` name them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PASSED_ON = {
     *(_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default, _aten.mT.default),
     *(_aten.to.dtype, _aten.to.other, _aten._to_copy.default, _aten.contiguous.default, _aten.clone.default),
 }
-"""What hands parts of a weight on, chosen by data or not: `experts[chosen]`."""
+"""Operators that pass on parts of a weight, chosen by data or not: `experts[chosen]`."""
 _ADVICE = (
     "the weight is computed in the graph; to quantize it, store the result in the model, for instance by "
     "torch.nn.utils.parametrize.remove_parametrizations"
@@ -59,7 +59,7 @@ def other_products(graph_module: fx.GraphModule) -> dict[str, str]:
 def _hands_on(node: fx.Node, carried: dict[fx.Node, frozenset[str]]) -> bool:
     if node.target in _PASSED_ON:
         return node.args[0] in carried
-    return all(a in carried or a.op == "get_attr" for a in node.all_input_nodes)  # computed from weights alone
+    return all(a in carried or a.op == "get_attr" for a in node.all_input_nodes)  # computed only from weights
 
 
 def _why(graph_module: fx.GraphModule, node: fx.Node, argument: fx.Node, names: frozenset[str]) -> str:

@@ -17,14 +17,14 @@ from loopq_compile.passes.base import Pass, PassResult
 
 
 class PackWeights(Pass):
-    """Folds what is constant in front of a linear into an integer weight and its scales.
+    """Folds the constants before a linear into an integer weight and its scales.
 
-    Before: `dequantize(quantize(chain, scale), scale)`, where `chain` and `scale` depend on stored tensors alone: a
-    weight, or what inverse transforms, rounding offsets and learned clip ratios make of it. After: `dequantize(codes,
+    Before: `dequantize(quantize(chain, scale), scale)`, where `chain` and `scale` depend only on stored tensors: a
+        weight, or the result of inverse transforms, rounding offsets and learned clip ratios. After: `dequantize(codes,
     scale)` with constants `<weight>_codes` (int8) and `<weight>_scale`, or `<weight>_loop<row>_codes` for a weight with
-    a transform per loop. The floating-point weight and what else nothing reads any more leave the graph.
+    a transform per loop. The floating-point weight, and all else that nothing reads any more, is removed.
 
-    With `release_model`, the memory of a weight is freed as soon as its integers are there.
+    With `release_model`, the memory of a weight is freed as soon as its integers exist.
 
     Does nothing to activations: their quantize nodes read values that are not constant.
     """
@@ -47,7 +47,7 @@ class PackWeights(Pass):
 
 
 def _names(graph_module: fx.GraphModule, quantized: list[fx.Node]) -> dict[fx.Node, str]:
-    """By quantize node and scale; a weight quantized in several ways gets numbers behind its name."""
+    """Names by quantize node and scale; a weight quantized in several ways gets numbers after its name."""
     seen: Counter[str] = Counter()
     names: dict[fx.Node, str] = {}
     for node in quantized:
@@ -59,7 +59,7 @@ def _names(graph_module: fx.GraphModule, quantized: list[fx.Node]) -> dict[fx.No
 
 
 def _last_readers(graph: fx.Graph, constant: set[fx.Node], targets: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """By target the stored tensors that it is the last to read; those that anything else reads are left out."""
+    """By target, the stored tensors that it is the last to read; those that anything else reads are left out."""
     stored: dict[fx.Node, set[fx.Node]] = {}
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -89,7 +89,7 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str, value: Tens
 
 
 def drop_unused(graph_module: fx.GraphModule) -> None:
-    """Lets go of stored tensors that no node reads."""
+    """Removes stored tensors that no node reads."""
     used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     for owner_name, owner in graph_module.named_modules():
         for store in (owner._parameters, owner._buffers):

@@ -1,4 +1,4 @@
-"""`quantize-weights`: a quantize-dequantize pair behind every quantized weight."""
+"""`quantize-weights`: a quantize-dequantize pair after every quantized weight."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ class QuantizeWeights(Pass):
     """Rounds weights to nearest.
 
     Before: `linear(x, weight)` in every loop, with or without a chain of constant nodes (an inverse transform) between
-    the two. After: `linear(x, dequantize(quantize(weight, scale), scale))` with one pair and one table of scales
+        weight and linear. After: `linear(x, dequantize(quantize(weight, scale), scale))` with one pair and one table of
+        scales
     `[outputs, inputs / group_size]` per chain, read by all loops that read the chain. `pack-weights` later replaces
     the weight by its integers.
 
-    Does nothing to linears that `annotate-linears` left in floating point, and to weights that are quantized already.
+    Does nothing to linears that `annotate-linears` left in floating point, and to weights that are already quantized.
 
     Args:
         learnable: `scale = dynamic_scale(weight, clip)` follows the weight while a transform is learned; `clip` is a
-            table `[outputs, inputs / group_size]` for calibration to learn. At first the scales are the same.
-        rounding: puts `weight + rounding` in front of the pair, a table of zeros of the weight's shape for what a
-            weight solver or learned rounding adds. By default as `learnable`.
+            table `[outputs, inputs / group_size]` for calibration to learn. The initial scales are the same.
+        rounding: puts `weight + rounding` before the pair: a table of zeros of the weight's shape, for what a weight
+            solver or learned rounding adds. Equals `learnable` by default.
     """
 
     def __init__(self, learnable: bool = False, rounding: bool | None = None) -> None:
@@ -63,7 +64,7 @@ class QuantizeWeights(Pass):
         return PassResult(graph_module, bool(chains))
 
     def _range(self, scheme: Scheme, weight: Tensor) -> Tensor:
-        """Scales or, if they are to follow the weight, the clip ratios that give the same scales."""
+        """Scales; if they are to follow the weight, the clip ratios that give the same scales."""
         size, limit = _group_size(scheme, weight.shape[1]), scheme.limit(scheme.weight_bits)
         if not self.learnable:
             return weight_scale(weight, size, scheme.weight_bits, scheme.weight_range, limit)
@@ -72,7 +73,7 @@ class QuantizeWeights(Pass):
         return weight_scale(weight, size, scheme.weight_bits, scheme.weight_range, limit) / full
 
     def _insert(self, graph_module: fx.GraphModule, end: fx.Node, site: Site, values: Tensor) -> fx.Node:
-        """Puts the pair behind `end` and returns its result."""
+        """Puts the pair after `end` and returns its result."""
         scheme, graph = self.state(graph_module).scheme, graph_module.graph
         assert scheme is not None
         size, limits = _group_size(scheme, site.shape[1]), quantized_range(scheme.weight_bits)

@@ -17,10 +17,10 @@ from loopq_compile.passes.base import Pass, PassResult
 class SetRanges(Pass):
     """Fills the tables of activation scales and clip ratios.
 
-    Before: tables of ones, statistics of every group and loop. After: row `t` is the range of loop `t`; a table with
-    one row covers the statistics of all loops together.
+    Before: tables of ones, and statistics of every group and loop. After: row `t` is the range of loop `t`; a table
+        with one row covers the statistics of all loops together.
 
-    Does nothing without statistics where scales are dynamic: clip ratios stay 1.
+    Does nothing for dynamic scales without statistics: clip ratios stay 1.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

@@ -1,20 +1,20 @@
-"""`solve-weights`: integers for quantized weights that make up for their own rounding errors.
+"""`solve-weights`: integers for quantized weights that compensate their own rounding errors.
 
 **Order.** A weight that T loops use must be known before its first use can be run, and its inputs in later loops depend
-on weights that are solved after it. So the graphs are walked several times, a *sweep* each: a weight is solved where it
-is used first, with inputs of that use as the weights solved so far make them, and those of later uses as the sweep
-before saw them (before the first sweep a run with the weights as they are). The inputs' second moments hardly depend on
-roundings, so one sweep is enough for `gptq`.
+on weights that are solved after it. So the graphs are walked several times; each walk is a *sweep*. A weight is solved
+at its first use. The inputs of that use are those that the weights solved so far produce; the inputs of later uses are
+those of the sweep before (before the first sweep, of a run with the original weights). The inputs' second moments
+hardly depend on roundings, so one sweep is enough for `gptq`.
 
-Corrections of LoaQ do depend on them: they are made of the *errors* of the inputs, and moments from a run with weights
-rounded to nearest would correct errors in later loops that no longer exist. (Measured on the bundled model at w4a16:
-perplexity 1.07 times that of full precision with form 1, 4.9 times with form 2, where gptq gives 1.02.) So `loaq`
-starts with a sweep without corrections if there are loops, and corrects half of what is found: all weights of all loops
-mend the same error at once, and full steps overshoot.
+Corrections of LoaQ do depend on them: they are computed from the *errors* of the inputs, and moments from a run with
+weights rounded to nearest would correct errors in later loops that no longer exist. (Measured on the bundled model at
+w4a16: perplexity 1.07 times that of full precision with form 1, 4.9 times with form 2, where gptq gives 1.02.) So, if
+there are loops, `loaq` starts with a sweep without corrections, and then corrects half of what it finds: all weights of
+all loops correct the same error at once, and full steps overshoot.
 
-**Cost.** A sweep runs both graphs over all batches once and adds `K²` products a token for each input of width K (twice
-that for `loaq`); a weight costs about three Cholesky factorizations and four products `K² out`. Kept in memory are,
-beside the model, the live values of all batches and one `K²` matrix (`loaq`: four) for each looped input.
+**Cost.** A sweep runs both graphs once over all batches and adds `K²` products per token for each input of width K
+(twice that for `loaq`). A weight costs about three Cholesky factorizations and four products `K² out`. Memory holds, in
+addition to the model, the live values of all batches and one `K²` matrix (`loaq`: four) for each looped input.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ from loopq_compile.solvers.statistics import Split
 
 
 class SolveWeights(Pass):
-    """Chooses the integers of quantized weights by what they do to outputs on the calibration data.
+    """Chooses the integers of quantized weights by their effect on outputs on the calibration data.
 
-    Before: `dequantize(quantize(W', scale), scale)` in front of linears, W' the (transformed) weight. After:
-    `dequantize(quantize(W' + rounding, scale), scale)` with a constant `rounding` such that the integers are the
-    solver's, and scales (or the clip ratios they are computed from) that fit them; `pack-weights` stores the integers.
+    Before: `dequantize(quantize(W', scale), scale)` before linears, with W' the (transformed) weight. After:
+        `dequantize(quantize(W' + rounding, scale), scale)`. The constant `rounding` makes the integers equal to the
+        solver's; scales (or the clip ratios they are computed from) fit them. `pack-weights` stores the integers.
 
     A weight that T loops use is solved once, for the sum of the statistics of all T (see `loopq_compile.solvers.loaq`);
-    one with a chain for every loop is solved for each loop alone.
+    one with a chain for every loop is solved separately for each loop.
 
-    Does nothing with the solver "rtn", which is what quantize nodes do by themselves, and to chains that a solver has
-    been at already, so that roundings learned since stay.
+    Does nothing with the solver "rtn", since quantize nodes round to nearest by themselves. Does nothing to chains that
+    a solver has already processed, so that roundings learned since then stay.
 
     Args:
-        solver: "rtn", "gptq", or "loaq". `weight_solver` of the calibration options goes before it.
+        solver: "rtn", "gptq", or "loaq". `weight_solver` of the calibration options takes precedence.
         damping: share of the Hessian's diagonal that is added to it.
         act_order: round columns by falling `diag H`.
         alpha, beta: shares of LoaQ's corrections; None to choose them on a quarter of the tokens.
-        form: of LoaQ: 1 compares outputs of linears, 2 what they make of the residual stream, 3 that behind a norm.
-        refine: sweeps of coordinate descent over the integers behind GPTQ.
-        refit_scales: also choose scales; otherwise they stay.
+        form: form of LoaQ: 1 compares outputs of linears, 2 the residual stream after them, 3 that stream after a norm.
+        refine: sweeps of coordinate descent over the integers after GPTQ.
+        refit_scales: whether to choose scales as well; otherwise they stay.
         sweeps: how often the graph is walked to solve.
         loop_weights: "equal", "relative" (a loop counts by its error relative to the energy of its inputs), or one
             number for every row of a per-loop table.
-        centered: offsets put weights into the middle of their integers' intervals; False keeps them as near to where
-            they were as that allows, for calibration to go on from there.
-        max_tokens: statistics come from the first batches of about so many tokens together.
+        centered: whether offsets put weights into the middle of their integers' intervals; False keeps weights as near
+            to their old values as the integers allow, so that calibration can continue from there.
+        max_tokens: statistics come from the first batches, up to about this many tokens in total.
 
     Raises:
         LoopQError: no calibration data, unusable statistics, or unknown options.
@@ -116,7 +116,7 @@ class SolveWeights(Pass):
 
 
 class _Solver:
-    """Walks the graphs and solves on the way."""
+    """Walks the graphs and solves weights along the way."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class _Solver:
         self.solutions: dict[str, list[Solution]] = {}
 
     def run(self, chains: list[Chain], sweeps: int) -> None:
-        """All sweeps."""
+        """Runs all sweeps."""
         observer = self._observer()
         families = find_families(chains, lambda linear: observer.write(linear) is not None)
         plan = [self.options] * sweeps
@@ -145,7 +145,7 @@ class _Solver:
             later = self._sweep(families, later, options, again=number < len(plan))
 
     def notes(self) -> Iterator[str]:
-        """What was achieved, by the last part of the sites' names."""
+        """Lines about the errors before and after, by the last part of the sites' names."""
         for kind, found in self.solutions.items():
             before, after, alpha, beta = (
                 sum(getattr(solution, name) for solution in found) / len(found)
@@ -160,7 +160,7 @@ class _Solver:
         return Observer(self.graph_module, teacher, self.batches, self.options.form, masks)
 
     def _measure(self, families: list[Family]) -> dict[int, Split]:
-        """Sums of the moments of every call but the first, by family, with the weights as they are."""
+        """Sums of the moments of every call but the first, by family, with the current weights."""
         later: dict[int, Split] = {}
         stops = [(index, number) for index, family in enumerate(families) for number in range(1, family.calls)]
         for index, _, split, _ in self._walk(families, stops, "Measuring later loops"):
@@ -198,7 +198,7 @@ class _Solver:
             yield index, number, split.times(self._loop_weight(linear, split)), observer
 
     def _loop_weight(self, linear: fx.Node, split: Split) -> float:
-        """What a call counts for in the sum over loops."""
+        """The weight of a call in the sum over loops."""
         if self.loop_weights == "equal":
             return 1.0
         if self.loop_weights == "relative":

@@ -1,4 +1,4 @@
-"""How far the transforms of a program are from having no inverse."""
+"""How close the transforms of a program are to having no inverse."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from loopq_compile.graph.state import get_tensor
 from loopq_compile.passes.transforms.tables import group_tables
 
 LARGEST_CONDITION = 1e6
-"""Transforms beyond this condition number count as singular: in single precision the inverse is noise by then."""
+"""Transforms beyond this condition number count as singular: in single precision their inverse is noise."""
 
 
 def condition_numbers(graph_module: fx.GraphModule) -> dict[str, float]:
-    """By group, the largest ratio over all loops by which its transform stretches one direction more than another.
+    """By group, the largest condition number of its transform over all loops.
 
     Raises:
-        LoopQError: a transform cannot be inverted, or holds NaN or infinite values; names the group and the loop.
+        LoopQError: a transform cannot be inverted, or holds NaN or infinite values; the message names the group and the
+            loop.
     """
     return {group: _condition(graph_module, group, parts) for group, parts in group_tables(graph_module).items()}
 

@@ -1,4 +1,4 @@
-"""`fold-diagonals`: factors per channel that a norm's gain, or the linear in front, can take over."""
+"""`fold-diagonals`: moves factors per channel into the norm's gain before them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _aten = torch.ops.aten
 
 
 class FoldDiagonals(Pass):
-    """Takes the product with a transform's diagonal out of the running program where another factor can hold it.
+    """Removes products with a transform's diagonal from the running program where another factor can absorb them.
 
     Before: a group reads `norm(x) * diagonal`, one diagonal for all loops. After: the group reads `norm(x)`, and gain
-    and bias of the norm are multiplied by the diagonal. The weights keep the inverse in front of them, which
-    `pack-weights` folds. A folded diagonal cannot be learned any more.
+    and bias of the norm are multiplied by the diagonal. The weights keep the inverse before them, which
+    `pack-weights` folds. A folded diagonal can no longer be learned.
 
-    That is exact where the gain belongs to this group alone: only the group's linears read the norm, in every loop,
-    and nothing else reads gain or bias. RMS and layer norms count, and any product with one factor per channel, which
-    is how norms written out in a model end. Other diagonals stay; the log says why.
+    This is exact where the gain belongs only to this group: only the group's linears read the norm, in every loop, and
+    nothing else reads gain or bias. It covers RMS and layer norms, and any product with one factor per channel, as at
+    the end of norms that a model spells out. Other diagonals stay; the log says why.
 
     Does nothing to diagonals with a row per loop: all loops share the gain.
     """
@@ -80,7 +80,7 @@ def _fold(graph_module: fx.GraphModule, table: fx.Node, products: list[fx.Node])
 
 
 def _holds(result: Tensor, stored: Tensor, factor: Tensor) -> bool:
-    """Whether `result` is `stored * factor` up to ordinary rounding of its type: neither infinite nor cut off."""
+    """Whether `result` is `stored * factor` up to ordinary rounding: nothing overflows or underflows in its type."""
     exact = stored.double() * factor.double()
     near = (result.double() - exact).abs() <= 4 * torch.finfo(result.dtype).eps * exact.abs()
     return bool((near & result.isfinite()).all())
@@ -102,7 +102,7 @@ class Gain:
 
 
 def find_gain(graph_module: fx.GraphModule, readers: Mapping[fx.Node, Set[fx.Node]]) -> Gain | str:
-    """The gain that all tensors in `readers` end with, if a factor per channel can be folded into it.
+    """The gain that is applied last in all tensors of `readers`, if a factor per channel can be folded into it.
 
     Args:
         graph_module: the graph.
@@ -115,7 +115,7 @@ def find_gain(graph_module: fx.GraphModule, readers: Mapping[fx.Node, Set[fx.Nod
     for node, allowed in readers.items():
         gain = _gain(node)
         if gain is None:
-            return f"{node.target} in front is no norm with a gain"
+            return f"{node.target} before it is not a norm with a gain"
         others = [user.name for user in node.users if user not in allowed]
         if others:
             return f"{others[0]} also reads {node.name}"
@@ -129,7 +129,7 @@ def find_gain(graph_module: fx.GraphModule, readers: Mapping[fx.Node, Set[fx.Nod
         if others:
             return f"{others[0]} also uses {name}"
         if get_tensor(graph_module, name).ndim != 1:
-            return f"{name} is no vector"
+            return f"{name} is not a vector"
     return gain
 
 
@@ -143,7 +143,7 @@ def _gain(node: fx.Node) -> Gain | None:
         return None
     has_bias = node.target is _aten.layer_norm.default and len(inputs) > 3 and node.args[3] is not None
     if has_bias and not inputs[3]:
-        return None  # a computed bias, which cannot be scaled along
+        return None  # a computed bias, which cannot be scaled with the gain
     return Gain(inputs[2], inputs[3] if has_bias else "")
 
 

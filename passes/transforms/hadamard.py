@@ -29,7 +29,7 @@ def sylvester(order: int) -> Tensor:
 
 
 def paley(order: int) -> Tensor | None:
-    """A Hadamard matrix `[order, order]` by Paley's constructions, None if no prime gives that order."""
+    """A Hadamard matrix `[order, order]` by Paley's constructions; None if no prime gives that order."""
     if order % 4:
         return None
     if _is_prime(order - 1):
@@ -62,11 +62,11 @@ def _is_prime(number: int) -> bool:
 def random_orthogonal(order: int, generator: torch.Generator) -> Tensor:
     """A rotation or reflection `[order, order]`, uniform over all of them."""
     q, r = torch.linalg.qr(torch.randn(order, order, dtype=_DTYPE, generator=generator))
-    return (q * r.diagonal().sign()).contiguous()  # without the signs, QR favours some of them
+    return (q * r.diagonal().sign()).contiguous()  # without the signs, QR favours some rotations
 
 
 def balanced_factors(width: int) -> tuple[int, int]:
-    """`d1 * d2 = width` with `d1 <= d2` as close to each other as divisors allow."""
+    """`d1 * d2 = width` with `d1 <= d2`, as close to each other as the divisors of `width` allow."""
     first = next(divisor for divisor in range(math.isqrt(width), 0, -1) if width % divisor == 0)
     return first, width // first
 
@@ -74,8 +74,8 @@ def balanced_factors(width: int) -> tuple[int, int]:
 def hadamard_factors(width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`left [d1, d1]` and `right [d2, d2]` whose Kronecker product is a rotation of `width = d1 * d2` features.
 
-    The product is a Hadamard matrix with random signs in front of each factor. Where no construction gives the odd
-    part of the width, that part is rotated by a random orthogonal matrix instead.
+    The product is a Hadamard matrix with random signs before each factor. If no construction gives the odd part of the
+    width, a random orthogonal matrix rotates that part instead.
     """
     power = width & -width
     odd = width // power
@@ -86,7 +86,7 @@ def hadamard_factors(width: int, generator: torch.Generator) -> tuple[Tensor, Te
         found = paley(order)
         core = found / math.sqrt(order) if found is not None else random_orthogonal(odd, generator)
         rest = width // order
-    # What is left is a power of two, dealt out so that the two factors are of similar size.
+    # The rest is a power of two, divided so that the two factors have similar sizes.
     share = min((1 << shift for shift in range(rest.bit_length())), key=lambda n: len(core) * n + rest // n)
     left, right = torch.kron(core, _normal(sylvester(share))), _normal(sylvester(rest // share))
     return _signs(len(left), generator) * left, _signs(len(right), generator) * right

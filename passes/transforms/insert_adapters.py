@@ -14,7 +14,7 @@ from loopq_compile.passes.base import Pass, PassResult
 
 _aten = torch.ops.aten
 PARTS = ("gate", "gain", "shift", "mix")
-"""Tables of an adapter with a row for each transition; `down` and `up` are shared by all."""
+"""Tables of an adapter with a row for each transition; all transitions share `down` and `up`."""
 
 
 class InsertAdapters(Pass):
@@ -22,10 +22,10 @@ class InsertAdapters(Pass):
 
     Before: loop `t + 1` reads the state `u_t`. After: it reads `transition_adapter(u_t, row t of the tables)`, while
     heads, gates and collected states still read `u_t`. Gain, shift and mix start at zero and the rest does not, so
-    that the node changes nothing at first and can still learn.
+    the node changes nothing at first but can learn.
 
-    Loops nested in another hand their state on as they are. Does nothing without loops, to a graph that has adapters
-    already, and where the state goes through layers of its own between two loops.
+    Nested loops pass their state on unchanged. Does nothing without loops, to a graph that already has adapters, and
+    where the state goes through separate layers between two loops.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -77,7 +77,7 @@ class InsertAdapters(Pass):
 
 
 def _width(node: fx.Node) -> int:
-    """Size of the last dimension of a floating-point tensor, 0 if it is not known."""
+    """Size of the last dimension of a floating-point tensor; 0 if it is unknown."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
         return 0

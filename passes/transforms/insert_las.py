@@ -12,7 +12,7 @@ from loopq_compile.passes.base import Pass, PassResult
 
 
 class InsertLas(Pass):
-    """Gives every loop its own activation ranges: `alpha_{l,t}` in place of `alpha_l`.
+    """Gives every loop its own activation ranges: `alpha_{l,t}` instead of `alpha_l`.
 
     Before: the quantize-dequantize pairs of a group read row 0 of a table `[1, groups]`. After: the table is
     `[T, groups]` and the pair of loop `t` reads row `t` (`T * K` rows in nested loops).

@@ -1,4 +1,4 @@
-"""`insert-transforms`: an invertible transform in front of every group of quantized linears."""
+"""`insert-transforms`: an invertible transform before every group of quantized linears."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from loopq_compile.passes.transforms.tables import (
 __all__ = ["InsertTransforms", "condition_numbers"]
 
 SMALLEST_GAIN = 1e-6
-"""Gains of norms below this count as zero: their inverse would not be a number to compute with. In float16 so do those
-whose inverse it does not hold."""
+"""Gains of norms below this count as zero, since their inverse would be too large to compute with. In float16, so do
+gains whose inverse float16 cannot represent."""
 _CHOICES = {
     "matrix": ("kronecker", "hadamard", "full", None),
     "diagonal": (False, True, "gain"),
@@ -44,29 +44,29 @@ _CHOICES = {
 
 
 class InsertTransforms(Pass):
-    """Puts `x P` in place of `x`, and `W P^-T` in place of the weights that read it (LoopQ eq. 2 and 3).
+    """Replaces `x` by `x P`, and the weights of the linears that read it by `W P^-T` (LoopQ eq. 2 and 3).
 
     Before: the linears of a group read `x` and their weights. After, for every use of the group and row `t` of its
     tables (row 0 where all loops share them): the linears read `kronecker(x * diagonal[t], left[t], right[t])`, and
-    `kronecker(W * (1 / diagonal[t]), left[t]^-T, right[t]^-T)`. The function stays the same; what quantizers, which
-    later passes put behind both, get to see does not.
+    `kronecker(W * (1 / diagonal[t]), left[t]^-T, right[t]^-T)`. The function stays the same. What changes is the
+    input of the quantizers that later passes put after both.
 
-    Does nothing to linears left in floating point, and to groups that have their matrix already; a diagonal that is
-    there, from `smooth-activations` for instance, stays in front.
+    Does nothing to linears left in floating point, and to groups that already have a matrix. An existing diagonal, from
+    `smooth-activations` for instance, stays before it.
 
     Args:
         matrix: "kronecker", two factors of nearly the same size; "hadamard", a fixed Hadamard rotation with random
-            signs; "full", one matrix; None for the diagonal alone.
-        diagonal: also a factor per channel in front, at first 1. "gain": the inverse of the gain of the norm that the
-            group reads, where there is one for the group alone, so that the gain moves into the weights and
-            `fold-diagonals` can take it out of the norm, as rotations of the residual stream ask for.
-        init: what the matrix starts as.
-        learn: "transform" lets calibration change matrix and diagonal, "orthogonal" the matrix among rotations.
+            signs; "full", one matrix; None for only the diagonal.
+        diagonal: also a factor per channel before the matrix, initially 1. "gain": the inverse of the gain of the norm
+            that the group reads, if only this group reads it. The gain then moves into the weights, and
+            `fold-diagonals` can remove it from the norm, as rotations of the residual stream require.
+        init: the initial matrix.
+        learn: "transform" lets calibration change matrix and diagonal; "orthogonal" only the matrix, among rotations.
         groups: names or patterns of the groups; None for all.
         per_loop: names or patterns of the groups that get a row, and a weight, for every loop.
-        stream: True for groups that read the residual stream alone, False for the others alone, None for all.
-        shared: groups of the same width read one table.
-        seed: of signs and rotations; None takes that of the options.
+        stream: True for only the groups that read the residual stream, False for only the others, None for all.
+        shared: whether groups of the same width read one table.
+        seed: seed of signs and rotations; None takes that of the options.
 
     Raises:
         LoopQError: an option or a pattern is unknown, or a transform cannot be inverted.
@@ -124,7 +124,7 @@ class InsertTransforms(Pass):
             gain = find_gain(graph_module, {use.x: set(use.linears) for use in uses})
             if isinstance(gain, str):
                 return False
-            # A channel whose gain is zero says nothing to anybody; any factor will do.
+            # A channel whose gain is zero carries no signal; any factor will do.
             stored = get_tensor(graph_module, gain.weight).detach().to(values.dtype)
             smallest = max(SMALLEST_GAIN, 2 / torch.finfo(weight_type(graph_module, uses)).max)
             values = torch.where(stored.abs() > smallest, 1 / stored, values)
@@ -158,7 +158,7 @@ class InsertTransforms(Pass):
         )
 
     def _start(self, width: int) -> tuple[Tensor, Tensor]:
-        """Left and right factor at first."""
+        """Initial left and right factor."""
         sizes = (width, 1) if self.matrix == "full" else balanced_factors(width)
         if self.init == "identity":
             return torch.eye(sizes[0]), torch.eye(sizes[1])
@@ -182,7 +182,7 @@ def _check_order(group: str, uses: list[Use]) -> None:
 
 
 def _matching(patterns: str | Sequence[str] | None, groups: Iterable[str]) -> list[str]:
-    """The groups that the patterns choose, in their own order."""
+    """The groups that the patterns match, in the order of `groups`."""
     names = list(groups)
     if patterns is None:
         return names

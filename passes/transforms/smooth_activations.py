@@ -27,27 +27,27 @@ from loopq_compile.passes.transforms.tables import (
 from loopq_compile.progress import progress
 
 SCALE_RANGE = 1e-5, 1e5
-"""Smoothing factors stay inside, so that channels that hardly ever speak do not make their weights vanish. In float16
-they stay where the type holds the factor and its inverse as normal numbers."""
+"""Bounds of smoothing factors, so that weights of channels that are almost always zero do not vanish. In float16, the
+factor and its inverse must also be normal numbers of that type."""
 
 
 class SmoothActivations(Pass):
-    """Divides each channel of what a group reads by `s_j`, and multiplies its weights by it.
+    """Divides each channel of a group's input by `s_j`, and multiplies the weights by it.
 
     Before: the linears of a group read `x`. After: they read `x * diagonal`, and their weights are multiplied by
     `1 / diagonal`, with `diagonal = 1 / s` and
 
         s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)            (SmoothQuant eq. 4)
 
-    where the maxima run over all calibration tokens that no mask hides, in all loops, and over all weights of the
-    group. Channels that are always zero, in the input or in the weights, keep `s_j = 1`. The function stays the same.
+    where the maxima are taken over all unmasked calibration tokens in all loops, and over all weights of the group.
+    Channels that are always zero, in the input or in the weights, keep `s_j = 1`. The function stays the same.
 
-    Does nothing to groups that have a transform already, and to weight-only schemes.
+    Does nothing to groups that already have a transform, and to weight-only schemes.
 
     Args:
-        alpha: how much of the difficulty moves into the weights, from 0 (activations are left with it) to 1.
-        learn: lets calibration change the diagonal.
-        max_tokens: maxima are taken over the first batches of about so many tokens together.
+        alpha: how much of the difficulty moves into the weights, from 0 (all stays in activations) to 1.
+        learn: whether calibration may change the diagonal.
+        max_tokens: maxima are taken over the first batches, up to about this many tokens in total.
 
     Raises:
         LoopQError: alpha is out of range, or there is no calibration data.
@@ -92,7 +92,7 @@ class SmoothActivations(Pass):
 
 
 def smoothing_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """The factors `s_j` (SmoothQuant eq. 4) from the largest magnitudes of each input channel, `[d]` both."""
+    """The factors `s_j` (SmoothQuant eq. 4) from the largest magnitudes of each input channel, both `[d]`."""
     scale = activation.double().pow(alpha) / weight.double().pow(1 - alpha)
     alive = (activation > 0) & (weight > 0)
     return torch.where(alive, scale, torch.ones_like(scale)).clamp(*SCALE_RANGE)

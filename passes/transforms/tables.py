@@ -1,4 +1,4 @@
-"""Transforms in front of quantized linears: helpers to insert and to read them.
+"""Transforms before quantized linears: helpers to insert and to read them.
 
 A group of linears that read `x` may read `(x * d) P` instead, `P = left (x) right`, if their weights become
 `(W / d) P^-T` (LoopQ eq. 2, with weights stored `[outputs, inputs]`). Diagonal and factors are rows of tables
@@ -54,14 +54,14 @@ def group_uses(graph_module: fx.GraphModule) -> dict[str, list[Use]]:
 def group_tables(graph_module: fx.GraphModule) -> dict[str, dict[str, fx.Node]]:
     """The tables of every transform by part: `{group: {"diagonal" | "left" | "right": node}}`."""
     tables: dict[str, dict[str, fx.Node]] = defaultdict(dict)
-    for node in reversed(graph_module.graph.nodes):  # new tables go to the top: the first group's stand last
+    for node in reversed(graph_module.graph.nodes):  # new tables go to the top, so those of the first group come last
         if TRANSFORM in node.meta:
             tables[node.meta[TRANSFORM]][str(node.target).rpartition(".")[2]] = node
     return dict(tables)
 
 
 def add_table(graph_module: fx.GraphModule, group: str, part: str, values: Tensor, learn: str | None) -> fx.Node:
-    """Registers a table `[rows, ...]` of the transform of `group`; `learn` says what calibration may do with it."""
+    """Registers a table `[rows, ...]` of the transform of `group`; `learn` is how calibration may change it."""
     table = add_constant(graph_module, f"transform.{attribute_name(group)}.{part}", values.contiguous())
     table.meta[TRANSFORM] = group
     if learn:
@@ -70,13 +70,13 @@ def add_table(graph_module: fx.GraphModule, group: str, part: str, values: Tenso
 
 
 def insert_diagonal(graph_module: fx.GraphModule, group: str, uses: list[Use], table: fx.Node) -> None:
-    """Multiplies what `group` reads in its `uses` by rows of `table [rows, d]`, and divides the weights by them."""
+    """Multiplies the inputs of `group` in its `uses` by rows of `table [rows, d]`, and divides the weights by them."""
     graph = graph_module.graph
     dtype = _weight(graph_module, uses).dtype
 
     def row(number: int) -> fx.Node:
         chosen = call(graph, _aten.select.int, table, 0, number)
-        half = torch.finfo(dtype).bits < 32  # products with a wider table would leave half precision
+        half = torch.finfo(dtype).bits < 32  # a product with a wider table would not be in half precision
         return call(graph, _aten.to.dtype, chosen, dtype) if half else chosen
 
     def apply(x: fx.Node, number: int) -> fx.Node:
@@ -96,7 +96,7 @@ def insert_kronecker(
     right: fx.Node,
     inverses: Inverses | None = None,
 ) -> None:
-    """Transforms what `group` reads in its `uses` by rows of the tables of Kronecker factors, weights by the inverse.
+    """Transforms the inputs of `group` in its `uses` by rows of Kronecker factor tables, and weights by the inverse.
 
     Groups that share the tables should share `inverses`, which starts as an empty dict.
     """
@@ -126,14 +126,16 @@ def _insert(
     operator: object,
     inverses: Inverses,
 ) -> None:
-    """`apply` in front of each use; `operator(weight, *inverse)` behind each weight, once per row of the tables."""
+    """Puts `apply` before each use, and `operator(weight, *inverse)` after each weight, once per row of the tables."""
     graph, loops = graph_module.graph, get_state(graph_module).loops
     rows = get_tensor(graph_module, str(tables[0].target)).shape[0]
-    standing = (node for node in graph.nodes if node in tables)  # on top of the graph: not all of it is read
+    standing = (
+        node for node in graph.nodes if node in tables
+    )  # these are at the top of the graph, so only a part of it is read
     *_, last = islice(standing, len(tables))
     behind: dict[tuple[fx.Node, int], fx.Node] = {}
     for use in uses:
-        x = use.linears[0].args[0]  # not `use.x`: the group may have got a diagonal since
+        x = use.linears[0].args[0]  # not `use.x`: the group may have a diagonal by now
         assert isinstance(x, fx.Node)
         number = loops.row(use.tag) if rows > 1 else 0
         with inserting(graph, before=use.linears[0], tag=use.tag, site=group):
@@ -156,7 +158,7 @@ def group_width(graph_module: fx.GraphModule, uses: list[Use]) -> int:
 
 
 def weight_type(graph_module: fx.GraphModule, uses: list[Use]) -> torch.dtype:
-    """The type of a group's weights, in which its linears compute."""
+    """The type of a group's weights, in which the linears compute."""
     return _weight(graph_module, uses).dtype
 
 
@@ -170,7 +172,7 @@ def _weight(graph_module: fx.GraphModule, uses: list[Use]) -> Tensor:
 
 
 def reads_stream(use: Use) -> bool:
-    """Whether a group reads the residual stream (through a norm), not what other linears of its layer made.
+    """Whether a group reads the residual stream (through a norm), not the output of other linears of its layer.
 
     The stream leads back to an embedding, or to an input of numbers, without going through a quantized linear.
     """

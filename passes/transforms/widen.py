@@ -1,4 +1,4 @@
-"""Giving a transform-weight group transforms and weights of its own in every loop: a helper of `select-transforms`."""
+"""Gives a transform-weight group separate transforms and weights in every loop: a helper of `select-transforms`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _aten = torch.ops.aten
 
 
 def loop_groups(graph_module: fx.GraphModule) -> dict[str, int]:
-    """Groups inside loops that one transform and one set of weights serve in all iterations, with their number."""
+    """Groups in loops that have one transform and one set of weights for all iterations, with the number of
+    iterations."""
     state = get_state(graph_module)
     counts: dict[str, int] = {}
     shared: dict[str, bool] = {}
@@ -28,10 +29,10 @@ def loop_groups(graph_module: fx.GraphModule) -> dict[str, int]:
 
 
 def widen(graph_module: fx.GraphModule, *groups: str) -> None:
-    """Gives `groups` transforms and weights per iteration, all as the shared ones were; the program's results stay.
+    """Gives `groups` transforms and weights per iteration, copied from the shared ones; the program's results stay.
 
     Tables of the group's transform get a row for each iteration; the chain between weight and linears is repeated with
-    clip ratios (or scales) and rounding offsets of its own.
+    separate clip ratios (or scales) and rounding offsets.
     """
     state = get_state(graph_module)
     counts = loop_groups(graph_module)
@@ -53,7 +54,7 @@ def widen(graph_module: fx.GraphModule, *groups: str) -> None:
 
 
 def _repeat(graph_module: fx.GraphModule, chain: list[fx.Node], row: int, order: dict[fx.Node, int]) -> fx.Node:
-    """A copy of the constant nodes of `chain` that reads `row` of transform tables and has buffers of its own.
+    """A copy of the constant nodes of `chain` that reads `row` of transform tables and has its own buffers.
 
     `order` has the positions of the nodes as they were before anything was copied.
     """

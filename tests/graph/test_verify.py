@@ -77,7 +77,7 @@ def test_a_tag_of_an_iteration_that_does_not_exist_is_found():
     last = [node for node in tagged_nodes(graph_module) if get_tag(node).index == (2,)]
     for node in last:
         set_tag(node, LoopTag((0,), (7,)))
-    with pytest.raises(InternalError, match=r"loop=7, which is no iteration of 3 x"):
+    with pytest.raises(InternalError, match=r"loop=7, which is not an iteration of 3 x"):
         verify_tags(graph_module)
 
 

@@ -1,7 +1,7 @@
 """A key-value cache of integers: quantization of new entries on write, attention that dequantizes in registers.
 
-What `loopq::quantize_cache` says of the layout: in 8 bits a byte is a channel; in 4 bits byte `i` holds channel `i` in
-its low half and channel `i + SIZE / 2` in its high one, around 8. A token's head has a scale for `GROUP` channels.
+The layout is that of `loopq::quantize_cache`. At 8 bits a byte is a channel; at 4 bits byte `i` holds channel `i` in
+its low half and channel `i + SIZE / 2` in its high half, around 8. A token's head has one scale per `GROUP` channels.
 """
 
 import triton
@@ -12,7 +12,7 @@ from loopq_compile.backends.triton.kernels.quantize import MAGIC, in_float32
 
 @triton.jit
 def token_scales(tile, smallest, BITS: tl.constexpr, KIND: tl.constexpr):
-    """Scales `[ROWS]` of one group each, from `tile` `[ROWS, PARTS, PADDED]`, zero outside of the group."""
+    """Scales `[ROWS]` of one group each, from `tile` `[ROWS, PARTS, PADDED]`, which is zero outside the group."""
     high = tl.max(tl.max(tile, axis=2), axis=1)
     low = tl.min(tl.min(tile, axis=2), axis=1)
     peak = tl.maximum(high, -low)
@@ -159,11 +159,11 @@ def attention_kernel(
 ):
     """Part `program_id(2)` of the columns, for `QUERIES` of the `repeat * rows` queries that read one head.
 
-    Writes, for each query, `sums` `[parts, batch * heads, repeat * rows, VALUE_SIZE]`, the values weighted by
+    For each query, writes `sums` `[parts, batch * heads, repeat * rows, VALUE_SIZE]`, the values weighted by
     `exp(score - largest)`, and `weights` `[2, parts, batch * heads, repeat * rows]`, the largest score and the sum of
-    these weights; a part without columns has the largest score minus infinity. Parts are whole
-    tiles; their number is that of programs, so one compiled kernel serves all lengths. Columns behind `last [1]` are
-    not read, if that is given: the parts then share the columns up to it.
+    these weights; a part without columns has a largest score of minus infinity. Parts are whole
+    tiles. Their number is that of programs, so one compiled kernel serves all lengths. If `last [1]` is given, columns
+    after it are not read, and the parts share the columns up to it.
     """
     scale = in_float32(scale)
     cache, part = tl.program_id(0), tl.program_id(2)
@@ -177,7 +177,7 @@ def attention_kernel(
     seen = total if last is None else tl.minimum(tl.load(last).to(tl.int32) + 1, total)
     share = tl.cdiv(tl.cdiv(seen, TILE), tl.num_programs(2)) * TILE
     end = tl.minimum(part * share + share, seen)
-    # One head of the cache has less than 2^31 numbers: places inside of it are 32 bits wide.
+    # One head of the cache has less than 2^31 numbers, so offsets inside it have 32 bits.
     before = cache.to(tl.int64) * total
     keys += before * (SIZE // 2 if BITS == 4 else SIZE)
     key_scales += before * (SIZE // GROUP)
@@ -196,7 +196,7 @@ def attention_kernel(
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
         score = tl.where(shown, score, float("-inf"))
         top = tl.maximum(peak, tl.max(score, axis=1))
-        # Where nothing was seen yet, minus infinity would be subtracted from itself.
+        # Before any column was read, minus infinity would be subtracted from itself.
         base = tl.where(top == float("-inf"), 0.0, top)
         p = tl.exp(score - base[:, None])
         shrink = tl.exp(peak - base)
@@ -213,9 +213,9 @@ def attention_kernel(
 
 @triton.jit(do_not_specialize=["parts", "heads", "repeat", "rows"])
 def join_parts_kernel(sums, weights, out, parts, heads, repeat, rows, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """Query `program_id(0)` of `attention_kernel`'s parts as one; `out` is `[batch, rows, heads * repeat, SIZE]`.
+    """Joins the parts of `attention_kernel` for query `program_id(0)`; `out` is `[batch, rows, heads * repeat, SIZE]`.
 
-    Parts are always added in the same order: results repeat to the last bit.
+    Parts are always added in the same order, so results are reproducible to the last bit.
     """
     query, count = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     v = tl.arange(0, PADDED)

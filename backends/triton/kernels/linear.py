@@ -1,13 +1,13 @@
 """The integer matrix product `y = (codes * scale) (weight * weight_scale)ᵀ + bias` on packed codes.
 
-One group is one step along k: an int8 product on tensor cores, exact in int32, whose result is multiplied by the scales
-of the group and added up in float32. Two details keep the step short:
+One group is one step along k: an int8 product on tensor cores, exact in int32. Its result is multiplied by the scales
+of the group and summed in float32. Two details keep the step short:
 
-- A 4-bit code is not sign-extended: left in the high half of its byte it is 16 times the code, and the factor goes into
-  the scale (1/16 or 1/256, exact).
-- The integer product starts at the bit pattern of 1.5 * 2^23, so its result read as a float is that number plus the
-  sum: a subtraction converts it, where the conversion instruction would run at a quarter of the rate. Sums stay below
-  2^22, for groups of up to 128 codes of 8 bits.
+- A 4-bit code is not sign-extended. In the high half of its byte it is 16 times the code; the scale absorbs the factor
+  (1/16 or 1/256, exact).
+- The integer product starts at the bit pattern of 1.5 * 2^23, so its result, read as a float, is that number plus the
+  sum. A subtraction converts it; the conversion instruction would run at a quarter of the rate. Sums stay below 2^22
+  for groups of up to 128 codes of 8 bits.
 """
 
 import triton
@@ -27,7 +27,7 @@ def unpack(bytes):
 
 @triton.jit
 def tile_of(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which tile a program computes. Tiles that run at the same time lie together: 8 along the rows share weights."""
+    """Which tile a program computes. Tiles that run at the same time are neighbours: 8 along the rows share weights."""
     number = tl.program_id(0)
     high, wide = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     band = number // (8 * wide)
@@ -64,7 +64,8 @@ def linear_kernel(
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One tile `[ROWS, COLUMNS]` of the result; with `SPLIT > 1` the part of groups that `program_id(1)` stands for.
+    """One tile `[ROWS, COLUMNS]` of the result; with `SPLIT > 1` only for the part of the groups given by
+    `program_id(1)`.
 
     `codes` `[rows, K]` or packed `[rows, K / 2]`, `scales` `[rows, GROUPS]`, `weight` `[R, GROUPS, columns, GROUP]` or
     packed, `weight_scales` `[R, GROUPS, columns]`; `out` `[rows, columns]`, or float32 `[SPLIT, rows, columns]`.
@@ -106,7 +107,7 @@ def linear_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def sum_parts_kernel(parts, bias, out, rows, columns, SPLIT: tl.constexpr, COLUMNS: tl.constexpr):
-    """`out[m, n] = Σ parts[:, m, n] + bias[n]`, always in the same order: results repeat to the last bit."""
+    """`out[m, n] = Σ parts[:, m, n] + bias[n]`, always in the same order, so results are reproducible."""
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)

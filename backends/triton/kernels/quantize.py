@@ -1,11 +1,11 @@
 """Activation function or norm, transform, and quantization of one token in one program.
 
-The token stays in registers as a tile. Without a transform the tile is `[groups, GROUP]`, with one `[D1, D2]`, and
-`leftᵀ X right` are two products; wide tiles (`STEP > 0`) go through memory and are multiplied in steps along k, since
-factors and tile together do not fit registers. For the groups the tile is then read as one long row; where `D2` is no
-power of two the tile has gaps, and the row goes through memory too. What a program wrote it finds in its cache.
+The token stays in registers as a tile: `[groups, GROUP]` without a transform, `[D1, D2]` with one. `leftᵀ X right` is
+two products. Wide tiles (`STEP > 0`) go through memory and are multiplied in steps along k, since factors and tile
+together do not fit into registers. For the groups, the tile is then read as one long row. If `D2` is not a power of
+two, the tile has gaps, and the row goes through memory too. A program finds what it wrote in its cache.
 
-Rounding is that of the definition: quotients by IEEE division, ties to even. Between steps, numbers are rounded to the
+Rounding follows the definition: quotients by IEEE division, ties to even. Between steps, numbers are rounded to the
 type that the definition has there (`WORK`).
 """
 
@@ -71,7 +71,7 @@ def prepared(
     ACTIVATION: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """The loaded `tile` in float32, behind its activation function, the other half of a gated one, and its norm."""
+    """The loaded `tile` in float32, after its activation function, the other half of a gated one, and its norm."""
     KIND: tl.constexpr = tile.dtype
     tile = tile.to(tl.float32)
     if ACTIVATION != "":
@@ -128,7 +128,7 @@ def transformed(
         i, j = tl.arange(0, P2)[:, None], tl.arange(0, P2)[None, :]
         factor = tl.load(right + i * D2 + j, mask=(i < D2) & (j < D2), other=0.0).to(tl.float32)
         tile = tl.dot(tile, factor, input_precision=PRECISION)
-        # Read turned round: entry (i, j) of the tile on the left is left[j, i].
+        # Read transposed: entry (i, j) of the left tile is left[j, i].
         i, j = tl.arange(0, P1)[:, None], tl.arange(0, P1)[None, :]
         factor = tl.load(left + j * D1 + i, mask=(i < D1) & (j < D1), other=0.0).to(tl.float32)
         tile = tl.dot(factor, tile, input_precision=PRECISION)
@@ -147,7 +147,7 @@ def transformed_in_steps(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The same for a tile `[D1, D2]` that lies in memory at `scratch`, which is overwritten."""
+    """Like `transformed`, for a tile `[D1, D2]` in memory at `scratch`, which is overwritten."""
     i, j, k = tl.arange(0, P1)[:, None], tl.arange(0, P2)[None, :], tl.arange(0, STEP)
     total = tl.zeros((P1, P2), tl.float32)
     for begin in range(0, D2, STEP):
@@ -255,7 +255,7 @@ def quantize_kernel(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Quantizes row `program_id(0)`; the arguments that are None, and what is "", are left out.
+    """Quantizes row `program_id(0)`; steps whose argument is None or "" are skipped.
 
     The tile is `[P1, P2]` (powers of two) with `[D1, D2]` in use, `D1 * D2 = WIDTH`; without factors `D2 = P2 = GROUP`.
     `COLUMNS` is the number of entries in a row of `table`: groups, or 1.

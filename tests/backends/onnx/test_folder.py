@@ -135,7 +135,7 @@ def test_a_model_that_is_a_link_opens_and_a_pipe_does_not(tmp_path: Path) -> Non
     (tmp_path / "model.onnx").symlink_to(tmp_path / "blobs" / "model.onnx")
     assert OnnxExecutable(tmp_path / "model.onnx").program_info["loops"] == 3
     os.mkfifo(tmp_path / "pipe.onnx")
-    with pytest.raises(LoopQError, match="is no file"):
+    with pytest.raises(LoopQError, match="is not a file"):
         OnnxExecutable(tmp_path / "pipe.onnx")
 
 

@@ -125,7 +125,7 @@ def test_what_is_refused() -> None:
         zoo.tagged("albert").with_early_exit()
     with pytest.raises(lq.LoopQError, match="a loop that is rolled"):
         zoo.tagged("plain").with_early_exit()
-    with pytest.raises(lq.LoopQError, match="first one stands in front"):
+    with pytest.raises(lq.LoopQError, match="first one is separate"):
         zoo.tagged("inject-later").with_early_exit()
     with pytest.raises(lq.LoopQError, match="runs all its loops"):
         program()(ids(), exit_threshold=0.5)

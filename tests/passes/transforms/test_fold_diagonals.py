@@ -60,7 +60,7 @@ def test_diagonals_behind_norms_are_folded_and_others_are_not():
     torch.testing.assert_close(gain, expected.detach())
     before, after = (read(item, tokens(3))["layers.0.attn.v_proj"] for item in (smooth, folded))
     torch.testing.assert_close(before, after)
-    assert notes(folded)[0].startswith("2 diagonals") and "is no norm with a gain" in notes(folded)[1]
+    assert notes(folded)[0].startswith("2 diagonals") and "is not a norm with a gain" in notes(folded)[1]
 
 
 def test_a_folded_diagonal_is_not_learned_any_more():
