@@ -14,9 +14,10 @@ from torch import nn
 from loopq_compile.calibration.batches import guarded
 from loopq_compile.calibration.preflight import check, says_how_to_go_on
 from loopq_compile.capture.model_checks import check_deterministic, check_model
-from loopq_compile.capture.surroundings import device_of, undisturbed
+from loopq_compile.capture.surroundings import undisturbed
 from loopq_compile.capture.to_graph import capture
 from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.graph.device import CPU, device_of, find_device, place
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.shapes import infer_shapes
@@ -37,6 +38,7 @@ def compile(
     scheme: str | Scheme = "w4a4",
     method: str | Pipeline = "loopq",
     calibration: Any = None,
+    device: str | torch.device | None = None,
     release_model: bool = False,
     **options: Any,
 ) -> Program:
@@ -52,8 +54,10 @@ def compile(
         calibration: iterable of token tensors `[batch, sequence]` (or tuples, dicts of inputs). May be left out for
             `method="symmetric"` and "quarot" with dynamic scales, and for weight-only schemes, which then round to
             nearest.
-        release_model: free the model's weights one by one as their integers are stored, which keeps memory near one
-            copy of the model. Neither the model nor anything that shares its weights can be used afterwards.
+        device: where the program is made and lies afterwards: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
+            None: where the model lies. The model stays where it is; batches may lie anywhere.
+        release_model: free the model's weights one by one as their integers are stored, or as they are copied to
+            another `device`, which keeps memory near one copy of the model. Neither the model nor anything that shares its weights can be used afterwards.
         options: fields of `Scheme` to change, such as `group_size=64` or `skip=("*.o_proj",)`, and of
             `CalibrationOptions`, such as `steps=300`, `seed=1`, `weight_solver="gptq"` or `checkpoint="folder"`.
 
@@ -65,6 +69,7 @@ def compile(
         CaptureError: the model cannot be captured.
     """
     check_model(model)
+    wanted = None if device is None else find_device(device)
     ours = {name: options.pop(name) for name in list(options) if name in CalibrationOptions.names()}
     _check_names(options)
     scheme, calibration_options = Scheme.parse(scheme, **options), CalibrationOptions(**ours)
@@ -82,6 +87,7 @@ def compile(
         )
         pipeline = get_pipeline("symmetric")
     graph_module = capture(model, example_inputs)
+    place(graph_module, wanted or device_of(model), release_model)
     get_state(graph_module).run.release_model = release_model
     return quantize(graph_module, scheme, pipeline, calibration, calibration_options)
 
@@ -94,7 +100,7 @@ def quantize(
     options: CalibrationOptions | None = None,
 ) -> Program:
     """Runs `pipeline` on a captured graph, which it changes in place."""
-    with undisturbed(device_of(graph_module), torch.float32):
+    with undisturbed(CPU, torch.float32):
         return _quantize(graph_module, scheme, pipeline, calibration, options or CalibrationOptions())
 
 
@@ -131,10 +137,15 @@ def _check_names(options: dict[str, Any]) -> None:
             raise LoopQError(f"compile has no option {name!r}.{did_you_mean(name, known)}")
 
 
-def load(directory: str | os.PathLike[str]) -> Program:
-    """Reads a program written by `Program.save`.
+def load(directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> Program:
+    """Reads a program written by `Program.save`, on whatever device it was made.
+
+    Args:
+        directory: the folder.
+        device: where the program shall lie; as in `Program.to`.
 
     Raises:
-        LoopQError: the folder is no program, was written by a newer version, or is damaged.
+        LoopQError: the folder is no program, was written by a newer version, or is damaged; or there is no such device.
     """
-    return Program(read(directory))
+    wanted = find_device(device)
+    return Program(read(directory)).to(wanted)

@@ -10,6 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 from loopq_compile.calibration.overflow import Probe
 from loopq_compile.debugging import DebugFolder, PassFailure, Snapshot
 from loopq_compile.errors import InternalError, LoopQError, did_you_mean
+from loopq_compile.graph.device import device_of, place
 from loopq_compile.graph.keys import MADE_BY
 from loopq_compile.graph.state import LogEntry, get_state
 from loopq_compile.graph.verify import verify_tags
@@ -115,7 +116,7 @@ class Pipeline:
         name = pass_name(item)
         state = get_state(graph_module)
         state.run.notes = []
-        before = set(graph_module.graph.nodes)
+        before, device = set(graph_module.graph.nodes), device_of(graph_module)
         try:
             result = item(graph_module)
             if result is None or not isinstance(result.graph_module, fx.GraphModule):
@@ -126,6 +127,8 @@ class Pipeline:
                     node.meta.setdefault(MADE_BY, name)
             if result.modified:
                 graph_module.graph.lint()
+                if device.type != "cpu":  # what the pass made may lie elsewhere
+                    place(graph_module, device)
                 graph_module.recompile()
             verify_tags(graph_module)
             if result.modified:

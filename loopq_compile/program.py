@@ -26,6 +26,7 @@ from loopq_compile.generation.decoders import (
 )
 from loopq_compile.graph.caches import has_cache
 from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
+from loopq_compile.graph.device import device_of, find_device, place
 from loopq_compile.graph.loops import LoopStructure
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.state import LogEntry, attach_state, copy_graph, get_state
@@ -52,7 +53,7 @@ class Program:
         self._variants: Variants[Program] = Variants()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the graph without gradients. With a key-value cache, a call that brings none reads a prompt; with early
+        """Runs the graph without gradients, on the program's device: inputs from elsewhere are moved there. With a key-value cache, a call that brings none reads a prompt; with early
         exit (`with_early_exit`), `exit_threshold=0.9` stops when all tokens are done, and without it all loops run.
 
         Raises:
@@ -60,7 +61,8 @@ class Program:
         """
         signature = get_state(self.graph_module).signature
         args, kwargs = complete(signature, args, kwargs, self.loops.count)
-        inputs = signature.bind(args, kwargs)
+        device = self.device
+        inputs = [value.to(device) for value in signature.bind(args, kwargs)]
         try:
             with torch.no_grad():
                 return signature.restore(self.graph_module(*inputs))
@@ -93,6 +95,25 @@ class Program:
     def loops(self) -> LoopStructure:
         """What runs how often."""
         return get_state(self.graph_module).loops
+
+    @property
+    def device(self) -> torch.device:
+        """Where the program's tensors are, and where it runs."""
+        return device_of(self.graph_module)
+
+    def to(self, device: str | torch.device) -> Program:
+        """This program, moved to `device`; like `nn.Module.to` it changes the program and returns it.
+
+        Moved tensors are copies, so a model that shares its weights with the program stays where it is.
+
+        Args:
+            device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", or another that PyTorch knows.
+
+        Raises:
+            LoopQError: there is no such device here.
+        """
+        place(self.graph_module, find_device(device))
+        return self
 
     @property
     def scheme(self) -> Scheme | None:

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.state import get_state
 
 __all__ = ["ReferenceExecutable", "lower"]
@@ -31,7 +32,8 @@ class ReferenceExecutable:
         Raises:
             LoopQError: the arguments do not fit the captured call.
         """
-        inputs = self.signature.bind(args, kwargs)
+        device = device_of(self.graph_module)
+        inputs = [value.to(device) for value in self.signature.bind(args, kwargs)]
         with torch.no_grad():
             return self.signature.restore(self.graph_module(*inputs))
 

@@ -19,6 +19,7 @@ from loopq_compile.analysis.residual_error import reference_graph
 from loopq_compile.calibration.batches import bind_batch, count_tokens
 from loopq_compile.calibration.learnable import Learnable
 from loopq_compile.calibration.training import Training
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.state import CompilerState, Site, copy_graph, get_state, get_tensor
@@ -179,7 +180,7 @@ class _Work:
         if learnables:
             self._time(Calibrate().training(graph_module, learnables, options, 1, 0), learnables)
         else:
-            tensors = bind_batch(rows[0], state.signature)
+            tensors = bind_batch(rows[0], state.signature, device=device_of(graph_module))
             with torch.no_grad():
                 self.token = _timed(lambda: graph_module(*tensors)) / count_tokens(tensors)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from loopq_compile.calibration.batches import bind_batch
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.evaluate import values_of
 from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import get_tag
@@ -135,4 +136,4 @@ def errors(
 
 
 def _values(graph_module: fx.GraphModule, wanted: set[str], batch: Tensor) -> Mapping[str, Any]:
-    return values_of(graph_module, bind_batch(batch, get_state(graph_module).signature), wanted)
+    return values_of(graph_module, bind_batch(batch, get_state(graph_module).signature, device=device_of(graph_module)), wanted)

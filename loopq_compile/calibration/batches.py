@@ -10,17 +10,21 @@ from torch import Tensor
 
 from loopq_compile.capture.surroundings import plain
 from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.graph.device import CPU
 from loopq_compile.graph.signature import Signature
 from loopq_compile.graph.texts import text_inputs
 
 
-def calibration_batches(calibration: Any, signature: Signature, vocabulary: int | None) -> Iterator[list[Tensor]]:
+def calibration_batches(
+    calibration: Any, signature: Signature, vocabulary: int | None, device: torch.device = CPU
+) -> Iterator[list[Tensor]]:
     """Yields the graph's inputs for each calibration batch.
 
     Args:
         calibration: an iterable of token tensors, tuples of positional or dicts of keyword inputs.
         signature: calling convention of the program.
         vocabulary: rows of the embedding, to check token ids; None if unknown.
+        device: where the graph lies; batches are moved there.
 
     Raises:
         LoopQError: this is not an iterable of batches, it is empty, or a batch does not fit the program (the message
@@ -36,7 +40,7 @@ def calibration_batches(calibration: Any, signature: Signature, vocabulary: int 
     number = -1
     for number, batch in enumerate(guarded(calibration)):
         try:
-            yield bind_batch(batch, signature, vocabulary)
+            yield bind_batch(batch, signature, vocabulary, device)
         except LoopQError as error:
             raise LoopQError(f"Calibration batch {number}: {error}") from error
     if number < 0:
@@ -115,13 +119,15 @@ def _beside(ids: Any, signature: Signature, mask: Any = None) -> dict[str, Any]:
     return dict(text_inputs(signature, ids, mask))
 
 
-def bind_batch(batch: Any, signature: Signature, vocabulary: int | None = None) -> list[Tensor]:
+def bind_batch(
+    batch: Any, signature: Signature, vocabulary: int | None = None, device: torch.device = CPU
+) -> list[Tensor]:
     """The graph's inputs for one batch: token ids, a tuple of positional or a dict of keyword inputs.
 
     A missing mask, positions or token types are filled in as for a text without padding.
 
     Args:
-        vocabulary: as in `calibration_batches`.
+        vocabulary, device: as in `calibration_batches`.
 
     Raises:
         LoopQError: the batch does not fit the program.
@@ -136,7 +142,7 @@ def bind_batch(batch: Any, signature: Signature, vocabulary: int | None = None) 
         tensors = signature.bind(batch, {})
     else:
         tensors = signature.bind((), _beside(batch, signature))
-    tensors = [plain(tensor) for tensor in tensors]
+    tensors = [plain(tensor).to(device) for tensor in tensors]
     for spec, tensor in zip(signature.inputs, tensors, strict=True):
         if tensor.is_floating_point():
             if not torch.isfinite(tensor).all():

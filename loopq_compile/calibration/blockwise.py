@@ -114,7 +114,7 @@ class BlockTraining(Steps):
                 name: value for name, value in constants.items() if isinstance(value, Tensor) and value.requires_grad
             }
             leaves = {name: value.detach().requires_grad_() for name, value in learned.items()}
-            total = torch.zeros(())
+            total = torch.zeros((), device=self.batches[0][0].device)
             for call in self.block.calls:
                 loss = self._loss(call, constants | leaves, number) / len(self.block.calls)
                 if loss.requires_grad:

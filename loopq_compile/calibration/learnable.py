@@ -135,7 +135,7 @@ class Optimizer:
         skew = product - product.transpose(-1, -2)
         norm = torch.linalg.matrix_norm(skew, ord="fro", keepdim=True) / 2**0.5
         skew = skew / norm.clamp_min(1e-12) * (self._rates[item.name] * factor * r.shape[-1] ** 0.5 / 2)
-        eye = torch.eye(r.shape[-1], dtype=r.dtype)
+        eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
         r.copy_(torch.linalg.solve(eye - skew, (eye + skew) @ r))
 
     def state(self) -> dict[str, Tensor]:
@@ -157,4 +157,5 @@ class Optimizer:
             for name, raw in self._named.items():
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors]
                 if keys:
-                    self._adam.state[raw] = {key: tensors[f"adam.{key}.{name}"].clone() for key in keys}
+                    state = {key: tensors[f"adam.{key}.{name}"].to(raw.device, copy=True) for key in keys}
+                    self._adam.state[raw] = state

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from loopq_compile.calibration.batches import calibration_batches
 from loopq_compile.errors import LoopQError
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.evaluate import run
 from loopq_compile.graph.keys import MADE_BY, SITE
 from loopq_compile.graph.loops import get_tag
@@ -115,12 +116,13 @@ def origins(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> list[fx.N
 
 def example(graph_module: fx.GraphModule) -> list[Tensor]:
     """Inputs to try a graph on: the beginning of the calibration data, or random ones if there is no data."""
-    state = get_state(graph_module)
+    state, device = get_state(graph_module), device_of(graph_module)
     if state.run.calibration is not None:
-        batch = next(calibration_batches(state.run.calibration, state.signature, None))
+        batch = next(calibration_batches(state.run.calibration, state.signature, None, device))
         return [_beginning(tensor, spec) for tensor, spec in zip(batch, state.signature.inputs, strict=True)]
     generator = torch.Generator().manual_seed(0)
-    return [_random(spec, _rows(graph_module, spec.name), generator) for spec in state.signature.inputs]
+    specs = state.signature.inputs
+    return [_random(spec, _rows(graph_module, spec.name), generator).to(device) for spec in specs]
 
 
 def _beginning(tensor: Tensor, spec: InputSpec) -> Tensor:

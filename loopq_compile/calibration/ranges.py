@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loopq_compile.graph.device import CPU
 from loopq_compile.graph.scheme import quantized_range
 from loopq_compile.operators.quantize import bounded, peak
 
@@ -25,8 +26,8 @@ _CLIP_TOKENS = 256
 """Clip ratios are tried on about this many tokens of an update, since trying them costs far more than counting."""
 
 
-def _upper_edges() -> Tensor:
-    exponents = torch.arange(1, BINS + 1, dtype=torch.float64) / BINS_PER_OCTAVE + _OCTAVES[0]
+def _upper_edges(device: torch.device) -> Tensor:
+    exponents = torch.arange(1, BINS + 1, dtype=torch.float64, device=device) / BINS_PER_OCTAVE + _OCTAVES[0]
     return torch.exp2(exponents)
 
 
@@ -47,11 +48,10 @@ class Statistics:
     tokens: int = 0
 
     @staticmethod
-    def empty(groups: int) -> Statistics:
-        """Empty statistics for `groups` groups."""
-        return Statistics(
-            torch.zeros(groups), torch.zeros(groups, BINS), torch.zeros(len(CLIP_RATIOS), groups, dtype=torch.float64)
-        )
+    def empty(groups: int, device: torch.device = CPU) -> Statistics:
+        """Empty statistics for `groups` groups of activations on `device`."""
+        errors = torch.zeros(len(CLIP_RATIOS), groups, dtype=torch.float64, device=device)
+        return Statistics(torch.zeros(groups, device=device), torch.zeros(groups, BINS, device=device), errors)
 
     def update(self, x: Tensor, group_size: int, bits: int, limit: int) -> None:
         """Adds the activations `x`, `[..., K]`, measured for integers of `bits` bits; `limit` as in `dynamic_scale`."""
@@ -64,7 +64,7 @@ class Statistics:
     def _count(self, magnitudes: Tensor) -> None:
         self.largest = torch.maximum(self.largest, magnitudes.amax(dim=(0, 2)))
         bins = torch.log2(magnitudes).sub_(_OCTAVES[0]).mul_(BINS_PER_OCTAVE).clamp_(0, BINS - 1).long()
-        offsets = torch.arange(bins.shape[1]).unsqueeze(-1) * BINS
+        offsets = torch.arange(bins.shape[1], device=bins.device).unsqueeze(-1) * BINS
         counted = torch.bincount((bins + offsets).flatten(), minlength=self.counts.numel())
         self.counts += counted.view_as(self.counts)
 
@@ -104,14 +104,15 @@ def static_range(statistics: Statistics, bits: int, method: str, percentile: flo
         percentile: share of magnitudes inside, in percent.
     """
     largest = statistics.largest.clamp_min(1e-12)
+    edges = _upper_edges(largest.device)
     if method == "minmax":
         return largest
     if method == "percentile":
         share = statistics.counts.double().cumsum(1) / statistics.counts.double().sum(1, keepdim=True).clamp_min(1)
         edge = (share < percentile / 100).sum(1).clamp_max(BINS - 1)
-        return torch.minimum(_upper_edges()[edge].to(largest.dtype), largest)
-    ratios = torch.exp2(-torch.arange(64, dtype=torch.float64) / 8)
-    centers = (_upper_edges() * 2 ** (-0.5 / BINS_PER_OCTAVE)).expand(1, -1)
+        return torch.minimum(edges[edge].to(largest.dtype), largest)
+    ratios = torch.exp2(-torch.arange(64, dtype=torch.float64, device=largest.device) / 8)
+    centers = (edges * 2 ** (-0.5 / BINS_PER_OCTAVE)).expand(1, -1)
     best = torch.empty_like(largest)
     for group in range(len(largest)):
         alpha = largest[group].double() * ratios.unsqueeze(1)
@@ -124,7 +125,7 @@ def static_range(statistics: Statistics, bits: int, method: str, percentile: flo
 
 def dynamic_clip(statistics: Statistics) -> Tensor:
     """The clip ratio of each group with the least squared rounding error under dynamic scales, `[G]`."""
-    return torch.tensor(CLIP_RATIOS)[statistics.clip_errors.argmin(0)]
+    return torch.tensor(CLIP_RATIOS, device=statistics.clip_errors.device)[statistics.clip_errors.argmin(0)]
 
 
 def weight_scale(weight: Tensor, group_size: int, bits: int, method: str, limit: int) -> Tensor:

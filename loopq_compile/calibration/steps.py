@@ -224,7 +224,7 @@ class Steps(ABC):
         with torch.no_grad():
             for item in self.learnables:
                 item.raw.copy_(tensors[f"raw.{item.name}"])
-        self.best = {item.name: tensors[f"best.{item.name}"] for item in self.learnables}
+        self.best = {item.name: tensors[f"best.{item.name}"].to(item.raw.device) for item in self.learnables}
         self.optimizer.restore(_under("optimizer.", tensors))
         self.restore_extra(_under("extra.", tensors))
         self.report = Report(**facts["report"])

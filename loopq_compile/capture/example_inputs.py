@@ -90,12 +90,11 @@ def _causal_lm_example(model: nn.Module, names: list[str]) -> dict[str, Any]:
             f"{type(model).__name__} is not a Hugging Face causal language model: give example_inputs, for instance "
             "torch.randint(0, vocab_size, (2, 16))."
         )
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     chunk = getattr(model.config, "chunk_size", None)  # scans in chunks branch on the number of chunks
     length = chunk + 1 if isinstance(chunk, int) and chunk >= EXAMPLE_LENGTH else EXAMPLE_LENGTH
-    ids = torch.randint(0, vocabulary, (EXAMPLE_BATCH, length), generator=generator)
-    device = next((p.device for p in model.parameters()), ids.device)
-    return {"input_ids": ids.to(device)} | ({"use_cache": False} if "use_cache" in names else {})
+    ids = torch.randint(0, vocabulary, (EXAMPLE_BATCH, length), generator=generator, device="cpu")
+    return {"input_ids": ids} | ({"use_cache": False} if "use_cache" in names else {})
 
 
 def main_input(arguments: Mapping[str, Any]) -> str:
@@ -142,13 +141,16 @@ def name_dimensions(arguments: Mapping[str, Any]) -> Dimensions:
     return named
 
 
-def separate(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The example with a tensor of its own for each input.
+def separate(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The example with a tensor of its own for each input, on the model's `device`.
 
     The exporter treats one tensor object as one value: if an input were the same object as another input or a weight,
     the two would be merged. Inputs must not share memory either, since the model might write to it.
     """
-    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    return {
+        name: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
 
 
 def widen(arguments: dict[str, Any], named: Dimensions) -> dict[str, Any]:

@@ -40,14 +40,6 @@ def undisturbed(device: torch.device, default: torch.dtype | None = None) -> Ite
         yield
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a module's parameters and buffers are; the CPU for one without."""
-    for tensors in (model.parameters(), model.buffers()):
-        for tensor in tensors:
-            return tensor.device
-    return torch.device("cpu")
-
-
 def plain(tensor: Tensor) -> Tensor:
     """`tensor`; if it was made in inference mode, an ordinary tensor on the same memory, which autograd accepts."""
     if not tensor.is_inference():

@@ -22,8 +22,9 @@ from loopq_compile.capture.exporter import captured_sizes, export
 from loopq_compile.capture.model_checks import check_model, check_stored_weights, check_weights
 from loopq_compile.capture.module_state import ModelState
 from loopq_compile.capture.sizes import necessary
-from loopq_compile.capture.surroundings import device_of, undisturbed, with_plain_tensors
+from loopq_compile.capture.surroundings import undisturbed, with_plain_tensors
 from loopq_compile.errors import CaptureError, LoopQError
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.fold_weights import fold_weights, returns_its_input
 from loopq_compile.graph.names import safe_argument, safe_name
 from loopq_compile.graph.signature import InputSpec, Signature
@@ -57,7 +58,7 @@ def _capture_model(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     names, arguments = bind_example(model, example_inputs)
     _check_input_names(arguments)
     named = name_dimensions(arguments)
-    arguments = separate(widen(arguments, named))
+    arguments = separate(widen(arguments, named), device_of(model))
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()

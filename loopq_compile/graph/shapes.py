@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from loopq_compile.graph.conditions import evaluate
+from loopq_compile.graph.device import CPU, device_of
 from loopq_compile.graph.keys import BITS, TYPE
 from loopq_compile.graph.signature import LOOPS_AXIS, PAST, TOTAL, Signature
 from loopq_compile.graph.state import get_state, get_tensor
@@ -35,7 +36,7 @@ def infer_shapes(graph_module: fx.GraphModule) -> None:
     inputs = [node.meta.get("val") for node in graph_module.graph.nodes if node.op == "placeholder"]
     if any(value is None for value in inputs):
         state = get_state(graph_module)
-        inputs = symbolic_inputs(state.signature, state.loops.count)
+        inputs = symbolic_inputs(state.signature, state.loops.count, device_of(graph_module))
     mode = inputs[0].fake_mode  # type: ignore[union-attr]
     with torch.no_grad(), enable_python_dispatcher():  # PyTorch's C++ has no symbolic sizes for `pad`
         FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
@@ -44,8 +45,9 @@ def infer_shapes(graph_module: fx.GraphModule) -> None:
         node.meta[TYPE] = _type(graph_module, node, names)
 
 
-def symbolic_inputs(signature: Signature, loops: int) -> list[Tensor]:
-    """Fake tensors for the inputs; dimensions of one name share a symbol. A graph runs a fixed number of `loops`."""
+def symbolic_inputs(signature: Signature, loops: int, device: torch.device = CPU) -> list[Tensor]:
+    """Fake tensors on `device` for the inputs; dimensions of one name share a symbol. A graph runs a fixed number of
+    `loops`."""
     specs = [
         replace(s, shape=tuple(loops if size == LOOPS_AXIS else size for size in s.shape)) for s in signature.inputs
     ]
@@ -67,7 +69,8 @@ def symbolic_inputs(signature: Signature, loops: int) -> list[Tensor]:
         if name in sizes and name not in expression:
             sizes[name] = evaluate(expression, sizes)
     with mode:
-        return [torch.empty([_named_size(size, sizes) for size in spec.shape], dtype=spec.dtype) for spec in specs]
+        shapes = [[_named_size(size, sizes) for size in spec.shape] for spec in specs]
+        return [torch.empty(s, dtype=x.dtype, device=device) for s, x in zip(shapes, specs, strict=True)]
 
 
 def _example_sizes(signature: Signature) -> dict[str, int]:

@@ -40,7 +40,7 @@ class Curvature:
         self._roots = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()
         correlations = hessian / self._roots.unsqueeze(1) / self._roots
         correlations.fill_diagonal_(1.0)
-        self.order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+        self.order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(diagonal), device=diagonal.device)
         self._lower = self._factorize(correlations, damping, where)
         self.matrix = correlations.fill_diagonal_(1.0 + self.damping) * self._roots.unsqueeze(1) * self._roots
 
@@ -65,7 +65,7 @@ class Curvature:
         `-e_j F_jk`, k > j. With `(H + Λ)⁻¹ = UᵀU`, U upper triangular, it is `F_jk = U_jk / U_jj` (Frantar et al. 2022,
         GPTQ). One factorization gives U: of the matrix in reverse order, `P (H + Λ) P = L Lᵀ`, so `U = P L⁻¹ P`.
         """
-        eye = torch.eye(len(self._lower), dtype=self._lower.dtype)
+        eye = torch.eye(len(self._lower), dtype=self._lower.dtype, device=self._lower.device)
         upper = torch.linalg.solve_triangular(self._lower, eye, upper=False).flip(0, 1)
         roots = self._roots[self.order]
         return upper / upper.diagonal().unsqueeze(1) * roots.unsqueeze(1) / roots

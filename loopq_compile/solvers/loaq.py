@@ -94,7 +94,7 @@ def choose(
     square = torch.stack([torch.stack([(a * b).sum(dtype=torch.float64) for b in directions]) for a in moved])
     if found.residual is None:
         betas = torch.zeros(1)
-    grid = torch.cartesian_prod(alphas.double(), betas.double())
+    grid = torch.cartesian_prod(alphas.double(), betas.double()).to(linear.device)
     steps = grid[:, : len(directions)]
     errors = ((steps @ square) * steps).sum(1) - 2 * steps @ linear
     alpha, beta = grid[errors.argmin()].tolist()

@@ -163,7 +163,7 @@ def _encode(value: Any, node: fx.Node) -> Any:
     if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
         return {"torch": str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
-        return {"device": str(value)}
+        return {"device": None}  # where the program will lie
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     if value is None or isinstance(value, bool | int | float | str):
@@ -187,7 +187,7 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
     if kind == "dict":
         return {key: _decode(item, nodes) for key, item in inner.items()}
     if kind == "device":
-        return torch.device(inner)
+        return torch.device("cpu")  # programs are read there; files of version 0.1 named a device
     if kind == "float":
         return float(inner)
     found = getattr(torch, inner, None) if kind == "torch" else None

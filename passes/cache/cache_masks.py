@@ -105,7 +105,7 @@ class Masks:
         if (passes, leading) not in self.plain:
             with self.graph.inserting_before(self.rows.total.next):
                 call: Any = self.graph.call_function
-                device: dict[str, Any] = {"device": torch.device("cpu")}
+                device: dict[str, Any] = {"device": self.regions.ids.meta["val"].device}
                 keys = self.graph.create_node("call_function", _aten.arange.default, (self.rows.total,), device)
                 queries = call(_aten.arange.start, (self.rows.past, self.rows.total), device)
                 column = call(_aten.unsqueeze.default, (queries, 1))

@@ -95,7 +95,7 @@ class Regions:
         values: dict[fx.Node, Any] = {}
         for node in self.graph_module.graph.nodes:
             if node in needed and node.op == "placeholder":
-                values[node] = torch.ones(2, length, dtype=node.meta["val"].dtype)
+                values[node] = torch.ones(2, length, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
             elif node in needed:
                 values[node] = call_node(self.graph_module, node, values.__getitem__)
         return {node: values[node] for node in wanted}

@@ -34,8 +34,8 @@ def check_causal(regions: Regions, attention: Attention) -> None:
     probe = Probe(regions)
     whole = weights(probe, attention, _ALL, _ALL)
     if whole is not None:
-        columns = torch.arange(whole.shape[-1]) % _ALL
-        later = columns > torch.arange(_ALL)[:, None]
+        columns = torch.arange(whole.shape[-1], device=whole.device) % _ALL
+        later = columns > torch.arange(_ALL, device=whole.device)[:, None]
     if whole is None or (whole * later).abs().max() > 0:
         raise LoopQError(
             f"This attention lets tokens see later ones, which a key-value cache cannot serve: {where(attention.node)}."
@@ -55,14 +55,14 @@ def _scores(probe: Probe, node: fx.Node, length: int) -> Tensor:
     shape = [probe.number(size, _ALL) for size in shape_of(node)]
     whole = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     kept = torch.arange(shape[-1]) % _ALL < length
-    return whole[..., :length, kept]
+    return whole[..., :length, kept].to(node.meta["val"].device)
 
 
 def _fused(probe: Probe, attention: Attention, length: int, rows: int) -> Tensor | None:
     if not attention.masks:
         return None
     (mask,) = probe.regions.compute(attention.masks, length).values()
-    scores = torch.zeros(length, attention.passes * length, dtype=torch.float64)
+    scores = torch.zeros(length, attention.passes * length, dtype=torch.float64, device=mask.device)
     blocked = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
     return blocked.softmax(-1).nan_to_num(0)[..., -rows:, :]
 
@@ -102,7 +102,9 @@ def _beside(probe: Probe, attention: Attention, node: fx.Node, length: int, rows
     elif node in regions.positions:
         value = regions.compute([node], length)[node]
     elif axes in ([], [rank - 2]):
-        value = torch.ones([probe.number(size, length) for size in shape_of(node)], dtype=node.meta["val"].dtype)
+        like = node.meta["val"]
+        shape = [probe.number(size, length) for size in shape_of(node)]
+        value = torch.ones(shape, dtype=like.dtype, device=like.device)
     else:
         raise LoopQError(
             f"The scores of this attention are combined with {node.name!r}, which depends on the keys' tokens, so that "

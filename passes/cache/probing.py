@@ -68,10 +68,10 @@ class Probe:
         dtype = _DOUBLE.get(value.dtype, value.dtype)
         if node in self.constants and value.numel() > _LARGE:
             # Weights of many experts, for instance: all equal, so that they take no memory.
-            return torch.randn(shape[-2:], generator=self.generator, dtype=dtype).expand(shape)
+            return torch.randn(shape[-2:], generator=self.generator, dtype=dtype).to(value.device).expand(shape)
         if value.is_floating_point() or value.is_complex():
-            return torch.randn(shape, generator=self.generator, dtype=dtype)
-        return torch.randint(0, 2, shape, generator=self.generator).to(dtype)
+            return torch.randn(shape, generator=self.generator, dtype=dtype).to(value.device)
+        return torch.randint(0, 2, shape, generator=self.generator).to(value.device, dtype)
 
     def run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         """The result of `node` on `values`; types among its arguments become double precision, too."""

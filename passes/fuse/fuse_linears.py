@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.insert import add_constant, attribute_name, call, inserting
 from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import get_tag
@@ -221,7 +222,9 @@ def _store(graph_module: fx.GraphModule, name: str, stack: _Stack, key: tuple[An
 
 
 def _bias(graph_module: fx.GraphModule, node: fx.Node | None, width: int) -> Tensor:
-    return torch.zeros(width) if node is None else get_tensor(graph_module, str(node.target)).detach().float()
+    if node is None:
+        return torch.zeros(width, device=device_of(graph_module))
+    return get_tensor(graph_module, str(node.target)).detach().float()
 
 
 def _bits(codes: Tensor) -> int:

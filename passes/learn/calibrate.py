@@ -22,6 +22,7 @@ from loopq_compile.calibration.teacher import Teacher
 from loopq_compile.calibration.training import Training
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.graph.constants import evaluate
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.keys import GROUP, LEARN
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.state import CompilerState, get_state, get_tensor, set_tensor
@@ -111,9 +112,8 @@ class Calibrate(Pass):
         """One phase, ready to run."""
         state = self.state(graph_module)
         vocabulary = vocabulary_size(graph_module)
-        batches = regroup(
-            list(calibration_batches(state.run.calibration, state.signature, vocabulary)), options.batch_rows
-        )
+        every = calibration_batches(state.run.calibration, state.signature, vocabulary, device_of(graph_module))
+        batches = regroup(list(every), options.batch_rows)
         ends = loop_ends(graph_module) if self.trajectory else []
         adapters = adapter_names(graph_module, ends)
         names = [item.name for item in learnables]

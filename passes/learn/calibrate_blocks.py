@@ -16,6 +16,7 @@ from loopq_compile.calibration.data import Batch, regroup
 from loopq_compile.calibration.learnable import Learnable
 from loopq_compile.calibration.steps import Plan, Report
 from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.state import get_tensor, set_tensor
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.learn.calibrate import count_by_kind, find_learnables, fingerprint, guard
@@ -67,9 +68,8 @@ class CalibrateBlocks(Pass):
             return PassResult(graph_module, False)
         options = state.options
         vocabulary = vocabulary_size(graph_module)
-        batches = regroup(
-            list(calibration_batches(state.run.calibration, state.signature, vocabulary)), options.batch_rows
-        )
+        every = calibration_batches(state.run.calibration, state.signature, vocabulary, device_of(graph_module))
+        batches = regroup(list(every), options.batch_rows)
         recorder = Recorder(state.run.teacher, batches, block_names(blocks))
         results = state.results.setdefault("blocks", [])
         run, mark = len(results), ""

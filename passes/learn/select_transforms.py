@@ -14,6 +14,7 @@ from loopq_compile.calibration.states import adapter_names, loop_ends
 from loopq_compile.calibration.student import Student
 from loopq_compile.calibration.teacher import Teacher, predictions
 from loopq_compile.errors import InternalError
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.keys import TRANSFORM
 from loopq_compile.graph.state import attach_state, copy_graph, get_state
 from loopq_compile.passes.base import Pass, PassResult
@@ -109,7 +110,8 @@ def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, f
     objective = Objective(state.options, len(ends))
     sums = {item.name: torch.zeros_like(item.raw) for item in learnables}
     squares = {item.name: torch.zeros_like(item.raw[0]) for item in learnables}
-    batches = regroup(list(calibration_batches(state.run.calibration, state.signature, vocabulary)), 1)[:SEQUENCES]
+    every = calibration_batches(state.run.calibration, state.signature, vocabulary, device_of(graph_module))
+    batches = regroup(list(every), 1)[:SEQUENCES]
     for number, inputs in enumerate(progress(batches, "Scoring transforms", len(batches))):
         targets = teacher.targets(number, inputs)
         with torch.enable_grad():

@@ -11,6 +11,7 @@ from loopq_compile.calibration.batches import calibration_batches, count_tokens,
 from loopq_compile.calibration.overflow import cause
 from loopq_compile.calibration.ranges import Statistics
 from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.evaluate import run
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import CompilerState, get_tensor
@@ -53,7 +54,8 @@ class CollectRanges(Pass):
         if state.run.calibration is None or not state.scheme.quantizes_activations:
             return PassResult(graph_module, False)
         observer = _Observer(graph_module, state)
-        every = calibration_batches(state.run.calibration, state.signature, vocabulary_size(graph_module))
+        vocabulary, device = vocabulary_size(graph_module), device_of(graph_module)
+        every = calibration_batches(state.run.calibration, state.signature, vocabulary, device)
         batches = first_batches(every, self.max_tokens)
         tokens = 0
         for inputs in progress(batches, "Measuring activations", total=_length(state.run.calibration)):
@@ -115,6 +117,6 @@ class _Observer:
         size = self.size if self.size != -1 else value.shape[-1]
         rows = self.statistics.setdefault(group, {})
         if row not in rows:
-            rows[row] = Statistics.empty(value.shape[-1] // size)
+            rows[row] = Statistics.empty(value.shape[-1] // size, value.device)
         if len(value):
             rows[row].update(value, size, self.bits, self.limit)

@@ -27,6 +27,7 @@ from torch import Tensor, fx
 
 from loopq_compile.calibration.batches import calibration_batches, first_batches, token_mask
 from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import CompilerState
 from loopq_compile.passes.base import Pass, PassResult
@@ -106,7 +107,8 @@ class SolveWeights(Pass):
             raise LoopQError(f"The weight solver {options.solver!r} needs calibration data: calibration=[tokens].")
         if options.solver == "loaq" and state.run.teacher is None:
             raise InternalError("solve-weights: loaq compares with state.run.teacher, the graph before quantization.")
-        every = calibration_batches(state.run.calibration, state.signature, vocabulary_size(graph_module))
+        vocabulary, device = vocabulary_size(graph_module), device_of(graph_module)
+        every = calibration_batches(state.run.calibration, state.signature, vocabulary, device)
         batches = list(first_batches(every, self.max_tokens))
         solver = _Solver(graph_module, state, batches, options, self.loop_weights, self.centered)
         solver.run(chains, self.sweeps)

@@ -125,7 +125,7 @@ class InsertTransforms(Pass):
             if isinstance(gain, str):
                 return False
             # A channel whose gain is zero carries no signal; any factor will do.
-            stored = get_tensor(graph_module, gain.weight).detach().to(values.dtype)
+            stored = get_tensor(graph_module, gain.weight).detach().to("cpu", values.dtype)
             smallest = max(SMALLEST_GAIN, 2 / torch.finfo(weight_type(graph_module, uses)).max)
             values = torch.where(stored.abs() > smallest, 1 / stored, values)
         _check_order(group, uses)

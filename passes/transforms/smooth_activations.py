@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from loopq_compile.calibration.batches import calibration_batches, first_batches, real_tokens, token_mask
 from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.evaluate import run
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import get_tensor
@@ -77,7 +78,8 @@ class SmoothActivations(Pass):
         if not uses or not state.scheme.quantizes_activations:
             return PassResult(graph_module, False)
         observer = _Observer(uses)
-        every = calibration_batches(state.run.calibration, state.signature, vocabulary_size(graph_module))
+        vocabulary, device = vocabulary_size(graph_module), device_of(graph_module)
+        every = calibration_batches(state.run.calibration, state.signature, vocabulary, device)
         for inputs in progress(first_batches(every, self.max_tokens), "Measuring channels"):
             observer.mask = token_mask(state.signature, inputs)
             run(graph_module, inputs, observer.watch)

@@ -19,6 +19,7 @@ from loopq_compile.errors import LoopQError
 from loopq_compile.generation.decoders import with_text_inputs
 from loopq_compile.generation.sampling import generate
 from loopq_compile.generation.text_program import TextProgram
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.evaluate import values_of
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.scheme import Scheme
@@ -122,7 +123,7 @@ def carry(reference: fx.GraphModule, program: fx.GraphModule, batch: Tensor) -> 
     here = {node.name for node in program.graph.nodes}
     if not set(names) <= here:
         return []
-    inputs = bind_batch(batch, get_state(program).signature)
+    inputs = bind_batch(batch, get_state(program).signature, device=device_of(program))
     exact, free = (values_of(graph_module, inputs, names) for graph_module in (reference, program))
     forced = values_of(program, inputs, names, exact)
     rows = []
@@ -155,7 +156,7 @@ def drift(reference: fx.GraphModule, batch: Tensor) -> dict[str, Values]:
             if tag is not None and tag.loops == (0,) and isinstance(x, fx.Node):
                 nodes[site.group][tag.index[0]] = x.name
     names = {name for rows in nodes.values() for name in rows.values()}
-    values = values_of(reference, bind_batch(batch, get_state(reference).signature), names)
+    values = values_of(reference, bind_batch(batch, get_state(reference).signature, device=device_of(reference)), names)
     found = {}
     for group, rows in nodes.items():
         flat = [values[rows[t]].float().flatten(0, -2) for t in sorted(rows)]
