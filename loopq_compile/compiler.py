@@ -57,7 +57,8 @@ def compile(
         device: where the program is made and lies afterwards: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
             None: where the model lies. The model stays where it is; batches may lie anywhere.
         release_model: free the model's weights one by one as their integers are stored, or as they are copied to
-            another `device`, which keeps memory near one copy of the model. Neither the model nor anything that shares its weights can be used afterwards.
+            another `device`, which keeps memory near one copy of the model. Neither the model nor anything that shares
+            its weights can be used afterwards.
         options: fields of `Scheme` to change, such as `group_size=64` or `skip=("*.o_proj",)`, and of
             `CalibrationOptions`, such as `steps=300`, `seed=1`, `weight_solver="gptq"` or `checkpoint="folder"`.
 

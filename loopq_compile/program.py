@@ -25,8 +25,8 @@ from loopq_compile.generation.decoders import (
     read_texts,
 )
 from loopq_compile.graph.caches import has_cache
-from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
 from loopq_compile.graph.device import device_of, find_device, place
+from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
 from loopq_compile.graph.loops import LoopStructure
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.state import LogEntry, attach_state, copy_graph, get_state
@@ -53,8 +53,10 @@ class Program:
         self._variants: Variants[Program] = Variants()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the graph without gradients, on the program's device: inputs from elsewhere are moved there. With a key-value cache, a call that brings none reads a prompt; with early
-        exit (`with_early_exit`), `exit_threshold=0.9` stops when all tokens are done, and without it all loops run.
+        """Runs the graph without gradients, on the program's device: inputs from elsewhere are moved there.
+
+        With a key-value cache, a call that brings none reads a prompt; with early exit (`with_early_exit`),
+        `exit_threshold=0.9` stops when all tokens are done, and without it all loops run.
 
         Raises:
             LoopQError: the arguments do not fit the captured signature.

@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "sim"
 _aten = torch.ops.aten
@@ -108,10 +107,15 @@ class _FromLists(TorchFunctionMode):
 class _Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        device = kwargs.get("device")
+        device = kwargs.get("device") if not _is_tracing() else None
         if any(issubclass(kind, SimTensor) for kind in types) or (device is not None and _is_ours(device)):
             return _run(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+def _is_tracing() -> bool:
+    """Whether PyTorch makes tensors without values, on whatever device, by itself."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def _is_ours(device: Any) -> bool:
@@ -119,7 +123,7 @@ def _is_ours(device: Any) -> bool:
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     fake = next((tensor for tensor in tensors if isinstance(tensor, FakeTensor)), None)
     if fake is not None:
         return _run_without_values(func, args, kwargs, fake)
@@ -137,14 +141,14 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is _aten._local_scalar_dense.default:
         return func(_held(args[0]))
     _refuse_mixed(func, args, kwargs, tensors)
-    results = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+    results = func(*_map(_held, args), **_map(_held, kwargs))
     own = {id(tensor.held): tensor for tensor in ours}  # operators in place return their own argument
-    return tree_map(lambda x: own.get(id(x), SimTensor(x)) if isinstance(x, Tensor) and there else x, results)
+    return _map(lambda x: own.get(id(x), SimTensor(x)) if isinstance(x, Tensor) and there else x, results)
 
 
 def _refuse_mixed(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
     ours = any(isinstance(tensor, SimTensor) for tensor in tensors)
-    if any(isinstance(leaf, torch.Generator) for leaf in tree_leaves((args, kwargs))):
+    if any(isinstance(leaf, torch.Generator) for leaf in _leaves((args, kwargs))):
         raise Mixed(f"Expected a '{NAME}' device type for generator but found 'cpu': {func}")
     elsewhere = [tensor for tensor in tensors if not isinstance(tensor, SimTensor) and tensor.ndim]
     if ours and elsewhere and not (func in _CPU_INDICES and isinstance(args[0], SimTensor)):
@@ -159,8 +163,25 @@ def _run_without_values(func: Any, args: Any, kwargs: dict[str, Any], fake: Fake
         return FakeTensor(mode, x.held.to("meta"), DEVICE) if isinstance(x, SimTensor) else x
 
     with mode:
-        return func(*tree_map(without_values, args), **tree_map(without_values, kwargs))
+        return func(*_map(without_values, args), **_map(without_values, kwargs))
 
 
 def _held(x: Any) -> Any:
     return x.held if isinstance(x, SimTensor) else x
+
+
+def _map(function: Any, value: Any) -> Any:
+    """`tree_map` for what operators take and return."""
+    if isinstance(value, tuple | list):
+        return type(value)([_map(function, item) for item in value])
+    if isinstance(value, dict):
+        return {key: _map(function, item) for key, item in value.items()}
+    return function(value)
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, tuple | list):
+        return [value]
+    return [leaf for item in value for leaf in _leaves(item)]

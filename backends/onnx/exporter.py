@@ -26,6 +26,8 @@ from loopq_compile.backends.onnx.storage import FLOAT_BITS, store_half
 from loopq_compile.backends.onnx.translate import DOMAIN, translate
 from loopq_compile.backends.onnx.write import EXTERNAL_DATA_THRESHOLD, check_destination, write_model
 from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.graph.copies import copy_on
+from loopq_compile.graph.device import CPU, device_of
 from loopq_compile.graph.names import shown_name
 from loopq_compile.graph.rolled import rolled_loops
 from loopq_compile.graph.state import CompilerState, attach_state, copy_graph, get_state, get_tensor
@@ -104,6 +106,8 @@ def export(
     check_destination(Path(directory), overwrite=overwrite)
     if form == "rolled":
         _check_rollable(graph_module)
+    if device_of(graph_module) != CPU:
+        graph_module = copy_on(graph_module, CPU)
     passes: list[Pass] = []
     if cache:
         passes += [AddCache(stacked=form == "rolled", last_token=last_token, kv_bits=kv_bits), SpellOutAttention()]

@@ -1,32 +1,13 @@
-"""Copies of programs that lowering may change, and the device on which they run."""
+"""The device on which lowered programs run."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.node import map_aggregate
-
-from loopq_compile.graph.rolled import RolledLoop
-from loopq_compile.graph.state import RunContext, attach_state, copy_nodes, get_state
-
-
-def private_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy to fuse, bodies of rolled loops included; the program keeps its graphs, and tensors are shared until they
-    are packed."""
-    copied = fx.GraphModule(graph_module, copy_nodes(graph_module.graph))
-    for name, module in list(copied.named_children()):
-        if isinstance(module, RolledLoop):
-            loop = copy.copy(module)
-            loop._modules = {"body": fx.GraphModule(module.body, copy_nodes(module.body.graph))}
-            setattr(copied, name, loop)
-    state = get_state(graph_module)
-    attach_state(copied, dataclasses.replace(state, log=list(state.log), results={}, run=RunContext()))
-    return copied
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -14,10 +14,11 @@ from loopq_compile.backends.triton.configurations import (
     WIDEST_PLAIN,
     WIDEST_TILE,
 )
-from loopq_compile.backends.triton.copies import on_device, private_copy, put_on
+from loopq_compile.backends.triton.copies import on_device, put_on
 from loopq_compile.backends.triton.operators import INTERPRETED
 from loopq_compile.backends.triton.static_decoder import StaticDecoder, capture_cuda_graph, check_cuda_graphs
 from loopq_compile.errors import LoopQError
+from loopq_compile.graph.copies import private_copy
 from loopq_compile.graph.state import get_state
 from loopq_compile.operators import ops
 from loopq_compile.passes.fuse.fuse_adapters import FuseAdapters

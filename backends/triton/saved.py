@@ -28,7 +28,7 @@ from torch import Tensor, fx
 from triton.runtime.cache import get_cache_manager
 
 from loopq_compile.backends.triton.ahead import ARCHITECTURES, Case, cache_key, check_architecture, compile_binary
-from loopq_compile.backends.triton.copies import private_copy, put_on
+from loopq_compile.backends.triton.copies import put_on
 from loopq_compile.backends.triton.executable import TritonExecutable, device_for, fuse, use_kernels
 from loopq_compile.backends.triton.kernels import KERNELS
 from loopq_compile.backends.triton.launches import ROWS, launches
@@ -36,6 +36,7 @@ from loopq_compile.backends.triton.operators import INTERPRETED
 from loopq_compile.backends.triton.static_decoder import step_of
 from loopq_compile.errors import LoopQError, first_line
 from loopq_compile.graph.caches import has_cache
+from loopq_compile.graph.copies import private_copy
 from loopq_compile.graph.rolled import rolled_loops
 from loopq_compile.graph.state import get_state
 from loopq_compile.storage import artifact

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from loopq_compile.backends.triton.copies import on_device, private_copy
+from loopq_compile.backends.triton.copies import on_device
 from loopq_compile.errors import LoopQError
 from loopq_compile.generation.decoders import CachedDecoder
 from loopq_compile.graph.caches import has_cache
+from loopq_compile.graph.copies import private_copy
 from loopq_compile.graph.early_exit import has_early_exit
 from loopq_compile.graph.signature import LOOPS_AXIS, PAST, InputSpec, Signature
 from loopq_compile.graph.texts import last_logits

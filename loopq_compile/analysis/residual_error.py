@@ -136,4 +136,6 @@ def errors(
 
 
 def _values(graph_module: fx.GraphModule, wanted: set[str], batch: Tensor) -> Mapping[str, Any]:
-    return values_of(graph_module, bind_batch(batch, get_state(graph_module).signature, device=device_of(graph_module)), wanted)
+    return values_of(
+        graph_module, bind_batch(batch, get_state(graph_module).signature, device=device_of(graph_module)), wanted
+    )

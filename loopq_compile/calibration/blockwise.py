@@ -37,7 +37,7 @@ class Recorder:
 
     def __init__(self, teacher: fx.GraphModule, batches: Sequence[Batch], names: Iterable[str]) -> None:
         self._teacher = teacher
-        rank, world = distributed.world()
+        rank, world = distributed.world(batches[0][0].device)
         self._batches = [distributed.shard(batch, rank, world) for batch in batches]
         self._names = tuple(names)
         first = next(self._run(self._names, False))

@@ -10,16 +10,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.graph.device import CPU
 
 
-def world() -> tuple[int, int]:
-    """`(rank, size)`; joins the process group that `torchrun` describes in the environment, if there is one."""
+def world(device: torch.device = CPU) -> tuple[int, int]:
+    """`(rank, size)`; joins the process group that `torchrun` describes in the environment, if there is one.
+
+    Args:
+        device: where the graph lies. On a GPU, NCCL averages what lies there, and that GPU becomes the current one.
+    """
     if not dist.is_available():
         return 0, 1
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return 0, 1
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -42,9 +49,10 @@ def shard(inputs: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
 
 def average(tensors: Iterable[Tensor]) -> None:
     """Replaces tensors by their mean over all processes; does nothing with a single process."""
-    if world()[1] == 1:
+    several = list(tensors)
+    if not several or world(several[0].device)[1] == 1:
         return
-    for tensor in tensors:
+    for tensor in several:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
 

@@ -93,7 +93,7 @@ class Steps(ABC):
         self.optimizer = Optimizer(self.learnables, self.options.learning_rate, self.steps)
         self.report = Report()
         self.best = self._raws()
-        self.rank, self.world = distributed.world()
+        self.rank, self.world = distributed.world(self.batches[0][0].device)
         self._stale = self._failures = 0
 
     @abstractmethod

@@ -52,6 +52,9 @@ Dtype = Annotated[
     str,
     typer.Option("--dtype", help="Load the model's weights as float32, bfloat16 or float16; ONNX needs float32."),
 ]
+Device = Annotated[
+    str, typer.Option("--device", help="Where to run: auto (a GPU if there is one), cpu, cuda, or cuda:1.")
+]
 TextFile = Annotated[
     str | None,
     typer.Option(
@@ -158,15 +161,23 @@ def load(
     repeat: str | None = None,
     allow_pickle: bool = False,
     dtype: str = "float32",
+    device: str = "cpu",
 ) -> Loaded:
-    """`load_model`, with the tokenizer of `tokenizer_file` if one is given, and layers repeated as `repeat` says."""
+    """`load_model`, with the tokenizer of `tokenizer_file` if one is given, layers repeated as `repeat` says, and the
+    model or program on `device`."""
     from loopq_compile.generation.tokenizer import read_tokenizer
+    from loopq_compile.graph.device import find_device
     from loopq_compile.sources.loading import load_model, repeat_in
 
+    place = find_device(device)  # refused before a model is loaded
     if tokenizer_file:
         read_tokenizer(tokenizer_file)  # which may fail; loading a model takes long
     loaded = load_model(name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, dtype=dtype)
     loaded = repeat_in(loaded, repeat) if repeat else loaded
+    if loaded.kind != "onnx":
+        loaded.model.to(place)
+    elif device != "auto" and place.type != "cpu":
+        raise LoopQError(f"{name} is an ONNX file, which runs on the CPU. Leave --device out.")
     return loaded.with_tokenizer(tokenizer_file) if tokenizer_file else loaded
 
 

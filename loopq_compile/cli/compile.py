@@ -11,6 +11,7 @@ import typer
 from loopq_compile.cli.common import (
     TEXTS,
     AllowPickle,
+    Device,
     Dtype,
     Json,
     Model,
@@ -90,6 +91,7 @@ def compile_command(
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     dtype: Dtype = "float32",
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Quantize a model and save it as a program.
@@ -120,7 +122,7 @@ def compile_command(
     if checkpoint:
         check_file(checkpoint / "phase")
     check_text(None, calibration)
-    loaded = load(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
+    loaded = load(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype, device)
     if loaded.kind != "model":
         raise LoopQError(f"{model} is quantized already; compile takes a model in floating point.")
     check_folder(out, PROGRAM, loaded.files())

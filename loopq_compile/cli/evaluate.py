@@ -9,6 +9,7 @@ import typer
 
 from loopq_compile.cli.common import (
     AllowPickle,
+    Device,
     Dtype,
     ExitThreshold,
     Json,
@@ -63,6 +64,7 @@ def eval_command(
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     dtype: Dtype = "float32",
+    device: Device = "auto",
     exit_threshold: ExitThreshold = None,
     json: Json = False,
 ) -> None:
@@ -82,7 +84,7 @@ def eval_command(
     """
 
     def loaded_model(name: str) -> Loaded:
-        return load(name, tokenizer, trust_remote_code, _repeat_for(name, repeat), allow_pickle, dtype)
+        return load(name, tokenizer, trust_remote_code, _repeat_for(name, repeat), allow_pickle, dtype, device)
 
     if tasks is not None:
         _run_tasks(models, loaded_model, json, tasks=names(tasks), folder=task_folder, fewshot=fewshot, limit=limit)

@@ -11,6 +11,7 @@ import typer
 
 from loopq_compile.cli.common import (
     AllowPickle,
+    Device,
     Dtype,
     ExitThreshold,
     Json,
@@ -48,6 +49,7 @@ def generate_command(
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     dtype: Dtype = "float32",
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Continue a text, with a model, a compiled program or an ONNX file.
@@ -67,7 +69,7 @@ def generate_command(
     whole_number("--seed", seed, -(2**63), 2**64 - 1)
     _check_text("--prompt", prompt)
     stops = [unescaped(text) for text in stop or ()]
-    loaded = load(model, tokenizer, trust_remote_code, None, allow_pickle, dtype)
+    loaded = load(model, tokenizer, trust_remote_code, None, allow_pickle, dtype, device)
     ids = tokenize(loaded.tokenizer, prompt).unsqueeze(0)
     chosen = _chosen(loaded, loops, exit_threshold)
     start = time.perf_counter()

@@ -9,6 +9,7 @@ import typer
 
 from loopq_compile.cli.common import (
     AllowPickle,
+    Device,
     Dtype,
     Json,
     RepeatLayers,
@@ -42,6 +43,7 @@ def report_command(
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     dtype: Dtype = "float32",
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Write what quantization did to every loop as one HTML file that needs no network.
@@ -62,7 +64,7 @@ def report_command(
         raise LoopQError("--svg draws errors, which need the model: give --model.")
     last = [Path(program).name for program in programs]
     names = last if len(set(last)) == len(last) else programs
-    loaded = {name: load(program) for name, program in zip(names, programs, strict=True)}
+    loaded = {name: load(program, device=device) for name, program in zip(names, programs, strict=True)}
     for name, one in loaded.items():
         if one.kind == "onnx":
             raise LoopQError(f"{name} is an ONNX export; report takes the program that it was made from.")
@@ -70,7 +72,7 @@ def report_command(
             raise LoopQError(f"{name} is no compiled program; run `loopq-compile compile {name} --out DIR` first.")
     batches, base, tokenizer = [], None, None
     if model is not None:
-        source = load(model, None, trust_remote_code, repeat, allow_pickle, dtype)
+        source = load(model, None, trust_remote_code, repeat, allow_pickle, dtype, device)
         if source.kind != "model":
             raise LoopQError(f"{model} is quantized already; --model takes the model in floating point.")
         base, tokenizer = source.model, source.tokenizer

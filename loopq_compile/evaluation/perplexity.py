@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from loopq_compile.errors import LoopQError
 from loopq_compile.generation.decoders import with_text_inputs
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.texts import logits_of
 from loopq_compile.progress import progress
 
@@ -182,8 +183,7 @@ def logits_caller(model: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
     A program or a file that was captured with an attention mask, position ids or token types gets those of a text
     without padding.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu")) if isinstance(model, nn.Module) else None
-
+    device = device_of(model) if isinstance(model, nn.Module) else None
     read = with_text_inputs(model)
 
     def call(ids: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.caches import cache_inputs, empty_cache, has_cache, present_name
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit, spent_of, threshold_tensor
 from loopq_compile.graph.signature import Signature
 from loopq_compile.graph.texts import MADE_OF_MASK, last_logits, logits_of, text_inputs
@@ -63,7 +64,9 @@ class RecomputingDecoder:
     def _run(self, ids: Tensor, attention_mask: Tensor) -> Any:
         if not self.takes_mask and not attention_mask.all():
             raise LoopQError("This model has no attention mask, so rows of a batch cannot be padded.")
-        output = self.model(ids, attention_mask) if self.takes_mask else self.model(ids)
+        if isinstance(self.model, nn.Module):
+            ids = ids.to(device_of(self.model))
+        output = self.model(ids, attention_mask.to(ids.device)) if self.takes_mask else self.model(ids)
         self.loops_spent += spent_of(output)
         return output
 

@@ -131,5 +131,6 @@ def _makes_tensors(node: fx.Node) -> bool:
 def _fake_at(value: FakeTensor, device: torch.device) -> FakeTensor:
     if value.device == device:
         return value
-    with value.fake_mode, torch.no_grad():
-        return value.to(device)  # type: ignore[return-value]
+    with value.fake_mode:
+        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    return made  # type: ignore[return-value]

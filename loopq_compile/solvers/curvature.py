@@ -40,7 +40,8 @@ class Curvature:
         self._roots = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()
         correlations = hessian / self._roots.unsqueeze(1) / self._roots
         correlations.fill_diagonal_(1.0)
-        self.order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(diagonal), device=diagonal.device)
+        places = torch.arange(len(diagonal), device=diagonal.device)
+        self.order = diagonal.argsort(descending=True, stable=True) if act_order else places
         self._lower = self._factorize(correlations, damping, where)
         self.matrix = correlations.fill_diagonal_(1.0 + self.damping) * self._roots.unsqueeze(1) * self._roots
 

@@ -16,15 +16,15 @@ from loopq_compile.analysis.summary import activation_rows
 from loopq_compile.calibration.batches import bind_batch
 from loopq_compile.capture.to_graph import capture
 from loopq_compile.errors import LoopQError
-from loopq_compile.generation.decoders import with_text_inputs
+from loopq_compile.evaluation.perplexity import logits_caller
 from loopq_compile.generation.sampling import generate
 from loopq_compile.generation.text_program import TextProgram
-from loopq_compile.graph.device import device_of
+from loopq_compile.graph.device import device_of, place
 from loopq_compile.graph.evaluate import values_of
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.state import get_state
-from loopq_compile.graph.texts import logits_of, text_inputs
+from loopq_compile.graph.texts import text_inputs
 from loopq_compile.graph.weights import site_calls
 
 WORST = 12
@@ -78,6 +78,7 @@ def measure(
     if model is None or not tokens:
         return found
     captured = capture(model, text_inputs(state.signature, tokens[0]))
+    place(captured, device_of(program.graph_module))
     found["parameters"] = parameters.by_part(captured, program.graph_module)
     with torch.no_grad():
         found |= _compare(program, captured, tokens)
@@ -186,9 +187,9 @@ def _predictions(
     """How far predictions moved, over all tokens, and the tokens at which they moved most (KL divergence, in nats)."""
     found: list[Values] = []
     total, agreed, count = 0.0, 0, 0
+    exact, quantized = logits_caller(model), logits_caller(program)
     for row in _rows(tokens):
-        y = logits_of(model(row)).float().log_softmax(-1)[0]
-        x = logits_of(with_text_inputs(program)(row)).float().log_softmax(-1)[0]
+        y, x = (read(row).log_softmax(-1)[0] for read in (exact, quantized))
         divergence = (y.exp() * (y - x)).sum(-1)
         total, count = total + float(divergence.sum()), count + len(divergence)
         agreed += int((y.argmax(-1) == x.argmax(-1)).sum())

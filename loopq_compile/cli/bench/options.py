@@ -88,9 +88,10 @@ def load_model(
     repeat: str | None = None,
     allow_pickle: bool = False,
     dtype: str = "float32",
+    device: str = "cpu",
 ) -> Loaded:
-    """A model in floating point; what is quantized already is refused."""
-    loaded = load(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
+    """A model in floating point, on `device`; what is quantized already is refused."""
+    loaded = load(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype, device)
     if loaded.kind != "model":
         raise LoopQError(f"{model} is quantized already; bench takes a model in floating point.")
     return loaded

@@ -21,6 +21,7 @@ from loopq_compile.cli.bench.options import (
 from loopq_compile.cli.common import (
     AllowPickle,
     CalibrationText,
+    Device,
     Dtype,
     Json,
     Length,
@@ -59,6 +60,7 @@ def quality_command(
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     dtype: Dtype = "float32",
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Methods by schemes: perplexity, its ratio to full precision, KL divergence, and time.
@@ -72,7 +74,7 @@ def quality_command(
     runs = bench.variants(names(methods), names(schemes), names(activations), group_size=group_size)
     CalibrationOptions(seed=seed)  # refused before a model is loaded
     check_text(text, calibration)
-    loaded = load_model(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
+    loaded = load_model(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype, device)
     tokens, source = text_tokens(loaded, text, max_tokens)
     batches = calibration_batches(calibration, loaded.tokenizer, samples, sample_length, seed, loaded.model)
     about: dict[str, Any] = {"model": model, "text": source, "tokens": len(tokens), "length": length, "stride": stride}

@@ -28,6 +28,7 @@ from loopq_compile.cli.bench.options import (
 from loopq_compile.cli.common import (
     AllowPickle,
     CalibrationText,
+    Device,
     Dtype,
     Json,
     Length,
@@ -108,6 +109,7 @@ def _command(name: str, about: str, own_methods: str, own_schemes: str, own_acti
         trust_remote_code: TrustRemoteCode = False,
         allow_pickle: AllowPickle = False,
         dtype: Dtype = "float32",
+        device: Device = "auto",
         json: Json = False,
     ) -> None:
         from loopq_compile.bench import variants
@@ -137,7 +139,7 @@ def _command(name: str, about: str, own_methods: str, own_schemes: str, own_acti
             drawn,
             whole_numbers("--values", values),
         )
-        loaded = load_model(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype)
+        loaded = load_model(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype, device)
         _measure(name, loaded, selection, settings, (content, max_tokens), out, fresh, json)
 
     command.__doc__ = (
