@@ -131,8 +131,8 @@ def loopq(
     rounding: bool = True,
     transforms: bool = True,
 ) -> Pipeline:
-    """LoopQ and what was measured to help beyond the paper (see CONTRIBUTING): learned rounding of weights that starts
-    from second-order solutions.
+    """LoopQ and what was measured to help beyond the paper (see `calibration/README.md`): learned rounding of weights,
+    which starts from second-order solutions.
 
     Args:
         las: ranges or clip ratios per loop.
@@ -176,7 +176,8 @@ def _loopq(
 
 def _transforms() -> list[PassBase]:
     """Smoothing, then Hadamards, both as a start for learning: together they help far more than each by itself
-    (measured, see CONTRIBUTING)."""
+    (measured, see
+    `calibration/README.md`)."""
     kronecker = InsertTransforms("kronecker", diagonal=True, init="hadamard", learn="transform")
     return [SmoothActivations(SMOOTHING, learn=True), kronecker]
 

@@ -196,7 +196,7 @@ CASES = {
     "an unknown form": (lambda: tiny_program().export_onnx("unused", form="scrolled"), "scrolled"),
     "a folder that cannot be made": (lambda: tiny_program().save("/proc/no/such"), "Cannot write"),
     "a folder that is a file": (lambda: tiny_program().save(__file__), "is a file"),
-    "loading what is not there": (lambda: lq.load("/nowhere"), "no saved program"),
+    "loading what is not there": (lambda: lq.load("/nowhere"), "not a saved program"),
 }
 
 

@@ -163,4 +163,4 @@ def test_ids_are_found_in_the_cache_without_a_network(home: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     kinds, error = done.stdout.splitlines()
     assert json.loads(kinds) == {"program": "program", "onnx": "onnx", "llama": "model"}
-    assert error.startswith("LoopQError 'org/none' is no file or folder here")
+    assert error.startswith("LoopQError 'org/none' is not a file or folder here")

@@ -130,9 +130,9 @@ def drop_tag(data):
 ENUM = {"type": "builtins.list", "context": json.dumps({"__enum__": True, "fqn": "antigravity:x", "name": "y"})}
 FACTORY = {"default_factory_module": "antigravity", "default_factory_name": "fly", "dict_context": []}
 DAMAGES = {
-    "a path in the manifest": (rename_in_manifest("../secret"), "no plain file name"),
-    "an absolute path": (rename_in_manifest("/etc/passwd"), "no plain file name"),
-    "a hidden file": (rename_in_manifest(".profile"), "no plain file name"),
+    "a path in the manifest": (rename_in_manifest("../secret"), "not a plain file name"),
+    "an absolute path": (rename_in_manifest("/etc/passwd"), "not a plain file name"),
+    "a hidden file": (rename_in_manifest(".profile"), "not a plain file name"),
     "a link to somewhere else": (replace_by_link, "is a link"),
     "a pipe that never ends": (replace_by_pipe, "not a regular file"),
     "a file that is missing": (lambda f: os.remove(f / "tokenizer.json"), "cannot be read"),
