@@ -1,4 +1,4 @@
-"""The demo: the bundled looped language model all the way from PyTorch to text out of ONNX Runtime."""
+"""The demo: takes the bundled looped language model from PyTorch to text from ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ RUNS = (
     ("symmetric", "w4a8", "dynamic"),
     ("loopq", "w4a4", "dynamic"),
 )
-"""Method, scheme and activation scales of what is measured, cheapest first."""
+"""Method, scheme and activation scales of the measured variants, cheapest first."""
 EXPORTED = ("loopq", "w4a4", "dynamic")
-"""The variant that is exported: the package's defaults, and the hardest of the four-bit ones."""
+"""The variant that is exported: the package's defaults, and the most difficult of the four-bit variants."""
 LENGTH, STRIDE = 256, 128
 PROMPT = "Return a new array with the same shape and type as"
 
@@ -45,13 +45,13 @@ class Demo:
     """One run of the demo.
 
     Args:
-        out: folder for what is written.
+        out: folder for all output.
         max_tokens: held-out tokens to measure on.
         samples, sample_length: size of the calibration data.
         steps: optimizer steps of `loopq`.
         new_tokens: length of the generated texts.
         readme: a document whose figures this run rewrites, see `demo_figures`; None for none.
-        console: where the story is told.
+        console: where progress is printed.
     """
 
     out: Path
