@@ -25,10 +25,10 @@ def demo(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Take the bundled looped language model all the way: a few minutes on two cores.
+    """Take the bundled looped language model through all steps: a few minutes on two cores.
 
-    Captures it, finds its loops, quantizes it in several ways and measures each on held-out text, exports LoopQ's with
-    four-bit weights and activations to ONNX, and lets ONNX Runtime write text with it.
+    Captures it, finds its loops, quantizes it in several ways and measures each on held-out text, exports LoopQ's
+    program with four-bit weights and activations to ONNX, and lets ONNX Runtime write text with it.
     """
     from loopq_compile.bench.demo import Demo
 

@@ -44,9 +44,9 @@ def inspect_command(
     dtype: Dtype = "float32",
     json: Json = False,
 ) -> None:
-    """Show what is inside: loops, linear layers with bits and ranges of every loop, and what each pass did.
+    """Show loops, linear layers with bits and ranges of every loop, and what each pass did.
 
-    Takes a compiled program, or a model, which is then captured and its loops are found, but not quantized. In the
+    Takes a compiled program, or a model, which is captured and searched for loops, but not quantized. In the
     picture, linear layers are blue, quantization is orange, weights are grey; point at a node to see more. The page
     has every node with its code, loop, module, type and pass, links to its inputs and users, and filters; it opens in
     any browser, without network.
