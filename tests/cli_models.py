@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -40,7 +40,6 @@ def tiny_ouro(loops: int = 2) -> Ouro:
 
 def tiny_llama(layers: int = 2, config: str = "LlamaConfig") -> Any:
     """A model of transformers, from the name of its configuration class."""
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     made = getattr(transformers, config)(
         vocab_size=64,

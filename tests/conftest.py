@@ -1,4 +1,4 @@
-"""Every test starts from the same random numbers, whatever ran before it; work that is the same for all is done once."""
+"""Every test starts from the same random numbers, whatever ran before it."""
 
 import functools
 

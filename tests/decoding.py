@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,7 +49,6 @@ def loopformer() -> nn.Module:
 
 def llama(attention: str = "sdpa") -> nn.Module:
     """A Hugging Face model with grouped queries, its middle layer run twice."""
-    import transformers
 
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,

@@ -32,7 +32,6 @@ class Found:
 
 def test_the_tests_behind_the_cells_exist() -> None:
     """Collected by pytest itself, parameters included."""
-    pytest.importorskip("transformers", reason="several of them need it")
     tests = {test for cells in FEATURES.values() for _, test in cells.values() if test}
     found = Found()
     files = sorted({str(ROOT / test.partition("::")[0]) for test in tests})

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -37,8 +38,6 @@ from tests.looped_models import (
     with_random_weights,
     zamba2,
 )
-
-transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
 
 SIZES = ((2, 11), (1, 1), (1, 7), (3, 40))
 

@@ -51,7 +51,6 @@ def test_the_pass_in_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_looped_smollm2() -> None:
-    pytest.importorskip("transformers")
     example = load("looped_smollm2")
     program = example.main(["--layers", "1-2", "--times", "3"])
     assert program.loops.count == 3

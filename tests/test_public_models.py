@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from loopq_compile import LoopQError
@@ -61,7 +62,6 @@ def difference(run: OnnxExecutable, program: Program) -> list[float]:
 
 def albert() -> nn.Module:
     """One layer, three times."""
-    transformers = pytest.importorskip("transformers", reason="ALBERT is in transformers")
     torch.manual_seed(0)
     config = transformers.AlbertConfig(
         vocab_size=64, embedding_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=3,

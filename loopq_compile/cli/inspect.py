@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ from loopq_compile.cli.common import (
 from loopq_compile.errors import LoopQError
 
 if TYPE_CHECKING:
+    from loopq_compile.analysis.feasibility import Feasibility
     from loopq_compile.program import Program
 
 
@@ -46,10 +48,10 @@ def inspect_command(
 ) -> None:
     """Show loops, linear layers with bits and ranges of every loop, and what each pass did.
 
-    Takes a compiled program, or a model, which is captured and searched for loops, but not quantized. In the
-    picture, linear layers are blue, quantization is orange, weights are grey; point at a node to see more. The page
-    has every node with its code, loop, module, type and pass, links to its inputs and users, and filters; it opens in
-    any browser, without network.
+    Takes a compiled program, or a model. A model is captured and its loops are found; the last lines say what would be
+    quantized, and whether a key-value cache and the rolled form would work. In the picture, linear layers are blue,
+    quantization is orange, weights are grey; point at a node to see more. The page has every node with its code, loop,
+    module, type and pass, links to its inputs and users, and filters; it opens in any browser, without network.
 
     Example: loopq-compile inspect my-program --html my-program.html
     """
@@ -57,13 +59,15 @@ def inspect_command(
     if loaded.kind == "onnx":
         raise LoopQError(f"{model} is an ONNX file; inspect the program it was exported from, or open it in Netron.")
     program = loaded.model if loaded.kind == "program" else _captured(loaded.model)
+    outlook = _feasibility(program) if program.scheme is None and (json or not code) else None
     say = note(json)
     if json:
-        print_json(_report(program))
+        print_json(_report(program) | ({"feasibility": asdict(outlook)} if outlook else {}))
     elif code:
         typer.echo(_code(program, loop))
     else:
         _print_tables(program)
+        _print_feasibility(outlook)
     if html:
         say(f"wrote {program.browse(html)}")
     if svg or dot:
@@ -82,6 +86,20 @@ def _captured(model: Any) -> Program:
     graph_module = Pipeline([TagLoops()], "inspect").run(capture(model))
     infer_shapes(graph_module)
     return Program(graph_module)
+
+
+def _feasibility(program: Program) -> Feasibility:
+    from loopq_compile.analysis.feasibility import feasibility
+
+    return feasibility(program)
+
+
+def _print_feasibility(outlook: Feasibility | None) -> None:
+    if outlook is not None:
+        out = console()
+        out.print("\nif it is compiled", style="bold")
+        for line in outlook.describe():
+            out.print(f"  {line}", markup=False, soft_wrap=True)
 
 
 def _print_tables(program: Program) -> None:
@@ -134,8 +152,6 @@ def _draw(program: Program, loop: int | None, svg: Path | None, dot: Path | None
 
 
 def _report(program: Program) -> dict[str, Any]:
-    from dataclasses import asdict
-
     from loopq_compile.graph.names import shown_name
     from loopq_compile.graph.state import get_state
     from loopq_compile.passes.quantize.other_products import OTHER_PRODUCTS

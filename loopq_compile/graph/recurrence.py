@@ -197,6 +197,9 @@ def group_repeats(repeats: Sequence[Repeat]) -> list[Group]:
     groups: list[Group] = []
     while pending:
         group = _grow(pending)
+        if not group.repeats:  # uses of the first one lie across each other, however they are counted: not a loop
+            pending = pending[1:]
+            continue
         pending = [repeat for repeat in pending if not any(repeat is member for member in group.repeats)]
         if group.weights:
             groups.append(group)

@@ -96,7 +96,7 @@ class OuroConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "OuroConfig":
-        """Read a dictionary as `to_dict` writes it; keys that are no fields are ignored."""
+        """Read a dictionary as `to_dict` writes it; keys that are not fields are ignored."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 

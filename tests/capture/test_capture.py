@@ -18,8 +18,6 @@ from tests.small_models import IDS, Masked, Small, additive, captured, ids, padd
 
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_programs_of_the_zoo_compute_what_their_models_do(name):
-    if name == "llama":
-        pytest.importorskip("transformers", reason="the Hugging Face model needs transformers")
     model, program = zoo.model_of(name), zoo.tagged(name)
     options = {"use_cache": False} if name == "llama" else {}
     for batch, length in ((1, 1), (1, 5), (3, 1), (4, 9), (5, 5)):

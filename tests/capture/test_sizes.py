@@ -100,7 +100,6 @@ def test_a_condition_of_a_file_is_arithmetic_and_nothing_else(text: str) -> None
 
 
 def test_saved_programs_and_onnx_files_check_sizes(tmp_path) -> None:
-    pytest.importorskip("onnxruntime")
     model = Small(lambda self, x: longer(self, self.linear(x)))
     program = lq.compile(model, ids(2, 11), scheme=lq.Scheme(4, 16, group_size=16), method="symmetric")
     program.save(tmp_path / "program")

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+import transformers
 
 from loopq_compile import LoopQError
 from loopq_compile.capture.to_graph import capture
 from loopq_compile.passes.loops.tag_loops import TagLoops
 from loopq_compile.program import Program
-
-transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner, Result
 
 import loopq_compile as lq
@@ -257,7 +258,6 @@ def test_bench_reports_are_written_and_resumed(tmp_path: Path) -> None:
 
 
 def test_bench_takes_models_with_repeated_layers_and_their_own_text(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     tiny_llama(layers=3).save_pretrained(tmp_path / "llama")
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer()).save_pretrained(tmp_path / "llama")
     options = ["--repeat", "1x3", "--calibration", "self", "--methods", "las", *QUICK, "--values", "3,4"]
@@ -312,7 +312,6 @@ def test_missing_paths(name: str) -> None:
 
 
 def test_unknown_names_get_a_suggestion() -> None:
-    pytest.importorskip("transformers")
     assert "Did you mean 'bundled'?" in fails("inspect", "bundeld")
     assert "hub could not give it" in fails("inspect", "nobody/nothing")
 
@@ -344,7 +343,6 @@ def test_hugging_face_models_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_hugging_face_folder_goes_all_the_way(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
@@ -358,14 +356,12 @@ def test_a_hugging_face_folder_goes_all_the_way(tmp_path: Path) -> None:
 
 
 def test_weights_that_could_run_code_are_refused(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(transformers.LlamaConfig(num_hidden_layers=1).to_json_string())
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     assert "safetensors" in fails("inspect", tmp_path)
 
 
 def test_repositories_with_code_are_refused_with_the_risk(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
     auto = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "custom", "auto_map": auto}))
     (tmp_path / "custom.py").write_text("raise SystemExit('ran')\n")

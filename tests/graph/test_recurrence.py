@@ -220,6 +220,19 @@ def test_a_norm_alone_is_no_loop():
     assert group_repeats(find_repeats(graph)) == []
 
 
+def test_a_weight_whose_uses_lie_across_each_other_is_left_out():
+    """A weight that also reads positions, in every loop: such uses do not depend on one another."""
+    graph = fx.Graph()
+    shared, own, x, positions = graph.get_attr("a"), graph.get_attr("b"), *map(graph.placeholder, ("x", "positions"))
+    for _ in range(4):
+        place = graph.call_function(aten.linear.default, (positions, shared))
+        x = graph.call_function(aten.add.Tensor, (graph.call_function(aten.linear.default, (x, shared)), place))
+        x = graph.call_function(aten.linear.default, (x, own))
+    graph.output(x)
+    (group,) = group_repeats(find_repeats(graph))
+    assert group.count == 4 and group.weights == ["b"]
+
+
 @pytest.mark.parametrize(
     ("weights", "others", "blocks"),
     [

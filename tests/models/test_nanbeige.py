@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 from loopq_compile.models import Nanbeige, NanbeigeConfig
 from tests.looped_models import NANBEIGE, with_random_weights
@@ -15,7 +16,6 @@ from tests.models.test_architectures import ids
 @pytest.mark.parametrize(("between", "loops"), [(True, None), (True, 3), (False, None)])
 def test_it_is_a_llama_whose_layers_run_again_behind_the_norm(between: bool, loops: int | None) -> None:
     """The published parameter names are Llama's, and so is every layer."""
-    transformers = pytest.importorskip("transformers", reason="its Llama is the formula")
     config = replace(NANBEIGE, skip_loop_final_norm=not between)
     ours = with_random_weights(Nanbeige(config, loops))
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -22,7 +23,6 @@ from loopq_compile.sources import hugging_face
 from loopq_compile.sources.loading import load_model
 from tests.cli_models import TEXT, WORDS, tiny_llama, tokenizer
 
-transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 import loopq_compile as lq
 from loopq_compile.cli import app
 from tests.cli_models import TEXT, WORDS, tokenizer
-
-transformers = pytest.importorskip("transformers")
 
 CODE = """
 import pathlib

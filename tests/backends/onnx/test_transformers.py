@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from loopq_compile.backends.onnx import OnnxExecutable, export
 from tests.backends.onnx.graphs import captured, quantized
-
-transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,6 @@ MARKED = [name for name in NAMES if name != "llama"]
 
 
 def tagged(name: str) -> Program:
-    if name == "llama":
-        pytest.importorskip("transformers", reason="the Hugging Face model needs transformers")
     return zoo.tagged(name)
 
 
