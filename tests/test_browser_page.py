@@ -198,6 +198,6 @@ def test_what_cannot_be_shown_is_refused(site: Path, folder: Path, prepare: Modu
     with pytest.raises(SystemExit, match="no file or folder"):
         prepare.prepare(tmp_path / "nothing", tmp_path / "page", modules)
     shutil.copy(site / "model.onnx", tmp_path)
-    with pytest.raises(SystemExit, match="no export with a cache and a tokenizer"):
+    with pytest.raises(SystemExit, match="not an export with a cache and a tokenizer"):
         prepare.prepare(tmp_path, tmp_path / "page", modules)
     assert not (tmp_path / "page").exists()

@@ -208,9 +208,7 @@ def _explain(name: str, text: str) -> str:
     if "safetensors" in text:
         return _pickle_refusal(name, first_line(text))
     if "connect" in text or "not a local folder" in text or "not a valid model identifier" in text:
-        return (
-            f"{name!r} is not a file or folder here, and the Hugging Face hub could not provide it: {first_line(text)}"
-        )
+        return f"{name!r} is not a file or folder here, and the Hugging Face hub could not give it: {first_line(text)}"
     return f"{name} cannot be loaded: {first_line(text)}"
 
 

@@ -135,7 +135,7 @@ class Written(nn.Module):
 
 @pytest.mark.parametrize(
     ("other", "reason"),
-    [(None, None), ("state", "also reads mul"), ("gain", "also uses gain"), ("bias", "is no norm with a gain")],
+    [(None, None), ("state", "also reads mul"), ("gain", "also uses gain"), ("bias", "is not a norm with a gain")],
     ids=str,
 )
 def test_gains_that_others_read_stay(other, reason):
