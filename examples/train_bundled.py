@@ -130,7 +130,7 @@ def write_manifest(path: Path, manifest: dict[str, list[list[str | int]]]) -> No
 
 
 def batches(tokens: np.ndarray, offsets: np.ndarray, settings: Settings, start: int) -> Iterator[Tensor]:
-    """Endless int64 batches `[batch, length + 1]` from step `start` on; each epoch shuffles the passages anew."""
+    """Endless int64 batches `[batch, length + 1]` from step `start` on; each epoch shuffles the passages again."""
     rows_per_epoch = (len(tokens) - 1) // settings.length
     steps_per_epoch = rows_per_epoch // settings.batch
     step = start

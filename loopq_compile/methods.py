@@ -176,8 +176,7 @@ def _loopq(
 
 def _transforms() -> list[PassBase]:
     """Smoothing, then Hadamards, both as a start for learning: together they help far more than each by itself
-    (measured, see
-    `calibration/README.md`)."""
+    (measured, see `calibration/README.md`)."""
     kronecker = InsertTransforms("kronecker", diagonal=True, init="hadamard", learn="transform")
     return [SmoothActivations(SMOOTHING, learn=True), kronecker]
 

@@ -47,7 +47,7 @@ class Estimate:
 
     Args:
         loops: loop structure in words.
-            quantized, linears: how many linears are quantized, and how many there are.
+        quantized, linears: how many linears are quantized, and how many there are.
         parameters: parameters of the model.
         bytes: size of `tensors.safetensors` with packed weights; without tables of learned transforms.
         memory: peak memory of the process beyond what is already loaded, in bytes, with the model released in parts.

@@ -42,8 +42,8 @@ _NO_TENSOR = (torch.ops.aten.sym_size.int, operator.add, operator.sub, operator.
 def loop_graph(graph_module: fx.GraphModule, loop: int | None = None) -> nx.DiGraph:
     """The data flow of one iteration of the main loop, or of the whole program if there is no loop.
 
-    Nodes have the attributes `role` (a key of `COLOURS`), `label`, `tooltip` and `module`. Values from
-    outside and readers of the results are nodes of role "input" and "output". Size arithmetic is left out.
+    Nodes have the attributes `role` (a key of `COLOURS`), `label`, `tooltip` and `module`. Values from outside and
+    readers of the results are nodes of role "input" and "output". Size arithmetic is left out.
 
     Args:
         graph_module: a captured program.

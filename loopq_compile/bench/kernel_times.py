@@ -186,7 +186,7 @@ def time_products(
         device_name: name of the GPU, part of the cells' keys.
         cells: stores finished measurements.
         group_size: group size of the integer candidates.
-            rows, products: which to measure.
+        rows, products: which to measure.
         runs: candidates; a candidate that fails is noted and left out.
         timer: returns the milliseconds of a function.
         device: where tensors are.

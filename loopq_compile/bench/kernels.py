@@ -2,9 +2,8 @@
 
 The estimate is a roofline. Memory, tensor cores, and ordinary float32 arithmetic each need some time at the rates of
 the data sheet; the largest of the three is a lower bound for a launch. Real kernels are slower. For the matrix product,
-the float32 part is the cost of scaling: for every output and group a subtraction (integer to float), a
-product of scales, and a multiply-add. Other kernels are bound by the bytes of each token, their transforms by tensor
-cores.
+the float32 part is the cost of scaling: for every output and group a subtraction (integer to float), a product of
+scales, and a multiply-add. Other kernels are bound by the bytes of each token, their transforms by tensor cores.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Device:
     Args:
         name: name of the GPU.
         bandwidth: rate of memory, in GB/s.
-            int8, bf16: rates of tensor cores, in 10^12 operations per second; a multiply-add counts as two.
+        int8, bf16: rates of tensor cores, in 10^12 operations per second; a multiply-add counts as two.
         fp32: rate outside tensor cores, in the same unit.
     """
 
@@ -67,7 +66,7 @@ class Stream:
     Args:
         read: bfloat16 numbers that are read.
         quantized: numbers that are written as integers, with scales.
-            bits, group: bits and group size of these; None as group means that of the scheme.
+        bits, group: bits and group size of these; None as group means that of the scheme.
         sides: sides of the factors of a transform; `quantized` numbers go through both.
         plain: bfloat16 numbers that are written.
         cached: tokens of a cache that are read, `plain` numbers each for keys and for values.

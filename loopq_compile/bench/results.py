@@ -24,7 +24,7 @@ class Report:
     Args:
         name: name of the files.
         title: one line.
-            columns, rows: the table as text; the first `text_columns` are words, the others numbers.
+        columns, rows: the table as text; the first `text_columns` are words, the others numbers.
         data: the numbers of the table, for JSON.
         draw: draws the figure; None if there is nothing to draw.
         notes: sentences below the table.

@@ -34,7 +34,7 @@ def size(
         name: one of `random_models.SIZES`.
         scheme: weights are rounded to nearest, without data.
         layers: number of layers, fewer than the model has, to try it out.
-            head_bits, float_bits: options of the export.
+        head_bits, float_bits: options of the export.
         group_size: neighbouring features that share a scale.
         say: called with what is being done.
 

@@ -25,7 +25,7 @@ class Job:
         config: configuration of an Ouro model, as `OuroConfig.to_dict` writes it.
         folder: folder for the file.
         scheme: scheme, compiled without data.
-            head_bits, float_bits: options of the export.
+        head_bits, float_bits: options of the export.
         group_size: neighbouring features that share a scale.
     """
 

@@ -1,10 +1,10 @@
 """Perplexity by sliding window, and the distance of a quantized model from its teacher.
 
-The text is one long row of tokens. Windows of `length` tokens start every `stride` tokens. Each window
-scores only the tokens that no earlier window contained. With `stride < length`, all tokens except the very first are
-scored once, each with at least `length - stride` tokens of context. This is the recipe of the Hugging Face
-documentation ("Perplexity of fixed-length models"). With `stride == length` it is the plain cross entropy of disjoint
-windows, whose first tokens have no context and are left out.
+The text is one long row of tokens. Windows of `length` tokens start every `stride` tokens. Each window scores only the
+tokens that no earlier window contained. With `stride < length`, all tokens except the very first are scored once, each
+with at least `length - stride` tokens of context. This is the recipe of the Hugging Face documentation ("Perplexity of
+fixed-length models"). With `stride == length` it is the plain cross entropy of disjoint windows, whose first tokens
+have no context and are left out.
 """
 
 from __future__ import annotations

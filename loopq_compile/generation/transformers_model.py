@@ -95,7 +95,7 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: `[batch, new]`, tokens that the cache has not seen.
             attention_mask: `[batch, cached + new]`, 0 on padding, which is on the left; None: there is no padding.
-                past_key_values, cache: a `DynamicCache`, which grows; None: nothing is cached yet.
+            past_key_values, cache: a `DynamicCache`, which grows; None: nothing is cached yet.
             use_cache: whether to return keys and values, in a new cache if none was given.
             logits_to_keep: 1 computes logits of only the last token; 0 all.
             return_dict: False for a tuple.

@@ -188,7 +188,7 @@ def _names(graph_module: fx.GraphModule, chains: list[_Chain]) -> list[str]:
 
 
 def _base(root: str) -> str:
-    """The name of the weight that a parameter stands for: `fc.weight` for `fc.parametrizations.weight.original0`."""
+    """The name of the weight that a parameter represents: `fc.weight` for `fc.parametrizations.weight.original0`."""
     parametrized = _PARAMETRIZED.match(root)
     return parametrized[1] + parametrized[2] if parametrized else _PART_OF_A_WEIGHT.sub("", root)
 

@@ -30,7 +30,7 @@ NO_CACHE = (
 
 
 def is_cache(name: str, value: Any) -> bool:
-    """Whether an argument is a key-value cache of a Hugging Face model; releases differ in what they call it."""
+    """Whether an argument is a key-value cache of a Hugging Face model; its name depends on the release."""
     return value is not None and (name == "past_key_values" or hasattr(value, "get_seq_length"))
 
 

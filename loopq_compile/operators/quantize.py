@@ -1,10 +1,9 @@
 """Symmetric group quantization: `loopq::dynamic_scale`, `loopq::quantize`, `loopq::dequantize`.
 
-The last dimension (K features) is cut into groups of `group_size` neighbours; a group shares one scale. Scales have
-as many entries in their last dimension as there are groups, or one entry for all of them; leading dimensions
-broadcast. Arithmetic is in single precision at least, also for half-precision tensors. Between
-`quantize` and `dequantize` there are real integers, so no gradients; `operators.straight_through` has the form for
-calibration.
+The last dimension (K features) is cut into groups of `group_size` neighbours; a group shares one scale. Scales have as
+many entries in their last dimension as there are groups, or one entry for all of them; leading dimensions broadcast.
+Arithmetic is in single precision at least, also for half-precision tensors. Between `quantize` and `dequantize` there
+are real integers, so no gradients; `operators.straight_through` has the form for calibration.
 """
 
 from __future__ import annotations

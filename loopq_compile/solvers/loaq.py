@@ -1,8 +1,8 @@
 """LoaQ: the target of rounding is the output of the full-precision model, not the weight (arXiv 2509.06297).
 
-A looped model uses one weight `W` in `T` loops. Let `X̂_t` `[n, K]` be the input of the linear and `R̂_t`
-`[n, out]` the residual stream to which its output is added, in loop `t` of the quantized graph; `X_t` and `R_t` are
-those of the full-precision graph.
+A looped model uses one weight `W` in `T` loops. Let `X̂_t` `[n, K]` be the input of the linear and `R̂_t` `[n, out]`
+the residual stream to which its output is added, in loop `t` of the quantized graph; `X_t` and `R_t` are those of the
+full-precision graph.
 
 **Form 1, output of the linear.** `Σ_t w_t ‖X̂_t Qᵀ - X_t Wᵀ‖²` is a quadratic function of Q for any number of
 loops. With `H = Σ_t w_t X̂_tᵀX̂_t` and `G = Σ_t w_t X̂_tᵀX_t` it equals
