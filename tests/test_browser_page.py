@@ -28,7 +28,7 @@ NETWORK = ("ENOTFOUND", "EAI_AGAIN", "ETIMEDOUT", "ECONNREFUSED", "ECONNRESET", 
 
 
 def node(script: str, *arguments: object, folder: Path = SOURCE) -> subprocess.CompletedProcess[str]:
-    """Runs a module in `folder`; the test is skipped where there is no Node of version 20 or newer."""
+    """Runs a module in `folder`; the test is skipped without Node of version 20 or newer."""
     program = shutil.which("node")
     version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout if program else ""
     if not version or int(version[1:].split(".")[0]) < 20:
@@ -110,7 +110,7 @@ def test_an_unrolled_file_in_standard_operators(folder: Path, prepare: ModuleTyp
 
 
 def test_the_tokenizer_of_the_page(site: Path, folder: Path) -> None:
-    """The same ids as the tokenizers library, and the text again."""
+    """Gives the same ids as the tokenizers library, and the same text back."""
     text = (SOURCE.parent.parent / "README.md").read_text(encoding="utf-8")
     texts = [
         *text.split("\n\n"),

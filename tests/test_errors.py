@@ -48,7 +48,7 @@ class Branching(nn.Module):
 
 
 class FixedBatch(nn.Module):
-    """Reshapes to the batch size of the day."""
+    """Reshapes to the current batch size."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ class FixedBatch(nn.Module):
 
 
 class Recorder(nn.Module):
-    """Stores what it sees in a buffer."""
+    """Stores its input in a buffer."""
 
     def __init__(self):
         super().__init__()

@@ -126,7 +126,7 @@ def edit(folder, change):
     data = json.loads((folder / "program.json").read_text())
     change(data)
     (folder / "program.json").write_text(json.dumps(data))
-    write_manifest(folder)  # as whoever wants to do harm would
+    write_manifest(folder)  # as an attacker would
 
 
 def set_operator(data):

@@ -1,4 +1,4 @@
-"""`bench speed`: tokens a second of a model as it is and as quantized files."""
+"""`bench speed`: tokens per second of a model and of its quantized files."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_model_of_published_size(tiny: None) -> None:
 
 
 def stubbed(monkeypatch: pytest.MonkeyPatch, fails: str = "none") -> list[str]:
-    """Rows are made up; names of what was measured are collected."""
+    """Rows are invented; names of what was measured are collected."""
     measured = []
 
     def fake(job: Job) -> dict[str, object]:

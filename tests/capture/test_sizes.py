@@ -113,7 +113,7 @@ def test_saved_programs_and_onnx_files_check_sizes(tmp_path) -> None:
 
 
 class Scored(Small):
-    """A model that returns its loss where it is given targets."""
+    """A model that returns its loss if it is given targets."""
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         logits = self.lm_head(self.linear(self.embed(idx)))

@@ -1,4 +1,4 @@
-"""The command line, with a tiny untrained model in place of the bundled one."""
+"""The command line, with a tiny untrained model instead of the bundled one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rewriting passes: what they change, what they leave alone, and that a second run changes nothing."""
+"""The rewriting passes: what they change, what they do not change, and that a second run changes nothing."""
 
 import pytest
 import torch

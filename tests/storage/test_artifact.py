@@ -1,4 +1,4 @@
-"""Saved programs that were damaged by accident or on purpose, disks that are full, folders that cannot be written."""
+"""Saved programs damaged by accident or on purpose, full disks, folders that cannot be written."""
 
 import json
 import os
@@ -29,7 +29,7 @@ FILES = ("program.json", "tensors.safetensors", "manifest.json")
 
 
 class Little(nn.Module):
-    """The smallest looped model that has something of everything."""
+    """The smallest looped model that has every kind of content."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ def edit(folder, change, name="program.json", seal=True):
 
 
 def edit_tensors(folder, change):
-    """Changes tensors the way someone would who wants the change to pass: all hashes fit."""
+    """Changes tensors as an attacker would: all hashes fit."""
     tensors = load_file(folder / "tensors.safetensors")
     change(tensors)
     save_file(tensors, folder / "tensors.safetensors")

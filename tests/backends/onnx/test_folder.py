@@ -1,4 +1,4 @@
-"""Exported folders: a manifest that proves them whole, and hostile ones refused in one line."""
+"""Exported folders: a manifest proves that they are intact; hostile ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.tiny import tiny_program, tokens
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export with its weights in a file of their own."""
+    """An export with its weights in a separate file."""
     folder = tmp_path_factory.mktemp("good") / "onnx"
     export(tiny_program("w4a8", "symmetric").graph_module, folder, external_data_threshold=100)
     assert (folder / "model.onnx.data").is_file()
@@ -51,7 +51,7 @@ def refused(folder: Path, *, opens: bool = False) -> str:
 
 
 def change(folder: Path, edit) -> None:
-    """Edits the model, as a stranger would, who can write a fitting manifest too."""
+    """Edits the model as an attacker would, who can also write a fitting manifest."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     edit(model)
     (folder / "model.onnx").write_bytes(model.SerializeToString())
@@ -63,7 +63,7 @@ def weight(model: onnx.ModelProto) -> onnx.TensorProto:
 
 
 def move(tensor: onnx.TensorProto, location: str) -> None:
-    """Says that a tensor's numbers are in another file."""
+    """Declares that a tensor's numbers are in another file."""
     next(entry for entry in tensor.external_data if entry.key == "location").value = location
 
 
