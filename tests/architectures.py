@@ -43,7 +43,7 @@ _OTHERS = "tests/test_public_models.py"
 _CALLS = "tests/test_call_forms.py"
 _FORMS = f"{_CALLS}::test_a_form_of_call_is_captured_and_quantized"
 _ABSENT = f"{_CALLS}::test_an_argument_that_a_model_does_not_have_is_refused"
-_DECODING = "tests/passes/test_add_cache.py::test_decoding_equals_recomputation"
+_DECODING = "tests/passes/cache/test_add_cache.py::test_decoding_equals_recomputation"
 _FAMILIES = ("Dory", "HRM-Text", _GOLF)
 _FAMILY_TESTS = "tests/test_looped_families.py"
 NOTHING = ("-", "")
@@ -136,10 +136,10 @@ FEATURES: dict[str, Cells] = {
     },
     "`generate` of Hugging Face": {
         **{
-            name: ("yes", f"tests/passes/test_add_cache.py::test_hugging_faces_generate[{_KEYS[name]}]")
+            name: ("yes", f"tests/passes/cache/test_add_cache.py::test_hugging_faces_generate[{_KEYS[name]}]")
             for name in (*_OURS, _LAYER)
         },
-        _LLAMA: ("yes", "tests/test_pretrained.py::test_generates_what_the_model_generates[True-beams]"),
+        _LLAMA: ("yes", "tests/generation/test_transformers_model.py::test_generates_what_the_model_generates[True-beams]"),
         "Zamba2": ("yes, without a cache", f"{_OTHERS}::test_zamba2"),
         **_family("test_generate"),
         "ALBERT": NOTHING,

@@ -64,7 +64,7 @@ def test_a_program_refuses_sizes_at_which_the_model_takes_another_way(kind: str)
         with pytest.raises(LoopQError, match="takes another way where") as error:
             program(ids(*size))
         assert condition in str(error.value)
-        assert "test_capture_sizes.py" in str(error.value)
+        assert "test_sizes.py" in str(error.value)
 
 
 HARMLESS = {
