@@ -60,7 +60,7 @@ class Signature:
         outputs: how the graph's flat list of results becomes what the model returns.
         conditions: what the sizes of a call must meet, if the model branches on sizes. With a cache, `sequence` means
             all tokens there, cached and new ones.
-        captured: sizes of the example by name of dimension; empty if all sizes fit together.
+        captured: sizes of the example by name of dimension; empty if only batch and sequence vary, without conditions.
     """
 
     parameters: tuple[str, ...]
