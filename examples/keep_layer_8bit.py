@@ -28,7 +28,7 @@ class KeepBits(Pass):
 
     Before: weights are quantized with stored scales, activations with dynamic ones (after `insert-activation-qdq`).
     After: weights and inputs of linears that match `pattern` have scales and a range for `bits`. Does nothing to other
-        linears.
+    linears.
 
     Args:
         pattern: name or `fnmatch` pattern.

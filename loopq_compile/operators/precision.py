@@ -5,7 +5,7 @@
 - Arithmetic inside our operators is wide: single precision for half-precision tensors, double for float64 (`wide`).
 - What calibration learns (transforms, diagonals, clip ratios, ranges, offsets, adapters), its coordinates and the
   optimizer's moments are kept wide, whatever the model's type. The graph reads a learned value in the type of its
-    table, so calibration uses the numbers that the finished program will compute with.
+  table, so calibration uses the numbers that the finished program will compute with.
 - Weight solvers work in single precision.
 """
 

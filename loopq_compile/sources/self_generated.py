@@ -106,8 +106,8 @@ def calibration_data(
 
     Args:
         source: `"self"` (`generate_tokens`), `"docs"` (docstrings of installed libraries; `"bundled"` means the same),
-            `"mixed"` (half of each), or the name of a text, see `texts.read_text`; of a saved data set with
-                splits, `train` is used. No more is read than the samples need.
+            `"mixed"` (half of each), or the name of a text, see `calibration_text.read_text`; of a saved data set with
+            splits, `train` is used. No more is read than the samples need.
         model: the teacher; only `"self"` and `"mixed"` need one.
         tokenizer: the model's; None means the bundled model's for `"docs"`, and is refused for a file.
         samples, length, seed: number of rows, tokens in each, and which are drawn.
