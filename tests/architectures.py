@@ -139,7 +139,10 @@ FEATURES: dict[str, Cells] = {
             name: ("yes", f"tests/passes/cache/test_add_cache.py::test_hugging_faces_generate[{_KEYS[name]}]")
             for name in (*_OURS, _LAYER)
         },
-        _LLAMA: ("yes", "tests/generation/test_transformers_model.py::test_generates_what_the_model_generates[True-beams]"),
+        _LLAMA: (
+            "yes",
+            "tests/generation/test_transformers_model.py::test_generates_what_the_model_generates[True-beams]",
+        ),
         "Zamba2": ("yes, without a cache", f"{_OTHERS}::test_zamba2"),
         **_family("test_generate"),
         "ALBERT": NOTHING,
