@@ -1,10 +1,10 @@
-"""A backend of your own: runs programs in PyTorch with weights dequantized once, not at every call.
+"""A backend of your own: runs programs in PyTorch with weights dequantized once, not in every call.
 
     python examples/custom_backend.py
 
-A backend is anything with a function `lower(program, **options)` that returns something called like the program. All
-that quantization is stands in the graph, so a backend translates nodes and needs to know nothing of the method. A
-package declares its backend in `pyproject.toml`, and `program.lower("prefolded")` finds it:
+A backend is any object with a function `lower(program, **options)` that returns something called like the program. All
+of the quantization is in the graph, so a backend translates nodes and needs to know nothing about the method. A package
+declares its backend in `pyproject.toml`, and `program.lower("prefolded")` finds it:
 
     [project.entry-points."loopq_compile.backends"]
     prefolded = "my_package.prefolded"
@@ -32,10 +32,10 @@ class Prefolded:
     """The backend."""
 
     def lower(self, program: Any, **options: Any) -> Callable[..., Any]:
-        """Copies the graph and replaces what is computed from weights alone by its value.
+        """Copies the graph and replaces what is computed only from weights by its value.
 
         Raises:
-            LoopQError: options were given, there are none.
+            LoopQError: options were given; there are none.
         """
         if options:
             raise lq.LoopQError(f"The backend prefolded takes no options; got {', '.join(options)}.")

@@ -2,8 +2,8 @@
 
     python examples/custom_pass.py
 
-A pass gets the graph, may look at it or change it, and says honestly whether it did. The pipeline checks after every
-pass that the graph is valid and that no node inside a loop has lost its loop tag.
+A pass gets the graph, may read or change it, and reports whether it changed anything. After every pass, the pipeline
+checks that the graph is valid and that no node inside a loop has lost its loop tag.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loopq_compile.passes import Pass, PassResult
 class CountProducts(Pass):
     """Counts `aten.linear` nodes by loop and notes the result in the program's log.
 
-    Before: a graph with loop tags (behind `tag-loops`). After: the same graph.
+    Before: a graph with loop tags (after `tag-loops`). After: the same graph.
     """
 
     def __init__(self) -> None:

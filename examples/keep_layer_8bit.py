@@ -2,7 +2,7 @@
 
     python examples/keep_layer_8bit.py --layer "*.mlp.down_proj" --out my-program
 
-To leave layers in floating point altogether no pass is needed: `Scheme(skip=("*.mlp.down_proj",))`.
+To leave layers in floating point, no pass is needed: `Scheme(skip=("*.mlp.down_proj",))`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from loopq_compile.passes import Pass, PassResult
 
 
 class KeepBits(Pass):
-    """Gives linears by name another width.
+    """Gives linears, chosen by name, another width.
 
-    Before: weights are quantized with stored scales, activations with dynamic ones (behind `insert-activation-qdq`).
-    After: weights of linears that match `pattern` have scales and a range for `bits`; what they read, too. Does nothing
-    to other linears.
+    Before: weights are quantized with stored scales, activations with dynamic ones (after `insert-activation-qdq`).
+    After: weights and inputs of linears that match `pattern` have scales and a range for `bits`. Does nothing to other
+    linears.
 
     Args:
         pattern: name or `fnmatch` pattern.

@@ -5,9 +5,9 @@
     python examples/looped_smollm2.py --model smollm2 --layers 12-15 --times 3
     python examples/looped_smollm2.py --model HuggingFaceTB/SmolLM2-135M --layers 12-15 --times 3
 
-Repeating layers costs quality until the model is trained further; here it shows that the compiler finds loops in models
-which do not say that they have any, and that calibration needs no data set: the model writes its own text. The same on
-the command line: `loopq-compile compile smollm2@12-15x3`, `loopq-compile bench table1 smollm2 --repeat 12-15x3`.
+Repeating layers costs quality until the model is trained further. The example shows that the compiler finds loops that
+a model does not declare, and that calibration needs no data set: the model writes its own text. The same on the command
+line: `loopq-compile compile smollm2@12-15x3`, `loopq-compile bench table1 smollm2 --repeat 12-15x3`.
 """
 
 from __future__ import annotations

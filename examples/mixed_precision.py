@@ -23,8 +23,8 @@ from loopq_compile.passes import Pass, PassResult
 class SetLoopBits(Pass):
     """Gives the activations of some loops another width.
 
-    Before: dynamic quantize-dequantize pairs of the scheme's width (behind `insert-activation-qdq`). After: those of
-    the loops in `bits` have the width stated there. Does nothing to weights and to other loops.
+    Before: dynamic quantize-dequantize pairs of the scheme's width (after `insert-activation-qdq`). After: pairs of the
+    loops in `bits` have the width given there. Does nothing to weights and to other loops.
 
     Args:
         bits: width by iteration of the main loop, counted from 0.

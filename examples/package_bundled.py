@@ -2,8 +2,8 @@
 
     python examples/package_bundled.py --work WORK --out loopq_compile/bundled
 
-Reads the latest checkpoint of `train_bundled.py`, so it can also take a snapshot while a run is still going. Weights
-are stored in fp16; all figures are those of the stored weights, computed in fp32.
+Reads the latest checkpoint of `train_bundled.py`, so it can also take a snapshot of a run in progress. Weights are
+stored in fp16; all figures are those of the stored weights, computed in fp32.
 """
 
 import argparse

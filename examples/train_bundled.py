@@ -1,12 +1,12 @@
-"""Train the looped language model that ships with loopq_compile, from text that is on every machine.
+"""Train the looped language model that ships with loopq_compile, from text that every machine has.
 
     python examples/train_bundled.py prepare --work WORK
     python examples/train_bundled.py train --work WORK --minutes 90
     python examples/package_bundled.py --work WORK --out loopq_compile/bundled
 
 `prepare` reads the docstrings of the installed libraries, trains a byte-level BPE tokenizer and writes token arrays.
-`train` runs on one core by default and can be stopped and started again (`--steps` in place of `--minutes` makes a
-run that depends on the seed alone). `package_bundled.py` measures every loop on the held-out text and writes the
+`train` runs on one core by default and can be stopped and started again (`--steps` instead of `--minutes` makes a
+run that depends only on the seed). `package_bundled.py` measures every loop on the held-out text and writes the
 files that `loopq_compile.bundled` loads.
 
 The objective follows stage 1 of Ouro (arXiv 2510.25741): the expected loss under the exit gate's distribution with an
@@ -124,13 +124,13 @@ def encode(tokenizer: Tokenizer, passages: list[corpus.Passage]) -> np.ndarray:
 
 
 def write_manifest(path: Path, manifest: dict[str, list[list[str | int]]]) -> None:
-    """One source a line."""
+    """Write one source per line."""
     rows = [f"{json.dumps(source)}: {json.dumps(found)}" for source, found in manifest.items()]
     path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
 def batches(tokens: np.ndarray, offsets: np.ndarray, settings: Settings, start: int) -> Iterator[Tensor]:
-    """Endless int64 batches `[batch, length + 1]` from step `start` on; each epoch shuffles the passages anew."""
+    """Endless int64 batches `[batch, length + 1]` from step `start` on; each epoch shuffles the passages again."""
     rows_per_epoch = (len(tokens) - 1) // settings.length
     steps_per_epoch = rows_per_epoch // settings.batch
     step = start
@@ -245,7 +245,7 @@ def loss_per_loop(
 
 @dataclass
 class Run:
-    """A training run that can be written down and taken up again."""
+    """A training run that can be saved and resumed."""
 
     model: Ouro
     optimizers: list[torch.optim.Optimizer]
@@ -255,7 +255,7 @@ class Run:
     tokens: int = 0
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint whole or not at all."""
+        """Write a checkpoint atomically."""
         states = [optimizer.state_dict() for optimizer in self.optimizers]
         values = {"model": self.model.state_dict(), "optimizers": states, "settings": asdict(self.settings)}
         temporary = path.with_suffix(".tmp")
@@ -263,7 +263,7 @@ class Run:
         os.replace(temporary, path)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         saved = torch.load(path, weights_only=True)
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
@@ -290,7 +290,7 @@ class Run:
 
 
 def train(work: Path, settings: Settings, minutes: float | None, steps: int | None) -> None:
-    """Train until `minutes` of training time or `steps` are spent; goes on from `work/checkpoint.pt` when it exists."""
+    """Train for `minutes` of training time or `steps`; continues from `work/checkpoint.pt` if it exists."""
     torch.manual_seed(settings.seed)
     held_out = torch.from_numpy(np.load(work / "held_out.npy").astype(np.int64))
     model = Ouro(model_config(Tokenizer.from_file(str(work / "tokenizer.json")).get_vocab_size()))
@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("action", choices=["prepare", "train"])
     parser.add_argument("--work", type=Path, required=True, help="folder for tokens, log and checkpoints")
     parser.add_argument("--minutes", type=float, help="training time; sets the learning-rate schedule too")
-    parser.add_argument("--steps", type=int, help="train this many steps instead: a run that depends on the seed alone")
+    parser.add_argument("--steps", type=int, help="train this many steps instead: a run that depends only on the seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vocab-size", type=int, default=2048)

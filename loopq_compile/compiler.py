@@ -1,4 +1,4 @@
-"""`compile`: a looped model goes in, a quantized program comes out."""
+"""`compile`: turns a looped model into a quantized program."""
 
 from __future__ import annotations
 
@@ -45,18 +45,17 @@ def compile(
     """Captures `model`, finds its loops, and quantizes it.
 
     Args:
-        model: the module; it is not changed (see `release_model`), and its weights are shared where they stay in
-            floating point.
+        model: the module; it is not changed (but see `release_model`). Weights that stay in floating point are shared.
         example_inputs: a tensor, a tuple of positional or a dict of keyword inputs; batch and sequence become dynamic.
             Hugging Face causal language models need none.
         scheme: "w4a4", any "w{2..8}a{2..8,16}", or a `Scheme`.
-        method: a name out of `loopq_compile.methods.METHODS`, or a `Pipeline`.
+        method: a name from `loopq_compile.methods.METHODS`, or a `Pipeline`.
         calibration: iterable of token tensors `[batch, sequence]` (or tuples, dicts of inputs). May be left out for
             `method="symmetric"` and "quarot" with dynamic scales, and for weight-only schemes, which then round to
             nearest.
-        device: where the program is made and lies afterwards: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
-            None: where the model lies. The model stays where it is; batches may lie anywhere.
-        release_model: free the model's weights one by one as their integers are stored, or as they are copied to
+        device: where the program is made, and where it lies afterwards: "auto" (a GPU if there is one), "cpu", "cuda",
+            "cuda:1". None: where the model lies. The model stays where it is; batches may lie anywhere.
+        release_model: whether to free each of the model's weights as its integers are stored, or as it is copied to
             another `device`, which keeps memory near one copy of the model. Neither the model nor anything that shares
             its weights can be used afterwards.
         options: fields of `Scheme` to change, such as `group_size=64` or `skip=("*.o_proj",)`, and of
@@ -66,7 +65,7 @@ def compile(
         A `Program` that is called like the model.
 
     Raises:
-        LoopQError: bad input; the message says what and where.
+        LoopQError: the input is bad; the message says what and where.
         CaptureError: the model cannot be captured.
     """
     check_model(model)
@@ -125,7 +124,7 @@ def _quantize(
 
 
 def _repeatable(calibration: Any) -> Any:
-    """The batches as a list where they can be read only once: several passes read them."""
+    """The batches, as a list if they can be read only once, since several passes read them."""
     if isinstance(calibration, Iterator):
         return list(guarded(calibration))
     return calibration
@@ -146,7 +145,8 @@ def load(directory: str | os.PathLike[str], device: str | torch.device = "cpu") 
         device: where the program shall lie; as in `Program.to`.
 
     Raises:
-        LoopQError: the folder is no program, was written by a newer version, or is damaged; or there is no such device.
+        LoopQError: the folder is not a program, was written by a newer version, or is damaged; or there is no such
+            device.
     """
     wanted = find_device(device)
     return Program(read(directory)).to(wanted)

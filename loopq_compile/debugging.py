@@ -1,4 +1,4 @@
-"""What is left when a pass fails, and a folder with the program after each pass (`LOOPQ_COMPILE_DEBUG=DIR`)."""
+"""What remains when a pass fails, and a folder with the program after each pass (`LOOPQ_COMPILE_DEBUG=DIR`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VARIABLE = "LOOPQ_COMPILE_DEBUG"
 
 
 class Snapshot:
-    """A program as it was: nodes are copied, tensors shared, since passes replace tensors and never change them.
+    """A program at one moment. Nodes are copied and tensors shared, since passes replace tensors and never change them.
 
     Args:
         graph_module: a valid graph.
@@ -40,7 +40,7 @@ class Snapshot:
 
     @cached_property
     def graph_module(self) -> fx.GraphModule:
-        """The graph, which runs, prints and can be saved."""
+        """The graph; it runs, prints and can be saved."""
         graph_module = fx.GraphModule(self._parts, self._graph)
         attach_state(graph_module, self._state)
         return graph_module
@@ -48,15 +48,15 @@ class Snapshot:
 
 @dataclass
 class PassFailure:
-    """What is known of a failed pass; stands in `error.failure`.
+    """What is known about a failed pass; kept in `error.failure`.
 
     Args:
         pass_name: the pass that failed.
-        passes_before: those that had run, in order.
-        snapshot: the graph before it.
-        program: the last valid `Program`, where the pass ran in `compile` or in a method of a program: print it, run
-            it, or `save` it. With `release_model`, `pack-weights` frees tensors in place; a program from before a
-            failure there prints, and no longer runs. None where `Pipeline.run` was called with a graph.
+        passes_before: the passes that had run, in order.
+        snapshot: the graph before the failed pass.
+        program: the last valid `Program`, if the pass ran in `compile` or in a method of a program: print it, run it,
+            or `save` it. With `release_model`, `pack-weights` frees tensors in place; after a failure there, the
+            program still prints but no longer runs. None if `Pipeline.run` was called with a graph.
     """
 
     pass_name: str
@@ -71,10 +71,10 @@ class PassFailure:
 
 
 class DebugFolder:
-    """Writes `NN-pass.py` after each pass, and what is left after a failure.
+    """Writes `NN-pass.py` after each pass, and what remains after a failure.
 
     Args:
-        folder: is made; numbers go on where an earlier run of the same name stands.
+        folder: created if needed; numbers continue after those of an earlier run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,13 +103,13 @@ class DebugFolder:
         head = ""
         try:
             infer_shapes(graph_module)
-        except Exception as error:  # that a pass broke shapes is what a reader of this file wants to know
+        except Exception as error:  # a reader of this file wants to know that a pass broke shapes
             head = f"# shapes cannot be inferred: {str(error).splitlines()[0]}\n"
         self._write(f"{self._count:02d}-{name}.py", head + print_graph(graph_module))
         self._count += 1
 
     def fail(self, failure: PassFailure, error: Exception) -> None:
-        """The traceback in `failure.txt`, the last valid program in `last-valid/`."""
+        """Writes the traceback to `failure.txt`, and the last valid program to `last-valid/`."""
         self._write("failure.txt", f"{failure.pass_name}\n\n{''.join(traceback.format_exception(error))}")
         with contextlib.suppress(Exception):  # the failure itself matters more: a full disk, tensors freed in place
             save(failure.graph_module, self.folder / "last-valid")

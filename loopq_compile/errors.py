@@ -1,4 +1,4 @@
-"""The two kinds of errors: those a user can act on, and those that are our own defects."""
+"""The two kinds of errors: those a user can act on, and defects of this package."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any
 class LoopQError(Exception):
     """Something the caller can fix: bad input, an impossible request, an unsupported model.
 
-    The message says what is wrong, where (node, loop, source line) and what to do about it.
+    The message says what is wrong, where (node, loop, source line), and what to do.
     """
 
     failure: Any = None
-    """A `loopq_compile.debugging.PassFailure`: the pass it came from, the passes before, and the last valid program;
+    """A `loopq_compile.debugging.PassFailure`: the failed pass, the passes before it, and the last valid program;
     None outside of pipelines."""
 
 
 class CaptureError(LoopQError):
-    """The model cannot be captured as one graph; the message names the source line and a way out."""
+    """The model cannot be captured as one graph; the message names the source line and what to do."""
 
 
 class InternalError(RuntimeError):
-    """A pass or a backend broke a rule of the compiler: a defect of ours (or of a custom pass), not of the input."""
+    """A pass or a backend broke a rule of the compiler: a defect of this package (or a custom pass), not of the
+    input."""
 
     failure: Any = None
     """As in `LoopQError`."""
@@ -38,6 +39,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: object) -> str:
-    """The first line of an error, cut to a length that people read."""
+    """The first line of an error, cut to a readable length."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300].rstrip(".")

@@ -1,4 +1,4 @@
-"""Memory of the process: how much there is, and giving it back."""
+"""Memory of the process: how much is available, and how to return it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _TRIM = _find_trim()
 
 
 def trim() -> None:
-    """Gives what was freed back to the system, where the C library can.
+    """Returns freed memory to the system, if the C library can.
 
-    Temporary tensors of a few megabytes, with small ones that stay in between, leave holes in the heap of glibc that
+    Temporary tensors of a few megabytes, with small permanent ones in between, leave holes in the heap of glibc. These
     add up to a quarter of a model.
     """
     if _TRIM is not None:
@@ -35,10 +35,10 @@ def trim() -> None:
 
 
 def release(tensors: Iterable[Tensor]) -> None:
-    """Frees the memory of `tensors`, whoever else holds them; they keep their shape and have no data from then on.
+    """Frees the memory of `tensors`, even if others hold them; they keep their shape but have no data.
 
-    Tensors that share a storage with others are left alone, and so are storages that belong to a mapped file, which the
-    system drops when it needs the memory.
+    Skips tensors that share a storage with others, and storages of a mapped file, which the system drops when it needs
+    the memory.
     """
     for tensor in tensors:
         storage = tensor.untyped_storage()

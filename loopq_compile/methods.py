@@ -1,8 +1,8 @@
 """The methods, each a pipeline of passes.
 
-`symmetric` rounds to nearest. `smoothquant`, `quarot`, `spinquant` and `flatquant` are the rivals, none of which knows
-about loops; `flatquant-e2e` is the control. `las` gives every loop its own ranges, `loopq-paper` is LoopQ as published,
-and `loopq` what was measured to be best.
+`symmetric` rounds to nearest. `smoothquant`, `quarot`, `spinquant` and `flatquant` are the rivals; none of them uses
+loops. `flatquant-e2e` is the control. `las` gives every loop its own ranges, `loopq-paper` is LoopQ as published, and
+`loopq` is what was measured to be best.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from loopq_compile.pipeline import Pipeline
 from loopq_compile.registry import Registry
 
 LEARNED_STEPS = 400
-"""Steps of the methods that learn end to end, where the options leave them open."""
+"""Steps of the methods that learn end to end, if the options do not set them."""
 SELECTION_ROUNDS = 2
 SMOOTHING = 0.5
 """Exponent of the smoothing that learned diagonals start from."""
 _FIRST_SHARE = 0.4
-"""Part of the steps for transforms, before the solver; the rest is for rounding, behind it."""
+"""Share of the steps for transforms, before the solver; the rest is for rounding, after it."""
 _FIRST_KINDS = ("transform", "diagonal", "weight_clip", "clip", "range", "adapter")
 _SECOND_KINDS = ("rounding", "clip", "range", "adapter")
-"""Transforms stand still behind the solver, whose corrections fit the directions that activations take as they are:
-turning them at full rate undid the solver in one step (measured)."""
+"""Transforms stay fixed after the solver, whose corrections fit the present directions of activations: learning
+transforms at full rate undid the solver in one step (measured)."""
 _FRONT: tuple[PassBase, ...] = (TagLoops(), CanonicalizeLinears(), AnnotateLinears())
 
 
@@ -50,36 +50,36 @@ def symmetric(*, transforms: bool = False) -> Pipeline:
     """Round to nearest; activation ranges are shared by all loops. Data-free with dynamic scales.
 
     Args:
-        transforms: put the transforms in front that learned methods start from; calibration data are needed then.
+        transforms: whether to insert the initial transforms of learned methods first; needs calibration data.
     """
     return Pipeline([*_FRONT, *(_transforms() if transforms else []), *_quantization(), *_back()], "symmetric")
 
 
 def smoothquant() -> Pipeline:
-    """`symmetric` behind a factor per channel that moves outliers from activations into weights (Xiao et al. 2023).
+    """`symmetric` after a factor per channel that moves outliers from activations into weights (Xiao et al. 2023).
 
-    The factors come from maxima over all loops and tokens (alpha 0.5); those behind norms become part of the gain, the
-    others (in front of output and down projections) run in the program.
+    The factors come from maxima over all loops and tokens (alpha 0.5). Factors after norms become part of the gain; the
+    others (before output and down projections) run in the program.
     """
     smoothed = symmetric().insert_after("annotate-linears", SmoothActivations())
     return Pipeline(smoothed.insert_after("smooth-activations", FoldDiagonals()), "smoothquant")
 
 
 def quarot() -> Pipeline:
-    """`symmetric` behind fixed Hadamard rotations with random signs from the seed (QuaRot, Ashkboos et al. 2024).
+    """`symmetric` after fixed Hadamard rotations with random signs from the seed (QuaRot, Ashkboos et al. 2024).
 
     The paper rotates the residual stream once, folding gains and the rotation into neighbouring weights, and runs
-    Hadamards in front of output and down projections. Here every group has its rotation in the program, and gains move
-    into the weights first. Norms without gain commute with rotations, so quantizers see what they see in the paper:
-    rotated normed states, rotated heads and MLP activations, and weights rotated on their input side. What is
-    left out is the rotation of the output side of weights that write to the residual stream: groups lie along inputs.
+    Hadamards before output and down projections. Here every group has its own rotation in the program, and gains move
+    into the weights first. Norms without gain commute with rotations, so quantizers get the same input as in the paper:
+    rotated normed states, rotated heads and MLP activations, and weights rotated on their input side. The
+    output side of weights that write to the residual stream is not rotated, since groups lie along inputs.
     """
     rotated = symmetric().insert_after("annotate-linears", InsertTransforms("hadamard", diagonal="gain"))
     return Pipeline(rotated.insert_after("insert-transforms", FoldDiagonals()), "quarot")
 
 
 def las() -> Pipeline:
-    """Loop-aware activation scaling (LoopQ section 4.1): ranges, or clip ratios, of every loop from calibration."""
+    """Loop-aware activation scaling (LoopQ section 4.1): ranges, or clip ratios, for each loop from calibration."""
     return Pipeline(symmetric().insert_after("insert-activation-qdq", InsertLas()), "las")
 
 
@@ -87,8 +87,8 @@ def spinquant() -> Pipeline:
     """Learned rotations (SpinQuant, Liu et al. 2024), with GPTQ for the weights.
 
     One rotation for everything that reads the residual stream, one (a Kronecker product) for every other group; they
-    start as Hadamards with random signs and move along the Stiefel manifold to bring the predictions near those of the
-    model in full precision. Gains move into the weights first, as in `quarot`.
+    start as Hadamards with random signs and move along the Stiefel manifold, to bring the predictions close to those of
+    the full-precision model. Gains move into the weights first, as in `quarot`.
     """
     rotations = [
         InsertTransforms("full", diagonal="gain", init="hadamard", learn="orthogonal", stream=True, shared=True),
@@ -106,10 +106,10 @@ def flatquant() -> Pipeline:
 
 
 def flatquant_e2e() -> Pipeline:
-    """The control: everything that `loopq` learns, from the same teacher on the same number of tokens, blind to loops.
+    """The control: everything that `loopq` learns, from the same teacher on as many tokens, but without using loops.
 
-    The same transforms, clip ratios, solver and rounding, one set for all loops; the loss looks at predictions alone.
-    What is between this and `loopq` is what knowing the loops buys.
+    The same transforms, clip ratios, solver and rounding, one set for all loops; the loss uses only predictions. The
+    difference between this and `loopq` is the gain from using loops.
     """
     first = Calibrate(_FIRST_SHARE, LEARNED_STEPS, kinds=_FIRST_KINDS, trajectory=False)
     second = Calibrate(1 - _FIRST_SHARE, LEARNED_STEPS, kinds=_SECOND_KINDS, trajectory=False)
@@ -131,16 +131,16 @@ def loopq(
     rounding: bool = True,
     transforms: bool = True,
 ) -> Pipeline:
-    """LoopQ and what was measured to help beyond the paper (see CONTRIBUTING): learned rounding of weights that starts
-    from second-order solutions.
+    """LoopQ and what was measured to help beyond the paper (see `calibration/README.md`): learned rounding of weights,
+    which starts from second-order solutions.
 
     Args:
         las: ranges or clip ratios per loop.
         slt: selected groups get transforms and weights per loop.
         cta: adapters between loops.
-        trajectory: states at the ends of loops count in the loss, not predictions alone.
+        trajectory: states at the ends of loops count in the loss, not only predictions.
         rounding: weights may move by a learned offset before they are rounded.
-        transforms: of activations and weights; without them `slt` has nothing to select.
+        transforms: transforms of activations and weights; without them `slt` has nothing to select.
     """
     slt = slt and transforms
     options = {"las": las, "slt": slt, "cta": cta, "trajectory": trajectory, "transforms": transforms}
@@ -175,8 +175,8 @@ def _loopq(
 
 
 def _transforms() -> list[PassBase]:
-    """Smoothing, then Hadamards, both as a start for learning: together they do far more than each alone (measured, see
-    CONTRIBUTING)."""
+    """Smoothing, then Hadamards, both as a start for learning: together they help far more than each by itself
+    (measured, see `calibration/README.md`)."""
     kronecker = InsertTransforms("kronecker", diagonal=True, init="hadamard", learn="transform")
     return [SmoothActivations(SMOOTHING, learn=True), kronecker]
 
@@ -186,12 +186,12 @@ def _quantization(learnable: bool = False, rounding: bool = False) -> list[PassB
 
 
 def _solve() -> SolveWeights:
-    """Where learned rounding starts."""
+    """The solver from whose result learned rounding starts."""
     return SolveWeights("gptq", centered=False)
 
 
 def _back() -> list[PassBase]:
-    """Ends a pipeline; weights that no solver has seen are rounded to nearest, or as the options say."""
+    """Ends a pipeline; weights that no solver has processed are rounded to nearest, or as the options say."""
     return [SolveWeights("rtn"), PackWeights()]
 
 
@@ -206,25 +206,26 @@ METHODS: dict[str, Callable[[], Pipeline]] = {
     "loopq-paper": loopq_paper,
     "loopq": loopq,
 }
-"""Pipelines by method name, and what `register_method` added."""
+"""Pipelines by method name, including those added by `register_method`."""
 
 
 def method_names() -> list[str]:
-    """All methods: built in, registered, and those of installed packages."""
+    """All methods: built-in, registered, and those of installed packages."""
     return _registry().names()
 
 
 def register_method(name: str, make: Callable[[], Pipeline]) -> None:
     """Adds a method: `compile(method=name)` and the command line then know it in this process.
 
-    Other packages add theirs for good in `pyproject.toml`:
+    Other packages add theirs permanently in `pyproject.toml`:
 
         [project.entry-points."loopq_compile.methods"]
         my-method = "my_package:my_pipeline"
 
     Args:
         name: not yet taken.
-        make: makes a new pipeline; built from one of this module, it keeps that one's need for calibration data.
+        make: makes a new pipeline. If it is built from one of this module, it also needs calibration data if that one
+            does.
 
     Raises:
         LoopQError: the name is taken, or `make` cannot be called.
@@ -242,7 +243,7 @@ def _check_method(name: str, make: object) -> None:
 
 
 def get_pipeline(method: str | Pipeline) -> Pipeline:
-    """The pipeline called `method`; a `Pipeline` is returned as it is.
+    """The pipeline called `method`; a `Pipeline` is returned unchanged.
 
     Raises:
         LoopQError: the method is unknown.

@@ -44,7 +44,7 @@ class Pipeline:
         return f"Pipeline({self.name}: {' -> '.join(map(pass_name, self.passes))})"
 
     def __str__(self) -> str:
-        """A line a pass: its number, its name, and what it does."""
+        """One line per pass: its number, its name, and what it does."""
         lines = [f"Pipeline {self.name!r}, {len(self.passes)} passes"]
         width = max((len(pass_name(item)) for item in self.passes), default=0)
         for number, item in enumerate(self.passes):
@@ -53,26 +53,26 @@ class Pipeline:
         return "\n".join(lines)
 
     def insert_before(self, name: str, item: PassBase, occurrence: int = 0) -> Pipeline:
-        """A pipeline with `item` in front of the pass called `name`.
+        """A pipeline with `item` before the pass called `name`.
 
         Args:
-            name: of a pass in this pipeline; `print(pipeline)` lists them.
+            name: name of a pass in this pipeline; `print(pipeline)` lists them.
             item: the pass.
             occurrence: which of several passes of that name, counted from 0; -1 for the last.
 
         Raises:
-            LoopQError: there is no such pass. So do the other methods.
+            LoopQError: there is no such pass. The other methods raise it, too.
         """
         index = self._find(name, occurrence)
         return Pipeline([*self.passes[:index], item, *self.passes[index:]], self.name)
 
     def insert_after(self, name: str, item: PassBase, occurrence: int = 0) -> Pipeline:
-        """A pipeline with `item` behind the pass called `name`."""
+        """A pipeline with `item` after the pass called `name`."""
         index = self._find(name, occurrence) + 1
         return Pipeline([*self.passes[:index], item, *self.passes[index:]], self.name)
 
     def replace(self, name: str, item: PassBase, occurrence: int = 0) -> Pipeline:
-        """A pipeline with `item` in place of the pass called `name`."""
+        """A pipeline with `item` instead of the pass called `name`."""
         index = self._find(name, occurrence)
         return Pipeline([*self.passes[:index], item, *self.passes[index + 1 :]], self.name)
 
@@ -82,7 +82,7 @@ class Pipeline:
         return Pipeline([*self.passes[:index], *self.passes[index + 1 :]], self.name)
 
     def run(self, graph_module: fx.GraphModule) -> fx.GraphModule:
-        """Applies all passes; after each the graph lints, is recompiled, and its loop tags are verified.
+        """Applies all passes; after each one, lints and recompiles the graph and verifies its loop tags.
 
         With the environment variable `LOOPQ_COMPILE_DEBUG=DIR`, `DIR/<name>` gets the printed program after each pass,
         and after a failure the traceback and the last valid program.

@@ -1,4 +1,4 @@
-"""`Program`: the one thing handed from step to step."""
+"""`Program`: the one object that all steps take and return."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Program:
     Call it like the model; it returns the same structure. `print(program)` shows the graph as Python.
 
     Args:
-        graph_module: a graph from `loopq_compile.capture.to_graph.capture`, with whatever passes did to it.
+        graph_module: a graph from `loopq_compile.capture.to_graph.capture`, perhaps changed by passes.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
@@ -55,8 +55,8 @@ class Program:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph without gradients, on the program's device: inputs from elsewhere are moved there.
 
-        With a key-value cache, a call that brings none reads a prompt; with early exit (`with_early_exit`),
-        `exit_threshold=0.9` stops when all tokens are done, and without it all loops run.
+        With a key-value cache, a call without cache inputs reads a prompt. With early exit (`with_early_exit`),
+        `exit_threshold=0.9` stops when all tokens are done; without it all loops run.
 
         Raises:
             LoopQError: the arguments do not fit the captured signature.
@@ -95,7 +95,7 @@ class Program:
 
     @property
     def loops(self) -> LoopStructure:
-        """What runs how often."""
+        """The loop structure: which blocks run how often."""
         return get_state(self.graph_module).loops
 
     @property
@@ -161,26 +161,27 @@ class Program:
         """Writes `model.onnx` into `directory`.
 
         Args:
-            directory: is made if needed; a file that is there stays until the new one is complete.
-            target: "qdq", standard operators alone; "onnxruntime", packed products of ONNX Runtime (`MatMulNBits`).
-            form: "unrolled", each loop has its nodes; "rolled", one `Loop` whose count is the input `loops`. Weights
-                are stored once in both.
-            cache: prefill and decode in one file: inputs `attention_mask` `[batch, past + sequence]` (padding stands on
+            directory: created if needed; an existing file stays until the new one is complete.
+            target: "qdq", only standard operators; "onnxruntime", packed products of ONNX Runtime (`MatMulNBits`).
+            form: "unrolled", each loop has its own nodes; "rolled", one `Loop` whose count is the input `loops`. Both
+                store weights once.
+            cache: prefill and decode in one file: inputs `attention_mask` `[batch, past + sequence]` (padding is on
                 the left), `past_key_values.N.key` and `.value` `[batch, heads, past, size]`, outputs `present.N.key`
-                and `.value`, for every loop and layer; in form "rolled" for every layer, the loops as first dimension.
-            last_token: with a cache, `logits` for the last token alone, which saves the head's work on prompts.
+                and `.value`, for every loop and layer; in form "rolled" for every layer, with the loops as first
+                dimension.
+            last_token: with a cache, `logits` for only the last token, which saves the head's work on prompts.
             products: with target "onnxruntime": "packed" weights, the smallest file; "int8" products, which read
-                prompts and batches several times as fast and take one byte a weight; "both", which uses the former for
-                calls of up to three tokens and the latter for others (unrolled). Both need quantized activations.
+                prompts and batches several times as fast and take one byte per weight; "both", which uses the first for
+                calls of up to three tokens and the second for others (unrolled). "int8" and "both" need quantized
+                activations.
             head_bits: with target "onnxruntime", 4 or 8: bits of the head's weights, which schemes leave in floating
                 point.
-            kv_bits: with a cache, 8 or 4: keys and values as integers, with scales as inputs and outputs beside them.
-            early_exit: form "rolled" may stop its loop: one more input, `exit_threshold`, and output, `loops_spent`;
-                see `with_early_exit`.
-            float_bits: 16 stores scales, embeddings and whatever else stays in floating point as float16.
-            external_data_threshold: bytes of weights above which they get a file of their own, `model.onnx.data`, from
-                which ONNX Runtime opens a model faster and in less memory; 64 MiB by default.
-                Above 2 GiB they always do.
+            kv_bits: with a cache, 8 or 4: keys and values as integers, with scales as additional inputs and outputs.
+            early_exit: form "rolled" may stop its loop early: one more input, `exit_threshold`, and one more output,
+                `loops_spent`; see `with_early_exit`.
+            float_bits: 16 stores scales, embeddings and all other floating-point tensors as float16.
+            external_data_threshold: weights of more bytes than this get a separate file, `model.onnx.data`, from which
+                ONNX Runtime opens a model faster and in less memory; 64 MiB by default. Weights above 2 GiB always do.
 
         Returns:
             Path, size and node counts of what was written.
@@ -197,17 +198,18 @@ class Program:
         return export(self.graph_module, directory, target=target, form=form, **options)
 
     def with_cache(self, *, stacked: bool = False, last_token: bool = False, kv_bits: int | None = None) -> Program:
-        """This program with a key-value cache: a call takes new tokens and what earlier calls left, and returns a dict.
+        """This program with a key-value cache: a call takes new tokens and the cache of earlier calls, and returns a
+        dict.
 
-        Inputs are `input_ids` `[batch, sequence]`, `attention_mask` `[batch, past + sequence]` (0 on padding, which
-        stands on the left), and for every attention that runs, number `N`, `past_key_values.N.key` and `.value`
+        Inputs are `input_ids` `[batch, sequence]`, `attention_mask` `[batch, past + sequence]` (0 on padding, which is
+        on the left), and for every attention that runs, number `N`, `past_key_values.N.key` and `.value`
         `[batch, heads, past, size]`; results are the program's own and `present.N.key`, `.value`, which the next call
         takes. `past` is 0 for a prompt. `loopq_compile.generation.sampling` feeds it.
 
         Args:
             stacked: one cache for all iterations of a loop's layer, `[loops, batch, heads, past, size]`.
-            last_token: `logits` for the last token alone.
-            kv_bits: 8 or 4 keeps keys and values as integers, int8 `[..., past, size]` or two to a byte, uint8 `[...,
+            last_token: `logits` for only the last token.
+            kv_bits: 8 or 4 stores keys and values as integers, int8 `[..., past, size]` or two per byte, uint8 `[...,
                 past, size / 2]`, and their scales in `past_key_values.N.key_scale`, `.value_scale`.
 
         Raises:
@@ -218,19 +220,19 @@ class Program:
         return self._rewritten([AddCache(stacked=stacked, last_token=last_token, kv_bits=kv_bits)])
 
     def with_early_exit(self, *, cache: bool = False, last_token: bool = False, kv_bits: int | None = None) -> Program:
-        """This program, rolled, with a loop that stops when the model's exit gate says that every token is done.
+        """This program, rolled, with a loop that stops when the model's exit gate reports every token as done.
 
-        A call takes `exit_threshold` and returns a dict that has `loops_spent`. The loop stops behind the first
-        iteration where for every new token the probability to have stopped, `1 - prod(1 - sigmoid(exit logit))`,
-        is at least the threshold; from 1 on, or without it, all loops run. What skipped loops would have returned, keys
-        and values included, is what the last computed loop returned. See the pass `exit-early`.
+        A call takes `exit_threshold` and returns a dict that has `loops_spent`. The loop stops after the first
+        iteration in which every new token's probability of having stopped, `1 - prod(1 - sigmoid(exit logit))`, is at
+        least the threshold. From 1 on, or without it, all loops run. For skipped loops, keys and values included, the
+        results of the last computed loop are returned. See the pass `exit-early`.
 
         Args:
-            cache: also a key-value cache, `[loops, batch, heads, past, size]` for every layer.
+            cache: whether to add a key-value cache, `[loops, batch, heads, past, size]` for every layer.
             last_token, kv_bits: as in `with_cache`.
 
         Raises:
-            LoopQError: no loop, no exit gate among what every loop returns, a loop that cannot be rolled, or no cache.
+            LoopQError: there is no loop, the loops return no exit gate, or the loop cannot be rolled or cached.
         """
         from loopq_compile.passes.cache.add_cache import AddCache
         from loopq_compile.passes.loops.exit_early import ExitEarly
@@ -240,7 +242,7 @@ class Program:
         return self._rewritten([*caches, RollLoops(), ExitEarly()])
 
     def _rewritten(self, passes: Sequence[Pass]) -> Program:
-        """A copy of this program behind `passes`."""
+        """A copy of this program after `passes`."""
         from loopq_compile.pipeline import Pipeline
 
         copied = copy_graph(self.graph_module)
@@ -270,8 +272,8 @@ class Program:
     ) -> Tensor:
         """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.sampling.generate`.
 
-        With a key-value cache where the model can have one (`with_cache`), by reading all again where it cannot. With
-        `exit_threshold`, loops stop early (`with_early_exit`).
+        Uses a key-value cache if the model can have one (`with_cache`); otherwise reads everything again for every
+        token. With `exit_threshold`, loops stop early (`with_early_exit`).
         """
         from loopq_compile.generation.sampling import generate
 
@@ -289,7 +291,7 @@ class Program:
         )
 
     def as_hugging_face(self, generation_config: Any = None) -> ProgramForCausalLM:
-        """This program as a model of transformers, for its `generate`: beams, streamers, processors of logits.
+        """This program as a transformers model, for its `generate`: beams, streamers, logits processors.
 
             model = program.as_hugging_face("my-program")
             model.generate(**tokenizer(texts, return_tensors="pt", padding=True), num_beams=4, max_new_tokens=40)
@@ -306,11 +308,11 @@ class Program:
         return ProgramForCausalLM(self, generation_config)
 
     def decoder(self, exit_threshold: float | None = None) -> Decoder:
-        """What `generate` asks for the next token.
+        """The decoder that `generate` asks for the next token.
 
         Raises:
-            LoopQError: the program takes more than token ids and an attention mask, or `exit_threshold` is given and it
-                has no exit gate.
+            LoopQError: the program takes more than token ids and an attention mask, or `exit_threshold` is given but
+                there is no exit gate.
         """
         signature = get_state(self.graph_module).signature
         if has_cache(signature):
@@ -326,10 +328,10 @@ class Program:
         return reader if cached is None else cached.decoder()
 
     def reader(self, exit_threshold: float | None = None) -> RecomputingDecoder:
-        """Logits of whole texts, from token ids and an attention mask.
+        """A decoder that gives logits of whole texts, from token ids and an attention mask.
 
         Raises:
-            LoopQError: the program takes more than these, position ids and token types.
+            LoopQError: the program takes inputs other than these, position ids and token types.
         """
         signature = self.signature
         return read_texts(self, signature, **({EXIT_THRESHOLD: exit_threshold} if has_early_exit(signature) else {}))
@@ -340,9 +342,9 @@ class Program:
         return get_state(self.graph_module).signature
 
     def cached(self, last_token: bool = False) -> Program | None:
-        """`with_cache`, kept for further calls; None if the program cannot have one.
+        """`with_cache`, kept for further calls; None if the program cannot have a cache.
 
-        Made anew when a pass has changed graph or tensors. Where `last_token` is not possible, with all logits.
+        Made again after a pass has changed graph or tensors. If `last_token` is not possible, all logits are returned.
         """
         for wanted in dict.fromkeys((last_token, False)):
             make = partial(self.with_cache, last_token=wanted)
@@ -367,9 +369,9 @@ class Program:
             file: such as `report.html`; replaced when the new one is complete.
             model: the model this was compiled from; without it, or without tokens, errors and samples are left out.
             tokens: held-out token ids, `[batch, sequence]` each; a few hundred are enough.
-            tokenizer: of the `tokenizers` library, to show text in place of token ids.
+            tokenizer: tokenizer of the `tokenizers` library, to show text instead of token ids.
             others: more programs of the same model, by name, to compare with.
-            samples: continuations to show.
+            samples: how many continuations to show.
 
         Raises:
             LoopQError: tokens do not fit, two programs have one name, or the file cannot be written.
@@ -406,7 +408,7 @@ class Program:
 
 @contextlib.contextmanager
 def failures_with_programs() -> Iterator[None]:
-    """Inside, an error of a pass carries `failure.program`, the last valid program."""
+    """While it is open, an error of a pass carries `failure.program`, the last valid program."""
     try:
         yield
     except (LoopQError, InternalError) as error:

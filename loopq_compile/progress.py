@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 
 def progress(items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
-    """Yields `items` behind a progress bar on standard error, if that is a terminal."""
+    """Yields `items` with a progress bar on standard error, if that is a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -36,9 +36,9 @@ class StepProgress:
     """A bar for a calibration: steps, loss, learning rate, time left; on standard error, if that is a terminal.
 
     Args:
-        title: in front of the bar.
+        title: text before the bar.
         total: number of steps.
-        done: steps done before, by an earlier run.
+        done: steps done by an earlier run.
     """
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
@@ -64,5 +64,5 @@ class StepProgress:
         self._bar.stop()
 
     def advance(self, loss: float, rate: float, validation: float) -> None:
-        """One step is done."""
+        """Reports that one step is done."""
         self._bar.update(self._task, advance=1, state=f"loss {loss:.4f}  best {validation:.4f}  rate {rate:.2f}")

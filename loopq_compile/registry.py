@@ -1,4 +1,4 @@
-"""Names of things that other packages may add to: passes and methods."""
+"""Registries that other packages can extend: passes and methods."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from loopq_compile.errors import LoopQError, did_you_mean
 
 
 class Registry:
-    """Things by name: those built in, those registered at run time, and those of installed entry points.
+    """Items by name: built-in ones, those registered at run time, and those of installed entry points.
 
     Args:
-        kind: what they are, for errors: "method".
+        kind: what the items are, for errors: "method".
         group: entry point group in which other packages declare theirs.
-        known: the built-in ones; what is registered joins them.
-        check: raises a `LoopQError` for what is no such thing.
+        known: the built-in items; registered ones are added.
+        check: raises a `LoopQError` for an item of the wrong kind.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Registry:
         """Adds `item` under `name` for this process.
 
         Raises:
-            LoopQError: the name is taken, or the item is no such thing.
+            LoopQError: the name is taken, or the item is of the wrong kind.
         """
         if name in self.names():
             raise LoopQError(f"There is a {self.kind} {name!r} already; choose another name.")
@@ -40,10 +40,10 @@ class Registry:
         return sorted({*self.known, *self._points()})
 
     def get(self, name: str) -> Any:
-        """The thing called `name`; an entry point is imported now.
+        """The item called `name`; an entry point is imported now.
 
         Raises:
-            LoopQError: the name is unknown, or what an entry point names cannot be imported or is no such thing.
+            LoopQError: the name is unknown, or the object of an entry point cannot be imported or is of the wrong kind.
         """
         if name in self.known:
             return self.known[name]
@@ -53,7 +53,7 @@ class Registry:
         point = points[name]
         try:
             item = point.load()
-        except Exception as error:  # whatever the other package does on import
+        except Exception as error:  # another package may raise anything on import
             package = point.dist.name if point.dist else point.value
             raise LoopQError(
                 f"The {self.kind} {name!r} of {package} cannot be imported: {type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""The tests. They never wait for the network: what comes from the Hugging Face hub is asked for offline."""
+"""The tests. They never wait for the network: the Hugging Face hub is used offline."""
 
 import os
 

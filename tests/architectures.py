@@ -1,7 +1,7 @@
 """The table of architectures and features in examples/README.md: every cell names the test behind it.
 
 `python -m tests.architectures` prints the table; `tests/test_architecture_table.py` compares it with that file and
-looks the tests up.
+checks that the tests exist.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _OTHERS = "tests/test_public_models.py"
 _CALLS = "tests/test_call_forms.py"
 _FORMS = f"{_CALLS}::test_a_form_of_call_is_captured_and_quantized"
 _ABSENT = f"{_CALLS}::test_an_argument_that_a_model_does_not_have_is_refused"
-_DECODING = "tests/passes/test_add_cache.py::test_decoding_equals_recomputation"
+_DECODING = "tests/passes/cache/test_add_cache.py::test_decoding_equals_recomputation"
 _FAMILIES = ("Dory", "HRM-Text", _GOLF)
 _FAMILY_TESTS = "tests/test_looped_families.py"
 NOTHING = ("-", "")
-"""The question does not arise: others' code has no formula and no sizes here."""
+"""Not applicable: there is no formula and no sizes for the code of others."""
 
 Cells = dict[str, tuple[str, str]]
 
@@ -65,13 +65,13 @@ def _family(test: str, names: tuple[str, ...] = _FAMILIES) -> Cells:
 
 
 def _form(form: str) -> Cells:
-    """A way of calling that Llama and ALBERT show one by one, the others all at once."""
+    """A way of calling that is tested separately for Llama and ALBERT, and together for the others."""
     forms = dict.fromkeys((_LLAMA, "ALBERT"), form) | dict.fromkeys(("Zamba2", "Dory", "HRM-Text"), "all")
     return {name: ("yes", f"{_FORMS}[{_KEYS[name]}-{shown}]") for name, shown in forms.items()}
 
 
 def _absent(argument: str, names: tuple[str, ...] = (*_OURS, _LAYER, _GOLF)) -> Cells:
-    """A dash, and the test that the model has no such argument."""
+    """A dash, and the test which shows that the model has no such argument."""
     return {name: ("-", f"{_ABSENT}[{_KEYS[name]}-{argument}]") for name in names}
 
 
@@ -136,10 +136,13 @@ FEATURES: dict[str, Cells] = {
     },
     "`generate` of Hugging Face": {
         **{
-            name: ("yes", f"tests/passes/test_add_cache.py::test_hugging_faces_generate[{_KEYS[name]}]")
+            name: ("yes", f"tests/passes/cache/test_add_cache.py::test_hugging_faces_generate[{_KEYS[name]}]")
             for name in (*_OURS, _LAYER)
         },
-        _LLAMA: ("yes", "tests/test_pretrained.py::test_generates_what_the_model_generates[True-beams]"),
+        _LLAMA: (
+            "yes",
+            "tests/generation/test_transformers_model.py::test_generates_what_the_model_generates[True-beams]",
+        ),
         "Zamba2": ("yes, without a cache", f"{_OTHERS}::test_zamba2"),
         **_family("test_generate"),
         "ALBERT": NOTHING,

@@ -32,7 +32,7 @@ pipes = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]
 os.dup2(pipes[0], 3), os.dup2(pipes[1], 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
-"""Puts the two pipes where the browser looks for them, commands at 3 and answers at 4, and becomes the browser."""
+"""Moves the two pipes to where the browser expects them, commands at 3 and answers at 4, and becomes the browser."""
 
 
 def find_chromium() -> str | None:
@@ -42,12 +42,12 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page in a browser of its own, which ends with the `with` block.
+    """One page in a separate browser, which ends with the `with` block.
 
     Args:
         folder: an empty folder for the browser's profile.
         url: what to open.
-        timeout: seconds that everything together may take.
+        timeout: seconds that everything may take in total.
     """
 
     def __init__(self, folder: Path, url: str, timeout: float) -> None:

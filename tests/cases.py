@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, settings
 
 
 def cases(usual: int) -> settings:
-    """Settings of a test that tries `usual` cases, always the same ones, unless the environment wants more and new."""
+    """Settings of a test that tries `usual` cases, always the same ones, unless the environment asks for more, new
+    ones."""
     wanted = int(os.environ.get("LOOPQ_CASES", 0))
     return settings(
         max_examples=wanted or usual,

@@ -1,4 +1,4 @@
-"""Every test starts from the same random numbers, whatever ran before it."""
+"""Every test starts from the same random numbers, regardless of what ran before it."""
 
 import functools
 
@@ -16,7 +16,7 @@ def torchlib_read_once():
     """`torch.onnx.export` reads the same two thousand translations for every file, half of a small export's time."""
     try:
         from onnxscript._framework_apis import torch_2_5
-    except ImportError:  # another release keeps them elsewhere
+    except ImportError:  # other releases have them elsewhere
         yield
         return
     with pytest.MonkeyPatch.context() as patch:

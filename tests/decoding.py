@@ -1,4 +1,4 @@
-"""Small causal models, and what checks that a key-value cache changes no logits."""
+"""Small causal models, and checks that a key-value cache changes no logits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def left_padded() -> dict[str, Tensor]:
 
 
 def ouro() -> nn.Module:
-    """Norm and gate in the loop, grouped queries, rotary tables, a padding mask of its own."""
+    """Norm and gate in the loop, grouped queries, rotary tables, and its own padding mask."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     return Ouro(OuroConfig(vocab_size=VOCABULARY, num_key_value_heads=2, total_ut_steps=3, **sizes))
 
@@ -161,7 +161,8 @@ def decode(
 def check_decoding(
     model: Callable[..., Any], run: Callable[..., Any], signature: Signature, tolerance: float = 1e-5, loops: int = 3
 ) -> None:
-    """Compares decoding in steps of several sizes with `model` on all tokens: full rows, and one padded on the left."""
+    """Compares decoding in steps of several sizes with `model` on all tokens: full rows, and a row padded on the
+    left."""
     tokens = ids()
     mask = torch.ones_like(tokens)
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""A tiny model with everything that is odd in the depth-recurrent records of the public parameter-golf challenge.
+"""A tiny model with all unusual features of the depth-recurrent records of the public parameter-golf challenge.
 
-Weights are cast at every use, rotary tables are kept from one call to the next, every layer mixes the embedding back
-in, skips of a U-Net lead from the first half of all visits to the second and so across the loops, heads have gains,
-values are taken out of what attention says of them, and the head is the embedding, with its logits capped.
+Weights are cast at every use, rotary tables are kept from one call to the next, and every layer mixes in the embedding.
+U-Net skips lead from the first half of all visits to the second, and so across the loops. Heads have gains, each
+token's own value is removed from the result of attention, and the head is the embedding, with capped logits.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SIZE = WIDTH // HEADS
 
 
 def unit(x: Tensor) -> Tensor:
-    """RMS norm without a gain, and with the machine epsilon."""
+    """RMS norm without a gain, with the machine epsilon."""
     return F.rms_norm(x, x.shape[-1:])
 
 
 class CastedLinear(nn.Linear):
-    """Reads its weight in the type of its input, which changes nothing where the types agree."""
+    """Reads its weight in the type of its input, which changes nothing if the types agree."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -35,7 +35,7 @@ class CastedLinear(nn.Linear):
 
 
 class KeptRotary(nn.Module):
-    """Cosine and sine `[1, length, 1, channels / 2]`, computed anew only if the length is not that of the last call."""
+    """Cosine and sine `[1, length, 1, channels / 2]`, recomputed only if the length differs from the last call."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class KeptRotary(nn.Module):
 
 
 def turn(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the first channels of `[batch, length, heads, size]`, two for every column of the tables."""
+    """Rotates the first channels of `[batch, length, heads, size]`, two for every column of the tables."""
     cosine, sine = tables
     moved = 2 * cosine.shape[-1]
     first, second = x[..., :moved].chunk(2, -1)
@@ -63,7 +63,7 @@ def turn(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped queries of unit size, a gain for every head; what points along the token's own value is taken out."""
+    """Grouped queries of unit size, a gain for every head; the component along the token's own value is removed."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tiny models of every architecture, for tests of what holds for all of them."""
+"""Tiny models of every architecture, for tests that hold for all of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NANBEIGE = NanbeigeConfig(
 
 
 def with_random_weights(model: nn.Module) -> nn.Module:
-    """No gate is zero and no norm is one, so that nothing hides behind an initialisation."""
+    """No gate is zero and no norm is one, so that an initialisation hides nothing."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,7 +62,7 @@ class UniversalTransformer(nn.Module):
 
 
 def zamba2(chunk_size: int) -> nn.Module:
-    """A shared attention block in front of each of two Mamba layers."""
+    """A shared attention block before each of two Mamba layers."""
     transformers = pytest.importorskip("transformers", minversion="5", reason="its Zamba2 has another configuration")
     torch.manual_seed(0)
     config = transformers.Zamba2Config(
@@ -88,7 +88,7 @@ def dory(**sizes: object) -> nn.Module:
 
 
 def hrm_text(**sizes: object) -> nn.Module:
-    """Two stacks in nested cycles: the low one twice, then the high one, and all that twice."""
+    """Two stacks in nested cycles: the low one twice, then the high one, and all of this twice."""
     transformers = pytest.importorskip("transformers", minversion="5.24", reason="has HRM-Text")
     torch.manual_seed(0)
     config = transformers.HrmTextConfig(**{

@@ -1,4 +1,4 @@
-"""Pages under test: what they load, what they complain about, how legible and how wide they are."""
+"""Pages under test: what they load, their errors and warnings, how legible and how wide they are."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LEGIBILITY = """
   return {...worst, seen};
 })()
 """
-"""The lowest contrast (WCAG 2: relative luminances) of any visible text with what is behind it."""
+"""The lowest contrast (WCAG 2: relative luminances) of any visible text with its background."""
 
 OVERFLOW = """
 (() => {
@@ -66,14 +66,14 @@ OVERFLOW = """
   return {page, window: width, outside: outside.map(e => e.outerHTML.slice(0, 80))};
 })()
 """
-"""Widths of page and window, and elements that stick out without a scroll bar of their own."""
+"""Widths of page and window, and elements that overflow without their own scroll bar."""
 
 
 class Page(Browser):
-    """A page in a browser of its own.
+    """A page in a separate browser.
 
-    `complaints` are errors and warnings of the console, exceptions, and failed loads; `requests` all addresses that
-    were asked for.
+    `complaints` are errors and warnings of the console, exceptions, and failed loads; `requests` are all requested
+    addresses.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -119,7 +119,7 @@ class Page(Browser):
 
 @contextlib.contextmanager
 def browser(folder: Path) -> Iterator[Page]:
-    """A page in a new headless Chromium whose profile is `folder`; skips the test where there is no Chromium."""
+    """A page in a new headless Chromium whose profile is `folder`; skips the test if there is no Chromium."""
     if find_chromium() is None:
         pytest.skip("no Chromium on PATH (Debian: apt-get install chromium)")
     with Page(folder) as page:

@@ -1,4 +1,4 @@
-"""Permissions of files, also where tests run as root, whom they do not bind."""
+"""Permissions of files, also when tests run as root, whom they do not restrict."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ _NOBODY = 65534
 
 @contextlib.contextmanager
 def as_somebody_else() -> Iterator[None]:
-    """Gives up root's rights for the time being; does nothing for other users."""
+    """Gives up root's rights temporarily; does nothing for other users."""
     if os.geteuid() != 0:
         yield
         return

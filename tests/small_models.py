@@ -1,4 +1,4 @@
-"""A small model with a hole for one feature, one with masks, and short-cuts, for tests of capture."""
+"""A small model with a place for one feature, one with masks, and shortcuts, for tests of capture."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Imports run one way, late ones and those for types included: who reads a room need not know the rooms above it."""
+"""Imports run one way, late ones and those for types included: a reader of a room need not know the rooms above it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ORDER = [
     "bench",
     "cli",
 ]
-"""Rooms and modules of the package from the lowest on; each imports only what stands before it."""
+"""Rooms and modules of the package, lowest first; each imports only those before it."""
 FACADES = {("program", "analysis")}
 """Methods of `Program` that reach up when they are called."""
 

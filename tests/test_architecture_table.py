@@ -24,7 +24,7 @@ def test_no_cell_is_empty() -> None:
 
 
 class Found:
-    """A plugin that notes what was collected."""
+    """A plugin that records what was collected."""
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.tests = {item.nodeid for item in session.items}

@@ -28,7 +28,7 @@ NETWORK = ("ENOTFOUND", "EAI_AGAIN", "ETIMEDOUT", "ECONNREFUSED", "ECONNRESET", 
 
 
 def node(script: str, *arguments: object, folder: Path = SOURCE) -> subprocess.CompletedProcess[str]:
-    """Runs a module in `folder`; the test is skipped where there is no Node of version 20 or newer."""
+    """Runs a module in `folder`; the test is skipped without Node of version 20 or newer."""
     program = shutil.which("node")
     version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout if program else ""
     if not version or int(version[1:].split(".")[0]) < 20:
@@ -110,7 +110,7 @@ def test_an_unrolled_file_in_standard_operators(folder: Path, prepare: ModuleTyp
 
 
 def test_the_tokenizer_of_the_page(site: Path, folder: Path) -> None:
-    """The same ids as the tokenizers library, and the text again."""
+    """Gives the same ids as the tokenizers library, and the same text back."""
     text = (SOURCE.parent.parent / "README.md").read_text(encoding="utf-8")
     texts = [
         *text.split("\n\n"),
@@ -198,6 +198,6 @@ def test_what_cannot_be_shown_is_refused(site: Path, folder: Path, prepare: Modu
     with pytest.raises(SystemExit, match="no file or folder"):
         prepare.prepare(tmp_path / "nothing", tmp_path / "page", modules)
     shutil.copy(site / "model.onnx", tmp_path)
-    with pytest.raises(SystemExit, match="no export with a cache and a tokenizer"):
+    with pytest.raises(SystemExit, match="not an export with a cache and a tokenizer"):
         prepare.prepare(tmp_path, tmp_path / "page", modules)
     assert not (tmp_path / "page").exists()

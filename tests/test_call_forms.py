@@ -1,4 +1,4 @@
-"""The ways in which Hugging Face's models are called: masks, positions, embeddings, labels, forms of output.
+"""The ways of calling Hugging Face's models: masks, positions, embeddings, labels, forms of output.
 
 Every form is captured from one example and tried at other batches and lengths: at full precision the program returns
 what the model returns, and the w4a4 program runs and returns the same structure.
@@ -63,7 +63,7 @@ def albert() -> nn.Module:
 
 
 def huginn() -> nn.Module:
-    """Two loops from weights as PyTorch draws them: others are too far off in four bits."""
+    """Two loops with PyTorch's initial weights: others are too far off in four bits."""
     torch.manual_seed(0)
     return Huginn(HUGINN, 2).eval()
 
@@ -101,7 +101,7 @@ def mask(tokens: Tensor, *sides: str) -> Tensor:
 
 
 def embedded(model: Any, tokens: Tensor) -> Tensor:
-    """What the embedding layer makes of `tokens`."""
+    """The embedding layer's result for `tokens`."""
     return model.get_input_embeddings()(tokens).detach()
 
 

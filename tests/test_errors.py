@@ -48,7 +48,7 @@ class Branching(nn.Module):
 
 
 class FixedBatch(nn.Module):
-    """Reshapes to the batch size of the day."""
+    """Reshapes to the current batch size."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ class FixedBatch(nn.Module):
 
 
 class Recorder(nn.Module):
-    """Stores what it sees in a buffer."""
+    """Stores its input in a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -196,7 +196,7 @@ CASES = {
     "an unknown form": (lambda: tiny_program().export_onnx("unused", form="scrolled"), "scrolled"),
     "a folder that cannot be made": (lambda: tiny_program().save("/proc/no/such"), "Cannot write"),
     "a folder that is a file": (lambda: tiny_program().save(__file__), "is a file"),
-    "loading what is not there": (lambda: lq.load("/nowhere"), "no saved program"),
+    "loading what is not there": (lambda: lq.load("/nowhere"), "not a saved program"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Extending the compiler: names of other packages, what is left when a pass fails, debug folders, bisecting."""
+"""Extending the compiler: names of other packages, what remains when a pass fails, debug folders, bisecting."""
 
 import json
 import math
@@ -65,7 +65,7 @@ def installed(tmp_path, monkeypatch):
 
 
 class Break(Pass):
-    """Puts a minus in place of a SiLU: valid, and wrong."""
+    """Replaces a SiLU by a minus: valid, but wrong."""
 
     def __init__(self, loop="1"):
         super().__init__()

@@ -30,7 +30,7 @@ SIZES = ((2, 11), (1, 1), (3, 30))
 
 
 class Family(NamedTuple):
-    """How a tiny model is made, whether it needs an example, its loop, and why it is not rolled (empty: it is)."""
+    """How a tiny model is made, whether it needs an example, its loop, and why it is not rolled (empty if it is)."""
 
     make: Callable[[], nn.Module]
     example: Any
@@ -52,7 +52,7 @@ Made = tuple[Family, nn.Module, Program, Program]
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Made:
-    """Captured after a call, as in practice: tables that the model keeps are warm."""
+    """Captured after a call, as in practice: tables that the model keeps are already computed."""
     family: Family = FAMILIES[request.param]
     model = family.make().eval()
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_generate(family: Made) -> None:
 
 
 def test_a_gate_that_adds_the_token_before_has_no_cache() -> None:
-    """Some of the records have one; what a decoder would have to keep is the last embedding."""
+    """Some of the records have one; a decoder would have to keep the last embedding."""
     program = Program(capture(GolfLM((0, 1, 1, 2), smear=True).eval(), ids(2, 11)))
     with pytest.raises(LoopQError, match="It works along the sequence"):
         program.with_cache()

@@ -1,4 +1,4 @@
-"""What is built is what is in the repository."""
+"""Built packages contain what is in the repository."""
 
 import subprocess
 import sys

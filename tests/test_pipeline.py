@@ -1,4 +1,4 @@
-"""Pipelines: editing, errors that name the pass, and what is checked after each."""
+"""Pipelines: editing, errors that name the pass, and checks after each pass."""
 
 import pytest
 

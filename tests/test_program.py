@@ -126,7 +126,7 @@ def edit(folder, change):
     data = json.loads((folder / "program.json").read_text())
     change(data)
     (folder / "program.json").write_text(json.dumps(data))
-    write_manifest(folder)  # as whoever wants to do harm would
+    write_manifest(folder)  # as an attacker would
 
 
 def set_operator(data):
@@ -145,7 +145,7 @@ DAMAGES = {
     "truncated tensors": (damage_cut, "changed or cut off"),
     "broken json": (damage_json, "does not match manifest.json"),
     "no tensors": (lambda folder: os.remove(folder / "tensors.safetensors"), "cannot be read"),
-    "no program": (lambda folder: os.remove(folder / "program.json"), "no saved program"),
+    "no program": (lambda folder: os.remove(folder / "program.json"), "not a saved program"),
     "another format": (lambda folder: edit(folder, lambda d: d.update(format="x")), "not a loopq_compile program"),
     "a newer version": (lambda f: edit(f, lambda d: d.update(version=99, readable_from=99)), "Update loopq_compile"),
     "a function of Python": (lambda folder: edit(folder, set_operator), "os.system"),

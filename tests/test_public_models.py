@@ -34,7 +34,7 @@ def ids(batch: int, length: int) -> Tensor:
 
 
 def exact_then_quantized(model: nn.Module, example: Any, **options: Any) -> Program:
-    """The w4a4 program, once the captured one has been found equal to the model, and within half of it afterwards."""
+    """The w4a4 program; checks that the captured program equals the model, and that the relative error is below 0.5."""
     graph_module = capture(model, example)
     expected = {}
     for size in SIZES:
@@ -83,15 +83,15 @@ def test_albert(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def zamba2_program() -> Program:
-    """Its scan works in chunks of 8 tokens, which no length of the tests is a multiple of."""
+    """Its scan works in chunks of 8 tokens; no length in the tests is a multiple of 8."""
     return exact_then_quantized(zamba2(8), None, use_cache=False)
 
 
 def test_zamba2_and_onnx_runtimes_second_rounding(zamba2_program: Program, tmp_path: Path) -> None:
-    """In w4a4 the fast file is off because ONNX Runtime rounds 4-bit activations to 8 bits again, and by nothing else.
+    """In w4a4 the fast file differs only because ONNX Runtime rounds 4-bit activations to 8 bits again.
 
-    That moves an activation by up to 1/254 of the largest of its block. Relative noise of 4e-3 on the embeddings moves
-    the program's own logits as far: 3 % of the largest, 4 % in the mean.
+    This moves an activation by up to 1/254 of the largest of its block. Relative noise of 4e-3 on the embeddings moves
+    the program's own logits by the same amount: 3 % of the largest, 4 % in the mean.
     """
     path = zamba2_program.export_onnx(tmp_path, target="onnxruntime").path
     fast, exact = (difference(OnnxExecutable(file, threads=1), zamba2_program) for file in (path, in_float32(path)))
@@ -125,7 +125,7 @@ def test_a_universal_transformer_of_pytorchs_own_layer(tmp_path: Path) -> None:
 
 
 class Chunked(nn.Module):
-    """Adds positions chunk by chunk, with a short cut for what fits into one."""
+    """Adds positions chunk by chunk, with a shortcut for inputs that fit into one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -88,7 +88,7 @@ def named(text: str) -> Iterator[tuple[str, str]]:
 
 @EVERY_DOCUMENT
 def test_marks_pair_up_and_begin_with_a_command(document: Path) -> None:
-    """A command rewrites what stands between its marks, so they are unique, in order, and not nested."""
+    """A command rewrites the text between its marks, so they are unique, in order, and not nested."""
     found = _MARK.findall(text_of(document))
     assert [kind for _, kind in found] == ["begin", "end"] * (len(found) // 2)
     names = [name for name, _ in found[::2]]

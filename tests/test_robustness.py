@@ -43,7 +43,7 @@ def ids(seed, shape=(2, 5)):
 
 
 def close(actual, expected, scheme):
-    """A code that rounds the other way moves results; how far depends on the width."""
+    """A code that rounds the other way changes results; how much depends on the width."""
     error = float((actual - expected).norm() / expected.norm())
     assert error < (1e-4 if scheme.activation_bits == 16 else 0.05 if scheme.activation_bits >= 6 else 0.3), error
 

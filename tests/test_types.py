@@ -56,13 +56,14 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 CASES = [(method, "dynamic") for method in METHODS]
 CASES += [(method, "static") for method in ("symmetric", "spinquant", "flatquant", "flatquant-e2e", "loopq")]
-"""Static scales differ from dynamic ones in the same way for methods that are built alike."""
+"""Static scales differ from dynamic ones in the same way for similar methods."""
 
 
 @pytest.mark.parametrize(("method", "activation"), CASES)
 @pytest.mark.parametrize("dtype", OTHERS)
 def test_every_method_gives_the_float32_program_up_to_rounding(dtype, method, activation):
-    """At 8 bits integers hardly flip, so the distance is what the type rounds; learned steps may differ a little."""
+    """At 8 bits integers hardly flip, so the distance is the rounding of the type; learned steps may differ a
+    little."""
     found = logits(program(dtype, method, activation))
     assert found.dtype is TYPES[dtype]
     bound = {"bfloat16": 0.03, "float16": 0.02, "float64": 0.02}[dtype]
@@ -72,7 +73,7 @@ def test_every_method_gives_the_float32_program_up_to_rounding(dtype, method, ac
 @pytest.mark.parametrize("solver", ["rtn", "gptq", "loaq"])
 @pytest.mark.parametrize("dtype", OTHERS)
 def test_weight_solvers_at_four_bits(dtype, solver):
-    """Integers of 4 bits flip, so the distance is held against that of the float32 program to the model."""
+    """Integers of 4 bits flip, so the distance is compared with that of the float32 program from the model."""
     exact = model()(X)["logits"]
     whole = error(logits(program("float32", "symmetric", "dynamic", "w4a16", solver)), exact)
     assert error(logits(program(dtype, "symmetric", "dynamic", "w4a16", solver)), exact) < 1.25 * whole + 0.01
@@ -110,7 +111,7 @@ def test_exported_files_run_or_are_refused_in_one_line(dtype, target, tmp_path):
 
 
 class Large(nn.Module):
-    """Hidden values of 40,000 before the second linear: float16 holds them, and no rotation of them."""
+    """Hidden values of 40,000 before the second linear: float16 holds them, but no rotation of them."""
 
     def __init__(self) -> None:
         super().__init__()

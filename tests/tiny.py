@@ -14,7 +14,7 @@ VOCABULARY = 64
 
 
 class TinyAttention(nn.Module):
-    """Causal attention with grouped queries and a bias in front."""
+    """Causal attention with grouped queries and a bias on queries only."""
 
     def __init__(self, width: int, heads: int = 4, groups: int = 2) -> None:
         super().__init__()

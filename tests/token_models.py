@@ -1,4 +1,5 @@
-"""Small causal models that differ in how they write what mixes tokens and what does not, and relatives that do mix."""
+"""Small causal models that write operations in different ways without mixing tokens, and similar ones that do mix
+them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class Model(nn.Module):
 
     Args:
         attend: `(model, query, key, value)`, `[batch, heads, sequence, size]` each, to the same; one for every loop.
-        step: what else every loop does to `[batch, sequence, width]`.
+        step: what every loop additionally does to `[batch, sequence, width]`.
         end: what happens to the logits.
     """
 
@@ -315,4 +316,4 @@ ORDERS = {
     kind: (lambda kind=kind: Order(kind)) for kind in ("each layer", "skips", "joined", "shared", "start", "cast")
 }
 """Each layer looped before the next; skips across loops; a second pass that reads the first pass' keys and values, with
-its own or without; the input in every layer; an iteration with a cast that changes nothing."""
+its own or without; the input in every layer; an iteration with a cast without effect."""

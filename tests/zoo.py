@@ -1,6 +1,6 @@
 """The zoo: every way of looping that the compiler knows, with the structure it must find.
 
-`python -m tests.zoo` prints the table that stands in passes/README.md.
+`python -m tests.zoo` prints the table in passes/README.md.
 """
 
 from __future__ import annotations

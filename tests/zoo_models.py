@@ -25,7 +25,7 @@ def loop(*index: int, of: tuple[int, ...] | None = None) -> AbstractContextManag
 
 
 def outside() -> AbstractContextManager[None]:
-    """Marks what follows as standing in no loop."""
+    """Marks what follows as outside every loop."""
     return traceback.annotate({MARK: ""})
 
 
@@ -162,7 +162,7 @@ class NormedStack(Stack):
 
 
 class GatedStack(NormedStack):
-    """Returns the exit gate's result of every loop beside the logits."""
+    """Returns the exit gate's result of every loop in addition to the logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class GatedStack(NormedStack):
 
 
 class OuterNorm(Stack):
-    """The norm behind each loop is also the final norm behind a last layer of its own."""
+    """The norm after each loop is also the final norm after a separate last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class OuterNorm(Stack):
 
 
 class TimeModulated(Looped):
-    """An embedding of the loop number scales and shifts the state in front of the shared block."""
+    """An embedding of the loop number scales and shifts the state before the shared block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ class SharedBetweenLayers(Looped):
 
 
 class AlternatingShared(Looped):
-    """Two shared blocks take turns, with a layer of its own in front of each."""
+    """Two shared blocks take turns, with a separate layer before each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ class Alternating(Looped):
 
 
 class Outer(nn.Module):
-    """Runs `inner` twice; `where` says where it stands among the outer block's own layers."""
+    """Runs `inner` twice; `where` is its place among the outer block's own layers."""
 
     def __init__(self, where: str) -> None:
         super().__init__()

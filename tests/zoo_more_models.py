@@ -1,4 +1,4 @@
-"""More tiny models: loops without modules, shared weights that are no loop, and details of real transformers."""
+"""More tiny models: loops without modules, shared weights that are not a loop, and details of real transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.zoo_models import DIM, Albert, Attention, Looped, Mlp, Stack, loop, r
 
 
 class Functional(Looped):
-    """Weights without modules, multiplied in four ways; the loop stands in one `forward`."""
+    """Weights without modules, multiplied in four ways; the loop is in one `forward`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Gpt2(Looped):
 
 
 class RotaryOnce(Stack):
-    """Rotary tables and mask are computed once, in front of the loop."""
+    """Rotary tables and mask are computed once, before the loop."""
 
     def first(self) -> nn.Module:
         return Attention()
@@ -154,7 +154,7 @@ class LoopAdapters(Looped):
 
 
 class LoopNorms(Looped):
-    """A shared block with a norm gain for every loop behind it."""
+    """A shared block followed by a norm gain for every loop."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class Padded(Stack):
 
 
 class Rotary(Looped):
-    """Attention alone, with its rotary tables computed anew in each call."""
+    """Only attention, with its rotary tables recomputed in each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Rotary(Looped):
 
 
 class Transition(Looped):
-    """A linear layer between iterations only; the last state goes to the head as it is."""
+    """A linear layer between iterations only; the last state goes to the head unchanged."""
 
     T = 4
 
@@ -251,7 +251,7 @@ class TableInFirstLoop(Looped):
 
 
 class LoopGates(Stack):
-    """Every loop has a gate of its own, whose result is an output."""
+    """Every loop has its own gate, whose result is an output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ class LoopGates(Stack):
 
 
 class HeadsBehind(Albert):
-    """States are collected; the head reads them all behind the loop."""
+    """States are collected; the head reads them all after the loop."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x, states = self.embed(input_ids), []

@@ -110,7 +110,7 @@ def check_model_file(path: Path) -> onnx.ModelProto:
 def check_references(path: Path) -> None:
     """Like `check_model_file`, but a file that names no other costs only a search, however large its own weights are.
 
-    The model itself may be a link, as in the cache of a hub; what it names may not.
+    The model itself may be a link, as in the cache of a hub; files that it names may not.
 
     Raises:
         LoopQError: as there, or it is not a file.

@@ -1,8 +1,8 @@
 """Exported folders for onnxruntime-genai, which brings its own tokenizer, caches and search.
 
-That runtime reads `genai_config.json`: names of inputs and outputs, and number and size of caches.
-It knows one form of cache, a key and a value `[batch, heads, past, size]` per attention, all of one size. In a looped
-model an attention runs once per loop, so `num_hidden_layers` is loops times layers here.
+That runtime reads `genai_config.json`: names of inputs and outputs, and number and size of caches. It knows one form of
+cache, a key and a value `[batch, heads, past, size]` per attention, all of one size. In a looped model an attention
+runs once per loop, so `num_hidden_layers` is loops times layers here.
 
 Facts (onnxruntime-genai 0.18): prompts of different length in a batch are padded on the right. Tokens before the prompt
 always count as text, and the runtime expects positions of later tokens from the file's input `position_ids`. Our files

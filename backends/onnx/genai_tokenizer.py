@@ -1,10 +1,10 @@
 """How onnxruntime-genai reads a `tokenizer.json`: where its ids differ, and what makes them equal.
 
 Facts (onnxruntime-genai 0.18): byte-level BPE gives equal ids, with any splits that keep the whole text. Normalizers, a
-space before the text and spaces around added tokens are ignored. Post-processors are ignored, too, so no token is
-added before or after a text. With `tokenizer.update_options(add_special_tokens="true")` it adds `bos_token` and
-`eos_token` of `tokenizer_config.json` as `add_bos_token` and `add_eos_token` say, if both tokens are texts
-(for objects it also adds tokens that it should not). No file can switch that on.
+space before the text and spaces around added tokens are ignored. Post-processors are ignored, too, so no token is added
+before or after a text. With `tokenizer.update_options(add_special_tokens="true")` it adds `bos_token` and `eos_token`
+of `tokenizer_config.json` as `add_bos_token` and `add_eos_token` say, if both tokens are texts (for objects it also
+adds tokens that it should not). No file can switch that on.
 """
 
 from __future__ import annotations

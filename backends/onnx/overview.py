@@ -21,7 +21,7 @@ class OnnxExport:
         path: the `.onnx` file.
         files: all files written, the model first.
         bytes: their total size, external data included.
-            target, form: as requested.
+        target, form: as requested.
         opset: version of the standard operator set.
         nodes: number of nodes by operator.
         integer_weights: number of quantized weights by ONNX type, for instance `{"INT4": 28}`.

@@ -18,8 +18,7 @@ class ReferenceExecutable:
     """Runs a graph module unchanged.
 
     Args:
-        graph_module: a captured graph, before or after any pass. It is shared, not copied, so later
-        passes change it.
+        graph_module: a captured graph, before or after any pass. It is shared, not copied, so later passes change it.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:

@@ -64,7 +64,7 @@ class TritonExecutable(nn.Module):
             return self.signature.restore(self.graph_module(*inputs))
 
     def static_decoder(self, capacity: int = 2048, *, cuda_graph: bool = True) -> StaticDecoder:
-        """A decoder with fixed shapes, which runs a step with all loops as one CUDA graph; for `generation.generate`.
+        """A decoder with fixed shapes: a step with all loops is one CUDA graph. For `generation.sampling.generate`.
 
         Args:
             capacity: most tokens of prompt and continuation together. A step reads only the filled part of an integer

@@ -94,7 +94,7 @@ class StaticDecoder:
             if self._current is None:
                 return self._read(new_ids, attention_mask)
             if new_ids.shape[1] != 1:
-                raise LoopQError(f"After a prompt, one token is read at a time; got {new_ids.shape[1]}.")
+                raise LoopQError(f"After a prompt comes one token at a time; got {new_ids.shape[1]}.")
             return self._current(new_ids, self._length - 1)
 
     def _read(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Puts an exported model and this page into one folder of static files, and serves it if asked to.
+"""Puts an exported model and this page into one folder of static files, and serves it on request.
 
     loopq-compile export my-program --out my-onnx --target onnxruntime --form rolled --cache --last-token
     npm ci --ignore-scripts --prefix examples/browser
@@ -41,10 +41,10 @@ def prepare(model: Path, site: Path, modules: Path = HERE / "node_modules") -> P
     except LoopQError as error:
         raise SystemExit(str(error)) from error
     if loaded.kind != "onnx" or not loaded.model.program_info.get("cache") or loaded.tokenizer is None:
-        raise SystemExit(f"{model} is no export with a cache and a tokenizer: use loopq-compile export --cache.")
+        raise SystemExit(f"{model} is not an export with a cache and a tokenizer: use loopq-compile export --cache.")
     if list(model.glob("*.data")):
         raise SystemExit(
-            f"The weights of {model} are in a file of their own, and a page opens one: export the program with "
+            f"The weights of {model} are in a separate file, and a page opens only one: export the program with "
             "--external-data-threshold 2000000000."
         )
     site.mkdir(parents=True, exist_ok=True)
@@ -82,11 +82,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Requests are not of interest."""
+        """Requests are not logged."""
 
 
 def server(site: Path, port: int) -> http.server.ThreadingHTTPServer:
-    """A server of `site` for this machine alone; port 0 takes any that is free."""
+    """A server of `site` for only this machine; port 0 takes any free port."""
     return http.server.ThreadingHTTPServer(("127.0.0.1", port), functools.partial(Handler, directory=str(site)))
 
 

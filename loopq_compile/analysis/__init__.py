@@ -1,1 +1,1 @@
-"""What a program looks like and where its error comes from: summary, pictures, bisection, estimates, reports."""
+"""Shows a program and the sources of its error: summary, pictures, bisection, estimates, reports."""

@@ -1,4 +1,4 @@
-"""Finds the pass that broke numerics: the program is compared with the model after every pass."""
+"""Finds the pass that broke numerics: compares the program with the model after every pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.pipeline import Pipeline, pass_name
 
 _NOTICED = 1e-6
-"""Relative errors up to this are summation order."""
+"""Relative errors up to this come from the order of summation."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass did to numbers.
+    """The effect of one pass on numbers.
 
     Args:
         pass_name: the pass.
         number: its position in the pipeline.
-        error: `|y - y'| / |y|` of the program's results behind it, against the captured model; infinite for NaN.
+        error: `|y - y'| / |y|` of the program's results after the pass, against the captured model; infinite for NaN.
         change: by how much the error grew.
         first: the first node in program order that this pass moved by more than `limit` (by a thousandth of its
             norm, if there is none); None if there is no such node.
-        seconds: for the pass.
+        seconds: time of the pass.
     """
 
     pass_name: str
@@ -60,7 +60,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Bisection:
-    """All steps, and the one to look at: the first over the limit or, without a limit, the one that added most."""
+    """All steps, and the one to look at: the first above the limit or, without a limit, the one that added most
+    error."""
 
     steps: tuple[Step, ...]
     culprit: Step | None
@@ -81,10 +82,10 @@ def bisect(
     Args:
         captured: the model's graph, from `loopq_compile.capture.to_graph.capture`; it is not changed.
         scheme, pipeline, calibration, options: as for `loopq_compile.compile`.
-        probe: inputs of the graph, such as `[token_ids]`; all node values for them are kept in memory, so one short
-            row is enough.
-        limit: largest relative error of the results that is in order. None: the pass that added most is named, which
-            with quantization is the one that quantizes.
+        probe: inputs of the graph, such as `[token_ids]`. All node values for them are kept in memory; one short row is
+            enough.
+        limit: largest acceptable relative error of the results. None names the pass that added most error, which with
+            quantization is the one that quantizes.
 
     Raises:
         LoopQError: the probe does not fit, or a pass refuses the model; `error.failure` then names the pass.
@@ -145,7 +146,7 @@ class _Watch:
 
 
 class _Measure(Pass):
-    """Stands behind every pass. Before and after: the same graph."""
+    """Runs after every pass. Before and after: the same graph."""
 
     def __init__(self, watch: _Watch, after: str, number: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""What a compilation will cost, before it is done: size on disk, memory, time.
+"""Predicts the cost of a compilation: size on disk, memory, time.
 
-Time is measured, not guessed: what comes before learning runs on one batch, one step and one evaluation are timed, and
-all are multiplied by how often the method will do them. Nothing of it reaches the model.
+Time is measured, not guessed. The passes before learning run on one batch, and one step and one evaluation are timed;
+each time is multiplied by how often the method will need it. The model is not changed.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from loopq_compile.passes.transforms.smooth_activations import SmoothActivations
 from loopq_compile.pipeline import Pipeline
 
 _LEARNED = 7
-"""Numbers of single precision kept for a learned weight: its offset, the gradient, two moments of Adam, and what the
+"""Single-precision numbers kept for a learned weight: its offset, the gradient, two moments of Adam, and what the
 gradient of its rounding needs."""
 _KEPT = 2.5
-"""What a quantized program keeps for its backward pass, by what the model would."""
+"""Memory of a quantized program for its backward pass, relative to the model's."""
 _FIXED, _NODE = 20e6, 30e3
-"""Bytes that the exporter takes once, and for a node of the graph."""
+"""Bytes that the exporter needs once, and for each node of the graph."""
 _NODE_SECONDS = 0.007
-"""Capturing a node, inferring its shape and printing it, on a core of 2024."""
+"""Seconds to capture a node, infer its shape and print it, on a core of 2024."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Estimate:
     """Predicted cost.
 
     Args:
-        loops: structure in words.
-        quantized, linears: how many linears are quantized, of how many.
-        parameters: of the model.
-        bytes: of `tensors.safetensors`, weights packed; tables of learned transforms come on top.
-        memory: largest of the process beyond what is loaded already, in bytes, the model being given up by pieces.
-        seconds: of the compilation, on this machine as busy as it is; None without calibration data.
+        loops: loop structure in words.
+        quantized, linears: how many linears are quantized, and how many there are.
+        parameters: parameters of the model.
+        bytes: size of `tensors.safetensors` with packed weights; without tables of learned transforms.
+        memory: peak memory of the process beyond what is already loaded, in bytes, with the model released in parts.
+        seconds: time of the compilation on this machine at its present load; None without calibration data.
     """
 
     loops: str
@@ -71,12 +71,12 @@ def estimate(
     calibration: Sequence[Tensor] = (),
     options: CalibrationOptions | None = None,
 ) -> Estimate:
-    """Predicts from the captured graph; the first calibration batches are run to be timed.
+    """Predicts from the captured graph; runs the first calibration batches to time them.
 
     Args:
         captured: the model's graph; it is not changed.
         scheme, pipeline, options: as for `loopq_compile.compile`.
-        calibration: token batches; none leaves the time open.
+        calibration: token batches; without them the time is unknown.
 
     Raises:
         LoopQError: the scheme does not fit the model.
@@ -115,7 +115,7 @@ def _groups(scheme: Scheme, inputs: int) -> int:
 
 
 def _copies(pipeline: Pipeline, options: CalibrationOptions, state: CompilerState, sites: Sequence[Site]) -> float:
-    """Weights that selected groups get per loop, by all weights: as if groups were of one size."""
+    """Share of additional weights that selected groups get per loop, if all groups had the same size."""
     groups = len({site.group for site in sites})
     if not groups or not options.selection_budget or not any(isinstance(item, SelectTransforms) for item in pipeline):
         return 0.0
@@ -130,7 +130,7 @@ def _memory(
     calibration: Sequence[Tensor],
     options: CalibrationOptions,
 ) -> int:
-    """Graph, scales and work on the largest weight; what learning keeps, or what one batch needs."""
+    """Memory of graph, scales and work on the largest weight, plus that of learning or of one batch."""
     sizes = [outputs * inputs for outputs, inputs in (site.shape for site in sites)]
     total = _FIXED + _NODE * len(graph_module.graph.nodes) + sum(sizes) / 8 + 12 * max(sizes, default=0)
     if not len(calibration):
@@ -169,7 +169,7 @@ def _solves(item: Any, options: CalibrationOptions) -> bool:
 
 
 class _Work:
-    """What learning and solving cost on a graph that is ready for it: a step, and a token of a forward pass."""
+    """The cost of learning and solving on a prepared graph: of a step, and of a token in a forward pass."""
 
     def __init__(self, graph_module: fx.GraphModule, options: CalibrationOptions) -> None:
         self.graph_module, self.options = graph_module, options
@@ -210,7 +210,8 @@ class _Work:
         return self.step * steps + self.token * tokens * self.options.validation * evaluations
 
     def _solving(self, tokens: int) -> float:
-        """Two passes over the data, second moments at every call; for every weight a Cholesky factor and a sweep."""
+        """Two passes over the data with second moments at every call; a Cholesky factor and a sweep for every
+        weight."""
         state = get_state(self.graph_module)
         sites = [site for site in state.sites.values() if site.reason is None]
         work = sum(2 * tokens * state.loops.count * k * k + 8 * n * k * k + k**3 for n, k in (s.shape for s in sites))

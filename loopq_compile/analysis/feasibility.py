@@ -1,4 +1,4 @@
-"""What a compilation of a captured model would do, without doing it: what is quantized, and what stands in the way."""
+"""Predicts what compiling a captured model would do: what would be quantized, and what is not possible."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from loopq_compile.program import Program
 
 @dataclass(frozen=True)
 class Feasibility:
-    """What `compile` and `export` would say to a model.
+    """What `compile` and `export` would report for a model.
 
     Args:
-        scheme: bits of weights and activations that were assumed.
+        scheme: the assumed bits of weights and activations.
         quantized: names of the linears that would be quantized.
-        parameters: their entries together.
+        parameters: total number of their weights.
         left: why the other products stay in floating point, by name.
-        obstacles: by feature (`quantization`, `key-value cache`, `rolled form`) why it is refused; None: it works.
+        obstacles: by feature (`quantization`, `key-value cache`, `rolled form`), why it is refused; None if it works.
     """
 
     scheme: str
@@ -48,7 +48,7 @@ def feasibility(program: Program, scheme: str = "w4a4") -> Feasibility:
     """Tries a model without quantizing it.
 
     Args:
-        program: captured, without a scheme; it stays as it is.
+        program: captured, without a scheme; it is not changed.
         scheme: bits to assume.
     """
     graph_module = copy_graph(program.graph_module)

@@ -1,4 +1,4 @@
-"""Parameters and memory of a program by part, and how many of them differ from loop to loop."""
+"""Parameters and memory of a program by part, and how many of them differ between loops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARTS = (WEIGHTS, SCALES, COPIES, LOOP, SHARED, FLOAT)
 
 @dataclass
 class Part:
-    """Parameters of one part; bytes as they are stored, and with floating point in 16 bits, as a model is deployed."""
+    """Parameters of one part; bytes as stored, and with floating point in 16 bits, as models are deployed."""
 
     count: int = 0
     stored: float = 0.0
@@ -27,7 +27,7 @@ class Part:
 
 
 def by_part(captured: fx.GraphModule, program: fx.GraphModule) -> dict[str, Any]:
-    """Parts of a program beside the model in 16 bits.
+    """Parts of a program, compared with the model in 16 bits.
 
     Args:
         captured: the graph of the model in full precision.
@@ -35,8 +35,8 @@ def by_part(captured: fx.GraphModule, program: fx.GraphModule) -> dict[str, Any]
 
     Returns:
         `{"model": {...}, "parts": {name: {"count", "stored", "deployed"}}, "share": s, "share with copies": c}`; the
-        shares are loop-dependent parameters by those of the model, in percent, without and with the weights that
-        single loops have for themselves.
+        shares are loop-dependent parameters relative to the model's, in percent, without and with the separate
+        weights of single loops.
     """
     original = {str(node.target) for node in _constants(captured)}
     model = sum(get_tensor(captured, name).numel() for name in original)
@@ -65,7 +65,7 @@ def _constants(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 
 def _part(program: fx.GraphModule, node: fx.Node, name: str, original: set[str]) -> str:
-    """What the model did not have is loop-dependent if loops read rows of it, or if not all of them read it."""
+    """An added tensor is loop-dependent if loops read rows of it, or if not all loops read it."""
     if name in original:
         return FLOAT
     loops = get_state(program).loops
@@ -85,7 +85,7 @@ def _names(program: fx.GraphModule) -> set[str]:
 
 
 def _readers(node: fx.Node) -> set[LoopTag | None]:
-    """Tags of what reads a stored tensor, straight or through untagged nodes that are computed from it."""
+    """Tags of the nodes that read a stored tensor, directly or through untagged nodes computed from it."""
     tags: set[LoopTag | None] = set()
     stack = [user for user in node.users if user.op != "output"]
     seen: set[fx.Node] = set()

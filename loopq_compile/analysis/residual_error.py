@@ -1,4 +1,4 @@
-"""How far a program strays from its model, point by point along the unrolled run."""
+"""How far a program deviates from its model, point by point along the unrolled run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loopq_compile.passes.quantize.canonicalize_linears import CanonicalizeLinea
 from loopq_compile.pipeline import Pipeline
 
 _COPIES = [["to"], ["_to_copy"], ["slice"], ["alias"], ["clone"], ["contiguous"]]
-"""Operators that only hand on what another node has."""
+"""Operators that only pass on the value of another node."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Point:
 
     Args:
         node: its name in both graphs.
-        kind: "state", where the residual stream is all that passes on to later layers; or "linear", the output of a
-            quantized linear.
+        kind: "state", where only the residual stream passes on to later layers; or "linear", the output of a quantized
+            linear.
         site: module or linear, for people.
-        loop: iteration of the main loop, None outside.
+        loop: iteration of the main loop; None outside it.
     """
 
     node: str
@@ -70,10 +70,11 @@ def points(reference: fx.GraphModule) -> list[Point]:
 
 
 def residual_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes whose tensor is all that later nodes know of the tokens, as the residual stream is between two sub-layers.
+    """Nodes whose tensor is all that later nodes read of the tokens, such as the residual stream between two
+    sub-layers.
 
-    Sizes and masks do not count, nor do tensors narrower than the stream (gates). Models that also read an older state
-    later on (an injected prelude) have no such nodes there.
+    Sizes, masks, and tensors narrower than the stream (gates) do not count. Models that later read an older state
+    (an injected prelude) have no such nodes there.
     """
     nodes = list(graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
@@ -98,7 +99,7 @@ def residual_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _features(node: fx.Node) -> int:
-    """Size of the last dimension of a floating-point tensor, 0 for anything else."""
+    """Size of the last dimension of a floating-point tensor; 0 for anything else."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 3:
         return 0
@@ -110,12 +111,12 @@ def errors(
 ) -> dict[str, float]:
     """Relative error at every point: the mean over tokens of `|y - y'| / |y|`, a token's features as one vector.
 
-    The mean over tokens, not the error of the whole tensor: the first token's state is a thousand times as large as
-    the others' in many models, and would be all that is seen.
+    The mean is over tokens, since in many models the first token's state is a thousand times as large as the others'
+    and would dominate the error of the whole tensor.
 
     Args:
         reference, program: graphs of the model and of the program, with one token input.
-        where: points; those that the program does not have are left out.
+        where: points; those missing in the program are left out.
         batches: token ids `[batch, sequence]`, at least one batch.
 
     Returns:

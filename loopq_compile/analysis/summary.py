@@ -66,7 +66,7 @@ def activation_rows(graph_module: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names of modules without the modules that all of them are in."""
+    """Names of modules, without the prefix that all of them share."""
     parts = [name.split(".") for name in names]
     same = 0
     while parts and all(len(path) > same + 1 and path[same] == parts[0][same] for path in parts):

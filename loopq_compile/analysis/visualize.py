@@ -1,6 +1,7 @@
-"""Pictures of one loop's graph: DOT text, and SVG where Graphviz is at hand.
+"""Pictures of one loop's graph: DOT text, and SVG if Graphviz is installed.
 
-SVG needs Graphviz: the Python package `pygraphviz` (2.0 and newer bring it along, extra `plot`), or a `dot` program.
+SVG needs Graphviz: the Python package `pygraphviz` (version 2.0 and newer include it, extra `plot`), or a `dot`
+program.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ _NO_TENSOR = (torch.ops.aten.sym_size.int, operator.add, operator.sub, operator.
 
 
 def loop_graph(graph_module: fx.GraphModule, loop: int | None = None) -> nx.DiGraph:
-    """The data flow of one iteration of the main loop, of the whole program if there is no loop.
+    """The data flow of one iteration of the main loop, or of the whole program if there is no loop.
 
-    Nodes have the attributes `role` (a key of `COLOURS`), `label`, `tooltip` and `module`. What flows in from outside
-    and what reads the results appear as nodes of role "input" and "output". Size arithmetic is left out.
+    Nodes have the attributes `role` (a key of `COLOURS`), `label`, `tooltip` and `module`. Values from outside and
+    readers of the results are nodes of role "input" and "output". Size arithmetic is left out.
 
     Args:
         graph_module: a captured program.
@@ -127,7 +128,7 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """Weights, and what is computed from weights alone."""
+    """Weights, and what is computed only from weights."""
     return node.op == "get_attr" or bool(node.all_input_nodes and all(map(_is_constant, node.all_input_nodes)))
 
 
@@ -156,7 +157,7 @@ def _add(graph: nx.DiGraph, node: fx.Node, role: str, module: str, name: str | N
 
 
 def _connect(graph: nx.DiGraph, node: fx.Node, shown: set[fx.Node]) -> None:
-    """Edges into `node`, and out of it to what stands outside."""
+    """Edges into `node`, and from it to nodes outside."""
     for source in node.all_input_nodes:
         if source in shown:
             graph.add_edge(source.name, node.name)
@@ -171,7 +172,7 @@ def _connect(graph: nx.DiGraph, node: fx.Node, shown: set[fx.Node]) -> None:
 
 
 def _connect_constant(graph: nx.DiGraph, source: fx.Node, user: fx.Node, target: str, module: str) -> None:
-    """Shows weights, and what is computed from them, beside the node that reads them."""
+    """Shows weights, and what is computed from them, next to the node that reads them."""
     made = _add(graph, source, role_of(source), module, f"{source.name} for {user.name}")
     graph.add_edge(made, target)
     for inner in source.all_input_nodes:

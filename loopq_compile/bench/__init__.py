@@ -1,7 +1,7 @@
-"""Measuring methods against each other: a quick table (`quality`), and the tables and figures of the LoopQ paper.
+"""Compares methods: a quick table (`quality`), and the tables and figures of the LoopQ paper.
 
-`study` quantizes and measures one setting after the other and remembers each in a file (`cells`); `tables` and
-`figures` say which settings make up a table or figure and turn them into a `Report`, which `report` writes.
+`study` quantizes and measures one setting after the other and stores each in a file (`cells`). `tables` and `figures`
+say which settings make up a table or figure, and turn them into a `Report` (module `results`), which writes itself.
 """
 
 from loopq_compile.bench.quality import (

@@ -1,4 +1,4 @@
-"""Other numbers of loops than a program was compiled with: perplexity of one rolled file, by its input `loops`."""
+"""Numbers of loops other than the compiled one: perplexity of one rolled file, by its input `loops`."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def beyond(
     *,
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Scores a text with each number of loops, against the model itself with as many.
+    """Scores a text with each number of loops, against the model itself with the same number.
 
-    Loops beyond those that were calibrated hold the last row of every table: of ranges or clip ratios (LAS), transforms
-    and transition adapters (LoopQ appendix C.2).
+    Loops beyond the calibrated ones use the last row of every table: of ranges or clip ratios (LAS), transforms and
+    transition adapters (LoopQ appendix C.2).
 
     Args:
-        model: gives the model with a number of loops, None for its own.
+        model: returns the model with a number of loops; None means its own number.
         tokens: ids `[n]`, in windows of `length`.
         counts: numbers of loops.
-        schemes, method, calibration: of the program, which is compiled once, with the model's own number of loops.
+        schemes, method, calibration: of the program, which is compiled once per scheme with the model's own number.
 
     Raises:
         LoopQError: the model cannot be rolled, or the method needs other data.

@@ -1,4 +1,4 @@
-"""Integer key-value caches: bytes of a token and perplexity, by bits."""
+"""Integer key-value caches: bytes per token and perplexity, by bits."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ def caches(
     *,
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Scores a text by programs with a key-value cache of each width.
+    """Scores a text with programs that have a key-value cache of each width.
 
-    Attention reads what is stored, also of a window's own tokens, so a window read in one call gives what reading it
-    token by token gives.
+    Attention reads stored values also for a window's own tokens, so reading a window in one call gives the same as
+    reading it token by token.
 
     Args:
         model: a causal language model.
         tokens: ids `[n]`, in windows of `length`.
         schemes: weights are rounded to nearest, data-free.
-        bits: of keys and values; None for floating point, which comes first and is what KL and agreement refer to.
+        bits: widths of keys and values; None for floating point, which comes first and is the reference of KL and
+            agreement.
 
     Raises:
         LoopQError: the model cannot have a cache, or a scheme needs data.
@@ -72,13 +73,13 @@ def caches(
 
 
 def token_bytes(signature: Signature) -> int:
-    """Bytes that a token of one sequence takes in the cache of an unrolled program."""
+    """Bytes that one token of a sequence takes in the cache of an unrolled program."""
     specs = cache_inputs(signature)[2]
     return sum(math.prod(size for size in s.shape if isinstance(size, int)) * s.dtype.itemsize for s in specs)
 
 
 def _caller(program: Program) -> Callable[[Tensor], Tensor]:
-    """Whole windows through the cache; a plain function, so that nothing asks the program for a decoder."""
+    """Reads whole windows through the cache; a plain function, so that nothing asks the program for a decoder."""
 
     def run(ids: Tensor) -> Tensor:
         return program(ids, torch.ones_like(ids))["logits"]

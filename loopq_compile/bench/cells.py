@@ -1,4 +1,5 @@
-"""Results that survive a killed run: one JSON file per cell of a table, named by a hash of all that determines it."""
+"""Results that survive a killed run: one JSON file per cell of a table, named by a hash of everything that determines
+it."""
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ Values = dict[str, Any]
 
 
 class Cells:
-    """Measured values by what they were measured on.
+    """Measured values, found again by what they were measured on.
 
     Args:
-        folder: where the files lie; None keeps nothing.
-        fresh: measure again what is there already, and replace it. Cells know the package's version and not its code:
-            whoever changes a method needs this, or another folder.
+        folder: where the files are; None stores nothing.
+        fresh: whether to measure existing cells again and replace them. A cell depends on the package's version, not on
+            its code: after changing a method, use this or another folder.
     """
 
     def __init__(self, folder: str | Path | None = None, fresh: bool = False) -> None:
@@ -35,9 +36,9 @@ class Cells:
         """The values of a cell, from its file if there is one.
 
         Args:
-            name: what the file's name starts with, for people.
+            name: prefix of the file's name, for people.
             about: everything that determines the values, as JSON.
-            measure: computes the values; what it raises leaves no file.
+            measure: computes the values; if it raises an error, there is no file.
 
         Raises:
             LoopQError: the file cannot be written.
@@ -54,7 +55,7 @@ class Cells:
 
     @contextlib.contextmanager
     def unfinished(self, name: str, about: Mapping[str, Any]) -> Iterator[Path | None]:
-        """A folder for what the cell needs to go on after a kill; it goes away once the cell is measured."""
+        """A folder for data that the cell needs to continue after a kill; it is deleted when the cell is measured."""
         folder = self._path(name, _key(about), ".unfinished")
         if folder is not None and self._fresh:
             shutil.rmtree(folder, ignore_errors=True)
@@ -71,7 +72,7 @@ def _key(about: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON has it: numbers that are not finite become None, tuples lists."""
+    """`value` as JSON can hold it: numbers that are not finite become None, tuples become lists."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

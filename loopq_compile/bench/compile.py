@@ -1,4 +1,4 @@
-"""What compiling costs by number of layer calls: seconds of every pass, and how they grow."""
+"""The cost of compiling by number of layer calls: seconds of every pass, and how they grow."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from loopq_compile.pipeline import Pipeline, pass_name
 SIZES = ((4, 4), (8, 8), (16, 16), (32, 32))
 """Layers and loops: 16, 64, 256 and 1,024 layer calls."""
 LINEAR = 1.25
-"""Exponents up to this count as linear: times below a second are rough."""
+"""Exponents up to this count as linear, since times below a second are imprecise."""
 _VOCABULARY, _LENGTH = 64, 8
 
 
 def compile_growth(sizes: Sequence[tuple[int, int]], method: str, scheme: Scheme, export: bool = False) -> Report:
-    """Compiles a small Ouro model (32 channels: what counts is the number of nodes) of each size.
+    """Compiles a small Ouro model of each size (32 channels, since only the number of nodes matters).
 
     Args:
         sizes: layers and loops, by rising number of calls.
-        method: whose passes are measured; what it calibrates takes one step on three batches of 2 x 8 tokens.
-        scheme: of the program.
-        export: also measure the unrolled and rolled ONNX file, target "qdq".
+        method: the method whose passes are measured; calibration takes one step on three batches of 2 x 8 tokens.
+        scheme: scheme of the program.
+        export: whether to measure the unrolled and rolled ONNX file as well, target "qdq".
 
     Returns:
-        One row a step: processor seconds by layer calls, and the exponent `e` of `seconds ~ calls^e` between the last
-        two sizes. A pass that stands in a pipeline several times counts once, with the sum.
+        One row per step: processor seconds by layer calls, and the exponent `e` of `seconds ~ calls^e` between the last
+        two sizes. A pass that occurs several times in a pipeline has one row, with the sum.
     """
     seconds = [_measure(layers, loops, method, scheme, export) for layers, loops in sizes]
     calls = [layers * loops for layers, loops in sizes]
@@ -69,7 +69,7 @@ def compile_growth(sizes: Sequence[tuple[int, int]], method: str, scheme: Scheme
 
 
 def exponent(calls: Sequence[int], seconds: Sequence[float]) -> float | None:
-    """`e` of `seconds ~ calls^e` between the last two sizes; None where there is too little to measure."""
+    """`e` of `seconds ~ calls^e` between the last two sizes; None if there is too little to measure."""
     if len(calls) < 2 or calls[-1] == calls[-2] or seconds[-1] < 0.1 or seconds[-2] <= 0:
         return None
     return math.log(seconds[-1] / seconds[-2]) / math.log(calls[-1] / calls[-2])
@@ -93,7 +93,7 @@ def _measure(layers: int, loops: int, method: str, scheme: Scheme, export: bool)
 
 
 class _Collected:
-    """Processor seconds of Python's garbage collector while this is open; it strikes whatever step runs just then."""
+    """Processor seconds of Python's garbage collector while this is open; it may run during any step."""
 
     def __init__(self) -> None:
         self.seconds, self._start = 0.0, 0.0
@@ -135,7 +135,7 @@ def _steps(layers: int, loops: int, method: str, scheme: Scheme, export: bool, t
 
 
 class _Timed(Pipeline):
-    """A pipeline that measures its passes, their verification included."""
+    """A pipeline that measures its passes, including their verification."""
 
     def __init__(self, pipeline: Pipeline, timed: Callable[[str], Any]) -> None:
         super().__init__(pipeline.passes, pipeline.name)

@@ -1,4 +1,4 @@
-"""The figures of the demo as they stand in a document, written by the run that measured them."""
+"""The figures of the demo in a document, written by the run that measured them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from loopq_compile.errors import LoopQError
 
 BEGIN, END = "<!-- figures of the demo: begin -->", "<!-- figures of the demo: end -->"
-"""The lines of a document between which its figures stand."""
+"""The lines of a document that enclose its figures."""
 COLUMNS = ("method", "scheme", "scales", "perplexity", "ratio", "KL to full precision", "top-1 agreement")
 
 
 def figures(results: Mapping[str, Any]) -> str:
-    """What a document says of one run, as Markdown.
+    """The text of a document about one run, as Markdown.
 
     Args:
         results: what `Demo.run` returns.
@@ -44,7 +44,7 @@ def figures(results: Mapping[str, Any]) -> str:
 
 
 def check_document(file: str | os.PathLike[str]) -> None:
-    """Finds out before minutes of work whether `rewrite` can do its own.
+    """Checks, before minutes of work, whether `rewrite` will succeed.
 
     Raises:
         LoopQError: the file cannot be read, or lacks one of the two marks.
@@ -53,7 +53,7 @@ def check_document(file: str | os.PathLike[str]) -> None:
 
 
 def rewrite(file: str | os.PathLike[str], text: str) -> None:
-    """Puts `text` between the marks of a document; all else stays.
+    """Puts `text` between the marks of a document; everything else stays.
 
     Raises:
         LoopQError: as `check_document`; or the file cannot be written.
@@ -66,7 +66,7 @@ def rewrite(file: str | os.PathLike[str], text: str) -> None:
 
 
 def _parts(file: Path) -> tuple[str, str]:
-    """What stands before and after the figures."""
+    """The text before and after the figures."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

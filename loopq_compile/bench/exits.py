@@ -1,4 +1,4 @@
-"""Early exit: loops spent against perplexity, by threshold, measured as text is written: token by token."""
+"""Early exit: loops run against perplexity, by threshold, measured token by token as in generation."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def exits(
         model: a looped model with an exit gate.
         tokens: ids `[n]`.
         schemes: weights are rounded to nearest, data-free.
-        thresholds: at which the loop stops; 1 runs all loops.
-        length: tokens of a window, each of which begins with an empty cache.
-        say: told what is being measured.
+        thresholds: thresholds at which the loop stops; 1 runs all loops.
+        length: tokens of a window; each window begins with an empty cache.
+        say: called with what is being measured.
 
     Raises:
         LoopQError: the model has no exit gate or no cache, or a scheme needs data.
@@ -67,7 +67,7 @@ def exits(
 
 
 class _Whole:
-    """Logits of every number of loops from whole windows, without holes in caches; remembered by window."""
+    """Logits of every number of loops from whole windows, without holes in caches; stored by window."""
 
     def __init__(self, run: OnnxExecutable, count: int) -> None:
         self.run, self.count = run, count

@@ -1,4 +1,4 @@
-"""More loops than were compiled, or fewer: the last iteration runs again, with its own tables (LoopQ appendix C.2)."""
+"""More or fewer loops than were compiled: the last iteration runs again, with its own tables (LoopQ appendix C.2)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from loopq_compile.graph.state import attach_state, copy_graph, get_state
 def with_loops(graph_module: fx.GraphModule, ends: Sequence[str], count: int) -> fx.GraphModule:
     """A copy of a graph whose main loop runs `count` times.
 
-    Iterations beyond the last repeat what stands between the last two states: ranges, transforms and the transition
-    adapter hold their last values, and so does what the model itself feeds by the number of the loop.
+    Iterations beyond the last repeat the nodes between the last two states: ranges, transforms and the transition
+    adapter keep their last values, and so do values that the model itself derives from the number of the loop.
 
     Args:
-        graph_module: a captured graph, or that of a program made of it.
-        ends: names of the nodes that hold the state behind each iteration, from
+        graph_module: a captured graph, or the graph of a program made from it.
+        ends: names of the nodes that hold the state after each iteration, from
             `loopq_compile.calibration.states.loop_ends`.
         count: number of iterations, at least 1.
 
     Raises:
-        LoopQError: no loop, or a loop that carries more than one state.
+        LoopQError: there is no loop, or the loop carries more than one state.
     """
     if len(ends) < 2:
         raise LoopQError("The number of loops can be changed where one state passes from each loop to the next.")
@@ -36,7 +36,7 @@ def with_loops(graph_module: fx.GraphModule, ends: Sequence[str], count: int) ->
     nodes = {node.name: node for node in copied.graph.nodes}
     missing = [name for name in ends if name not in nodes]
     if missing:
-        raise LoopQError(f"The program has no node {missing[0]!r}, where the model has the state behind a loop.")
+        raise LoopQError(f"The program has no node {missing[0]!r}, where the model has the state after a loop.")
     states = [nodes[name] for name in ends]
     if count < len(ends):
         states[-1].replace_all_uses_with(states[count - 1])
@@ -79,7 +79,7 @@ def _renamed(copies: Mapping[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
 
 
 def _reach(start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """`start` and all that `step` leads to."""
+    """`start` and everything reachable from it by `step`."""
     found: set[fx.Node] = set()
     stack = list(start)
     while stack:

@@ -100,7 +100,7 @@ def fig2(study: Study, selection: Selection) -> Report:
 
 
 def fig3(study: Study, selection: Selection) -> Report:
-    """Scores by which LoopQ chooses the groups that get transforms of their own, and which it chose."""
+    """Scores by which LoopQ chooses the groups that get separate transforms, and the groups that it chose."""
     run = Run("loopq", selection.schemes[0], selection.seeds[0])
     values = study.measure(run)
     if "error" in values:
@@ -148,12 +148,12 @@ def _range_settings(study: Study, scheme: Scheme) -> Values:
 
 
 def _static(scheme: Scheme) -> Scheme:
-    """Ranges are measured whatever the scheme does with them."""
+    """The scheme with static ranges, so that ranges are measured under any scheme."""
     return replace(scheme, activation="static", activation_bits=min(scheme.activation_bits, 8))
 
 
 def _ranges(study: Study, scheme: Scheme) -> Values:
-    """By group inside a loop, the percentile of each iteration."""
+    """The percentile of each iteration, by group inside a loop."""
     graph_module = copy_graph(study.captured)
     state = get_state(graph_module)
     state.scheme, state.run.calibration = _static(scheme), study.batches()
@@ -167,7 +167,7 @@ def _ranges(study: Study, scheme: Scheme) -> Values:
 
 
 def _trajectories(study: Study, selection: Selection) -> tuple[dict[str, list[Values]], list[str]]:
-    """By run, the points of the residual stream (outputs of linears where a model has none), and what failed."""
+    """The points of the residual stream by run (outputs of linears if a model has none), and failures."""
     errors, notes = {}, []
     for run in [runs[0] for runs in selection.runs()]:
         values = study.measure(run)
@@ -180,7 +180,7 @@ def _trajectories(study: Study, selection: Selection) -> tuple[dict[str, list[Va
 
 
 def _by_loop(found: Sequence[Values]) -> dict[str, float]:
-    """The last error before, in each loop, and behind."""
+    """The last error before the loops, in each loop, and after them."""
     ends: dict[str, float] = {}
     inside = False
     for point in found:

@@ -1,8 +1,8 @@
-"""Tiles chosen from what compiled kernels need, for machines on which nobody has measured.
+"""Chooses tiles from what compiled kernels need, for machines without measurements.
 
-What can be counted without a GPU is how many programs a multiprocessor holds at once. From that, for long prompts, the
-tile that reads each operand least often among those that keep enough warps in flight to hide latency; for decoding, the
-one with the most bytes of weights on their way. That is an argument, not a measurement.
+Without a GPU, one can count how many programs a multiprocessor holds at once. For long prompts, this module then takes
+the tile that reads each operand least often among those with enough warps in flight to hide latency; for decoding, the
+tile with the most bytes of weights in flight. This is an argument, not a measurement.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 """KiB of shared memory and warps of a multiprocessor (CUDA C programming guide, table of compute capabilities)."""
 _ENOUGH_WARPS = 8
 _RESERVED = 1024
-"""Bytes of shared memory that the system takes of every program."""
+"""Bytes of shared memory that the system reserves for every program."""
 
 
 def resident(compiled: Compiled) -> int:
@@ -31,7 +31,7 @@ def resident(compiled: Compiled) -> int:
 
 
 def choose(found: Iterable[tuple[Tile, Compiled]]) -> Table:
-    """The tiles to ship, for every architecture and kind of product that `found` has."""
+    """The tiles to ship, for every architecture and kind of product in `found`."""
     best: dict[tuple[int, str], tuple[tuple[float, ...], Tile]] = {}
     for tile, compiled in found:
         if compiled.problems or not resident(compiled):

@@ -1,7 +1,7 @@
 """`bench kernels` on a GPU: our products against others, tiles by trial, and tokens per second of a program.
 
-Nothing is timed before its result was compared with the definition. What times is an argument, so that everything
-around it is tested where there is no GPU.
+Every result is compared with the definition before it is timed. The timer is an argument, so that everything else is
+tested without a GPU.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ COLUMNS = ("product", "rows", "runs", "µs", "times bf16", "note")
 OURS = ("w4a4", "w4a8")
 BASELINE = "bfloat16 (cuBLAS)"
 _CLOSE = 0.02
-"""Part of the largest result that ours may differ from the definition's: results are bfloat16."""
+"""Allowed difference from the definition, as share of the largest result: results are bfloat16."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One product, with everything that any of the candidates needs.
+    """One product, with everything that candidates need.
 
     Args:
         x: `[rows, inputs]` in bfloat16.
@@ -64,8 +64,8 @@ class Candidate:
     """One way to compute a product.
 
     Args:
-        name: in tables.
-        prepare: what to time, from a problem.
+        name: name in tables.
+        prepare: makes the function to time from a problem.
         refuses: why it cannot run that problem here; "" if it can.
     """
 
@@ -75,7 +75,7 @@ class Candidate:
 
 
 def make_problem(product: str, rows: int, group_size: int, device: str) -> Problem:
-    """Random numbers of a fixed seed."""
+    """A problem of random numbers with a fixed seed."""
     outputs, inputs = PRODUCTS[product]
     generator = torch.Generator(device=device).manual_seed(0)
     x, weight = (torch.randn(n, inputs, generator=generator, device=device) for n in (rows, outputs))
@@ -83,10 +83,10 @@ def make_problem(product: str, rows: int, group_size: int, device: str) -> Probl
 
 
 def candidates(product: Callable[..., Tensor] | None = None) -> list[Candidate]:
-    """Ours, and what it is compared with.
+    """Our kernels, and what they are compared with.
 
     Args:
-        product: what ours launches; `loopq_triton::packed_linear` by default.
+        product: what our candidates launch; `loopq_triton::packed_linear` by default.
     """
     baseline = Candidate(BASELINE, lambda problem: lambda: F.linear(problem.x, problem.weight))
     ours = [Candidate(name, _ours(int(name[-1]), product)) for name in OURS]
@@ -116,7 +116,7 @@ def _kernel() -> Callable[..., Tensor]:
 
 
 def _int_mm(problem: Problem) -> Callable[[], Any]:
-    """Integers alone: no scales, no rounding of activations."""
+    """Only integers: no scales, no rounding of activations."""
     a, b = ((t.float() * 40).round().clamp(-127, 127).to(torch.int8) for t in (problem.x, problem.weight))
     return lambda: torch._int_mm(a, b.t())
 
@@ -162,7 +162,7 @@ def architecture() -> int:
 
 
 def do_bench(function: Callable[[], Any]) -> float:
-    """Triton's own timer: the median of many launches, the cache emptied in between."""
+    """Triton's own timer: the median of many launches, with the cache emptied in between."""
     from triton.testing import do_bench as measure
 
     return float(measure(function, return_mode="median"))
@@ -183,17 +183,17 @@ def time_products(
     """Times every candidate on the products of one layer of Ouro 1.4B.
 
     Args:
-        device_name: of the GPU, part of what cells are known by.
-        cells: keeps finished measurements.
-        group_size: of the integer candidates.
-        rows, products: to measure.
+        device_name: name of the GPU, part of the cells' keys.
+        cells: stores finished measurements.
+        group_size: group size of the integer candidates.
+        rows, products: which to measure.
         runs: candidates; a candidate that fails is noted and left out.
-        timer: milliseconds of a function.
-        device: where tensors live.
-        say: told what is being measured.
+        timer: returns the milliseconds of a function.
+        device: where tensors are.
+        say: called with what is being measured.
 
     Raises:
-        LoopQError: a kernel of ours computes something wrong.
+        LoopQError: one of our kernels gives a wrong result.
     """
     lines: list[Values] = []
     for product in products:
@@ -232,7 +232,7 @@ def _measuring(
             return {"ms": timer(run.prepare(problem)), "note": ""}
         except LoopQError:
             raise
-        except Exception as error:  # other people's kernels: unsupported shapes, missing parts
+        except Exception as error:  # kernels of others: unsupported shapes, missing parts
             return {
                 "ms": None,
                 "note": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:80],
@@ -257,12 +257,12 @@ def tune(
     tiles: Callable[[bool, int, int], Sequence[Tile]] = tuning_grid,
     say: Callable[[str], None] = lambda text: None,
 ) -> Table:
-    """The fastest tile for every kind of product, by the time that all products of a layer take together.
+    """The fastest tile for every kind of product, by the total time of all products of a layer.
 
     Tiles that fail (too much shared memory) are left out.
 
     Raises:
-        LoopQError: a kernel computes something wrong, or no tile runs.
+        LoopQError: a kernel gives a wrong result, or no tile runs.
     """
     found: dict[str, Tile] = {}
     for rows in (1, 64, 4096):
@@ -277,7 +277,7 @@ def tune(
                 say(f"sm_{architecture} {kind} {tile}: {1e3 * time:.1f} µs")
         if not times:
             raise LoopQError(f"No tile of the tuning grid runs on sm_{architecture} for {kind}.")
-        found[kind] = replace(min(times, key=times.__getitem__), split=1)  # how far to split follows from the shape
+        found[kind] = replace(min(times, key=times.__getitem__), split=1)  # the shape decides how far to split
     assert found.keys() == KINDS.keys()
     return {table_name(architecture, group_size): found}
 
@@ -302,14 +302,14 @@ def time_decoding(
     fallback: bool = False,
     cuda_graph: bool = True,
 ) -> Values:
-    """Tokens per second of a program that decodes with all loops behind `context` tokens.
+    """Tokens per second of a program that decodes with all loops after `context` tokens.
 
     Args:
-        program: compiled, with a vocabulary of at least 2.
+        program: a compiled program with a vocabulary of at least 2.
         batch: sequences at once.
-        context: tokens read before; the cache has room for as many again.
-        kv_bits: of the cache, 8 or 4; None for floating point, which PyTorch's attention reads.
-        timer: milliseconds of a function.
+        context: tokens read before; the cache has room for the same number again.
+        kv_bits: bits of the cache, 8 or 4; None for floating point, which PyTorch's attention reads.
+        timer: returns the milliseconds of a function.
         fallback, cuda_graph: as for `lower` and `TritonExecutable.static_decoder`.
 
     Returns:

@@ -1,10 +1,9 @@
 """`bench kernels`: what the Triton kernels need of a GPU, compiled without one, and an estimate of their speed.
 
-The estimate is a roofline: the time of a launch is at least what memory, tensor cores, and ordinary float32 arithmetic
-each take alone, at the rates of the data sheet; the largest of the three is the bound. Real kernels are slower. For the
-matrix product, the float32 part is what scaling costs: for every output and group a subtraction (integer to float), a
-product of scales, and a multiply-add. Other kernels are bound by the bytes of each token, their transforms by tensor
-cores.
+The estimate is a roofline. Memory, tensor cores, and ordinary float32 arithmetic each need some time at the rates of
+the data sheet; the largest of the three is a lower bound for a launch. Real kernels are slower. For the matrix product,
+the float32 part is the cost of scaling: for every output and group a subtraction (integer to float), a product of
+scales, and a multiply-add. Other kernels are bound by the bytes of each token, their transforms by tensor cores.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
 COLUMNS = ("kernel", "sm", "registers", "spilled", "shared KiB", "tensor-core instruction", "verdict")
 ESTIMATE_COLUMNS = ("kernel", "rows", "device", "µs at least", "bound by", "times bf16")
 GROUP_SIZES = (32, 64, 128)
-"""That kernels have: a group is one step along k."""
+"""Group sizes that kernels support: a group is one step along k."""
 SCALING = 3
-"""Float32 instructions for an output and group."""
+"""Float32 instructions per output and group."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,10 @@ class Device:
     """Peak rates from a data sheet, dense (without sparsity).
 
     Args:
-        name: of the product.
-        bandwidth: of memory, in GB/s.
-        int8, bf16: of tensor cores, in 10^12 operations per second, a multiply-add counting as two.
-        fp32: outside tensor cores, in the same unit.
+        name: name of the GPU.
+        bandwidth: rate of memory, in GB/s.
+        int8, bf16: rates of tensor cores, in 10^12 operations per second; a multiply-add counts as two.
+        fp32: rate outside tensor cores, in the same unit.
     """
 
     name: str
@@ -57,22 +56,22 @@ PRODUCTS = {"qkv": (6144, 2048), "attention out": (2048, 2048), "gate+up": (1126
 """Outputs and inputs of the launches of one layer of Ouro 1.4B."""
 ROWS = (1, 16, 512, 4096)
 TENSOR_FLOAT32 = 3
-"""Products on tensor cores, at half the rate of bfloat16, for one of the transform in float32."""
+"""Tensor-core products (at half the rate of bfloat16) per float32 product of a transform."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What a kernel that is no product does for one token.
+    """The work of a kernel other than a product for one token.
 
     Args:
-        read: bfloat16 numbers.
+        read: bfloat16 numbers that are read.
         quantized: numbers that are written as integers, with scales.
-        bits, group: of these, the latter None for that of the scheme.
-        sides: of the factors of a transform; `quantized` numbers go through both.
+        bits, group: bits and group size of these; None as group means that of the scheme.
+        sides: sides of the factors of a transform; `quantized` numbers go through both.
         plain: bfloat16 numbers that are written.
         cached: tokens of a cache that are read, `plain` numbers each for keys and for values.
-        operations: in float32.
-        most: rows that the kernel is for.
+        operations: operations in float32.
+        most: most rows that the kernel is for.
     """
 
     read: int
@@ -93,12 +92,12 @@ STREAMS = {
     "cache write, 8 bits": Stream(2 * 2048, 2 * 2048, bits=8, group=128),
     "attention, 2,048 tokens in 8 bits": Stream(2048, bits=8, group=128, plain=2048, cached=2048, most=16),
 }
-"""The other launches of a layer of Ouro 1.4B; every row of attention has a cache of its own."""
+"""The other launches of a layer of Ouro 1.4B; every row of attention has its own cache."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A lower bound for the time of a launch, and that of the same product in bfloat16; microseconds."""
+    """A lower bound for the time of a launch, and for that of the same product in bfloat16; in microseconds."""
 
     product: str
     rows: int
@@ -117,7 +116,7 @@ def estimate(product: str, rows: int, device: Device, activation_bits: int = 4, 
     times = {
         "memory": (read + 2 * rows * outputs) / (device.bandwidth * 1e3),
         "tensor cores": operations / (device.int8 * 1e6),
-        # A rate in operations counts multiply-adds twice; every instruction here takes the place of one.
+        # A rate in operations counts multiply-adds twice; every instruction here replaces one.
         "float32": SCALING * rows * outputs * groups / (device.fp32 / 2 * 1e6),
     }
     bound = max(times, key=times.__getitem__)
@@ -127,7 +126,7 @@ def estimate(product: str, rows: int, device: Device, activation_bits: int = 4, 
 
 
 def estimate_stream(name: str, rows: int, device: Device, activation_bits: int = 4, group_size: int = 32) -> Estimate:
-    """The roofline of a kernel that is no product; in bfloat16 without quantization, transform and adapter."""
+    """The roofline of a kernel other than a product; in bfloat16 without quantization, transform and adapter."""
     stream = STREAMS[name]
     bits, group = stream.bits or activation_bits, stream.group or group_size
     code = bits / 8 + (2 if stream.bits else 4) / group  # scales of a cache have its type, others float32
@@ -149,7 +148,7 @@ def estimate_stream(name: str, rows: int, device: Device, activation_bits: int =
 
 
 def estimates(group_size: int = 32) -> list[Estimate]:
-    """Every kernel and number of rows on every device."""
+    """Estimates of every kernel and number of rows on every device."""
     products = [(estimate, name, ROWS) for name in PRODUCTS]
     streams = [(estimate_stream, name, [n for n in ROWS if n <= stream.most]) for name, stream in STREAMS.items()]
     return [
@@ -163,13 +162,13 @@ def estimates(group_size: int = 32) -> list[Estimate]:
 def static_report(
     architectures: Sequence[int] | None = None, grid: bool = False, kernels: str = "", group_size: int = 32
 ) -> Report:
-    """Compiles the kernels ahead of time and tells what they need.
+    """Compiles the kernels ahead of time and reports what they need.
 
     Args:
         architectures: compute capabilities times ten; all that are supported by default.
-        grid: every tile of the tuning grid in place of the defaults; takes many minutes.
-        kernels: only those whose name contains this.
-        group_size: of products and quantization, one of `GROUP_SIZES`.
+        grid: whether to compile every tile of the tuning grid instead of the defaults; takes many minutes.
+        kernels: only kernels whose name contains this.
+        group_size: group size of products and quantization, one of `GROUP_SIZES`.
 
     Raises:
         LoopQError: an architecture or a group size is unknown, or Triton interprets kernels in this process.

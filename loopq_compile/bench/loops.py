@@ -29,11 +29,11 @@ def growth(
     """Compiles, exports and opens a model with each number of loops.
 
     Args:
-        model: gives the model that runs so many loops.
+        model: returns the model that runs a given number of loops.
         counts: numbers of loops.
-        scheme: weights rounded to nearest, data-free: `a16` or dynamic scales.
+        scheme: weights are rounded to nearest, data-free: `a16` or dynamic scales.
         length: tokens of the call that is timed, one row.
-        targets: of the export.
+        targets: targets of the export.
 
     Raises:
         LoopQError: the scheme needs data, or the model cannot be rolled.

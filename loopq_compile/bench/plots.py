@@ -14,13 +14,13 @@ Line = tuple[Sequence[float], Sequence[float | None]]
 
 
 def bars(figure: Figure, values: Mapping[str, Mapping[str, float | None]], y: str, base: float | None = None) -> None:
-    """Groups of bars; the axis is logarithmic where they differ by more than a factor of ten.
+    """Groups of bars; the axis is logarithmic if they differ by more than a factor of ten.
 
     Args:
         figure: to draw on.
         values: by series and group; None leaves a gap.
         y: what the axis shows.
-        base: a line across, such as the value in full precision.
+        base: a horizontal line, such as the value in full precision.
     """
     axes = figure.subplots()
     groups = list(dict.fromkeys(group for series in values.values() for group in series))

@@ -1,4 +1,4 @@
-"""Methods by schemes: what each costs in quality, next to the model in full precision."""
+"""Methods by schemes: the loss of quality of each, compared with the full-precision model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class QualityRow:
     Args:
         method, scheme, activation: what was measured; the first row is `FULL_PRECISION`.
         perplexity: on the held-out tokens.
-        ratio: perplexity by that of the model in full precision.
+        ratio: perplexity divided by that of the full-precision model.
         kl: mean KL(full precision || quantized) of a token, in nats.
         agreement: share of tokens whose most likely next token is the same.
         tokens: tokens scored.
@@ -95,7 +95,7 @@ def variants(
     """All combinations, schemes outermost; weight-only schemes appear once. `options` are fields of `Scheme`.
 
     Raises:
-        LoopQError: an unknown name, or none at all.
+        LoopQError: a name is unknown, or there is no name.
     """
     for method in methods:
         get_pipeline(method)
@@ -124,16 +124,16 @@ def quality(
     """Quantizes and measures one variant after the other; the model is captured once.
 
     Args:
-        model: in full precision; it is the teacher.
+        model: the full-precision model; it is the teacher.
         tokens: held-out token ids, `[n]`.
         runs: what to measure, from `variants`.
-        calibration: batches for each of them, None for data-free methods.
+        calibration: batches for each of them; None for data-free methods.
         example_inputs: for `capture`; Hugging Face causal language models need none.
         length, stride: of the perplexity's sliding window.
-        options: of calibration, for methods that learn.
+        options: options of calibration, for methods that learn.
 
     Yields:
-        A row and its program as soon as they are there; first `FULL_PRECISION`, without a program.
+        Each row and its program as soon as it is measured; first `FULL_PRECISION`, without a program.
     """
     batches = None if calibration is None else list(calibration)
     captured = capture(model, example_inputs)
@@ -142,7 +142,7 @@ def quality(
     yield _row(FULL_PRECISION, "", "", base, base, 0.0), None
     for run in runs:
         start = time.perf_counter()
-        if batches is None:  # says what cannot do without
+        if batches is None:  # reports what needs data
             program = compile_model(model, example_inputs, scheme=run.scheme, method=run.method)
         else:
             program = quantize(copy_graph(captured), run.scheme, get_pipeline(run.method), batches, options)
@@ -160,7 +160,7 @@ def to_markdown(rows: Sequence[QualityRow]) -> str:
 
 
 def to_json(rows: Sequence[QualityRow], **about: Any) -> str:
-    """The table as JSON, with what `about` says of the run; numbers that are not finite become null."""
+    """The table as JSON, with `about` as facts about the run; numbers that are not finite become null."""
     plain = [
         {
             name: None if isinstance(value, float) and not math.isfinite(value) else value

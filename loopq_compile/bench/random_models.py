@@ -1,4 +1,4 @@
-"""Models of published size with random weights, which sizes, times and speed do not depend on."""
+"""Models of published size with random weights; sizes, times and speed do not depend on the weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _STEP = 4099
 
 
 def sized(name: str, layers: int | None = None) -> OuroConfig:
-    """The configuration called `name`, with fewer layers than it has if `layers` says so.
+    """The configuration called `name`, reduced to `layers` layers if given.
 
     Raises:
-        LoopQError: there is none of that name.
+        LoopQError: there is no configuration with that name.
     """
     if name not in SIZES:
         raise LoopQError(f"Unknown model {name!r}.{did_you_mean(name, SIZES)}")
@@ -30,9 +30,9 @@ def sized(name: str, layers: int | None = None) -> OuroConfig:
 
 
 def random_model(config: OuroConfig, dtype: torch.dtype = torch.float32) -> Ouro:
-    """A model whose weights repeat one block of random numbers, since a billion take longer to draw than to compile.
+    """A model whose weights repeat one block of random numbers, since drawing a billion takes longer than compiling.
 
-    Each repetition starts elsewhere in it: of equal weights ONNX Runtime would keep one copy.
+    Each repetition starts at another place in it, since ONNX Runtime would keep only one copy of equal weights.
     """
     with torch.device("meta"):
         model = Ouro(config).to(dtype)

@@ -22,11 +22,11 @@ class Report:
     """A table, and the figure that shows it.
 
     Args:
-        name: of the files.
+        name: name of the files.
         title: one line.
         columns, rows: the table as text; the first `text_columns` are words, the others numbers.
-        data: the numbers behind it, for JSON.
-        draw: draws the figure; None where there is nothing to draw.
+        data: the numbers of the table, for JSON.
+        draw: draws the figure; None if there is nothing to draw.
         notes: sentences below the table.
     """
 
@@ -46,12 +46,12 @@ class Report:
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)]) + "\n"
 
     def to_json(self, **about: Any) -> str:
-        """The numbers, with what `about` says of the study."""
+        """The numbers, with `about` as facts about the study."""
         content = {**about, "name": self.name, "title": self.title, "notes": self.notes, "data": self.data}
         return json.dumps(plain(content), indent=2) + "\n"
 
     def write(self, directory: str | Path, **about: Any) -> list[Path]:
-        """Writes `NAME.json`, `NAME.md` and, where matplotlib is installed, `NAME.png`.
+        """Writes `NAME.json`, `NAME.md` and, if matplotlib is installed, `NAME.png`.
 
         Raises:
             LoopQError: the directory cannot be written, or has a file of one of these names that is not ours.
@@ -85,7 +85,7 @@ def has_matplotlib() -> bool:
 
 
 def spread(values: Sequence[float | None], form: str) -> str:
-    """Mean of what several seeds gave, `± standard deviation` if there are several; infinite ones are named."""
+    """Mean over seeds, `± standard deviation` if there are several; infinite values are named."""
     known = [value for value in values if value is not None]
     if not known:
         return "inf" if values else ""

@@ -1,4 +1,4 @@
-"""`python -m loopq_compile.bench.session FILE LENGTH`: what one ONNX file costs in a process of its own.
+"""`python -m loopq_compile.bench.session FILE LENGTH`: the cost of one ONNX file in a separate process.
 
 Prints JSON: `load_ms` to open it, `memory` in bytes that opening and one call added to the resident size, and
 `call_ms`, the median of some calls with `1 x LENGTH` tokens. One thread.
@@ -20,7 +20,7 @@ _CALLS = 9
 
 
 def measure(file: Path, length: int) -> dict[str, Any]:
-    """What this module prints, of a process started for it.
+    """Starts this module as a process and returns what it prints.
 
     Raises:
         LoopQError: the process failed.
@@ -34,12 +34,12 @@ def measure(file: Path, length: int) -> dict[str, Any]:
 
 
 def resident() -> int:
-    """Resident size of this process in bytes; 0 where Linux is not."""
+    """Resident size of this process in bytes; 0 on systems other than Linux."""
     return _status("VmRSS")
 
 
 def peak() -> int:
-    """The largest resident size of this process so far in bytes; 0 where Linux is not."""
+    """The largest resident size of this process so far in bytes; 0 on systems other than Linux."""
     return _status("VmHWM")
 
 

@@ -1,4 +1,4 @@
-"""What a study measures: runs, what all of them share, and which of them make up a report."""
+"""What a study measures: runs, their common settings, and the selection of runs for a report."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Run:
     Args:
         method: name of a pipeline.
         scheme: bits, groups, kind of activation scales.
-        seed: of the calibration samples, and of what is random in the method.
+        seed: seed of the calibration samples, and of everything random in the method.
         samples: calibration rows; None for the study's own number.
         flags: arguments of the pipeline's function, such as `{"cta": False}`.
-        options: fields of `CalibrationOptions` on top of the study's own.
+        options: fields of `CalibrationOptions` in addition to the study's own.
         label: name in tables; by default the method.
     """
 
@@ -35,7 +35,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What to call it in tables."""
+        """Name of the run in tables."""
         return self.label or self.method
 
     @property
@@ -58,8 +58,8 @@ class Settings:
     """What all cells of a study have in common.
 
     Args:
-        model: its name, for people.
-        text: where the held-out text is from, for people.
+        model: name of the model, for people.
+        text: source of the held-out text, for people.
         calibration: `self`, `docs`, `mixed`, or a text file.
         samples, sample_length: calibration rows, and tokens in each.
         length, stride: of the perplexity's sliding window.
@@ -80,7 +80,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which runs a report is made of.
+    """The runs of a report.
 
     Args:
         methods: names of pipelines.

@@ -27,16 +27,16 @@ def size(
     *,
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Builds, captures, compiles and exports a model (`onnxruntime`, rolled, with a cache) in a process of its own, and
-    opens the file in another.
+    """Builds, captures, compiles and exports a model (`onnxruntime`, rolled, with a cache) in a separate process, and
+    opens the file in another one.
 
     Args:
         name: one of `random_models.SIZES`.
-        scheme: weights rounded to nearest, without data.
-        layers: fewer than the model has, to try it out.
-        head_bits, float_bits: of the export.
+        scheme: weights are rounded to nearest, without data.
+        layers: number of layers, fewer than the model has, to try it out.
+        head_bits, float_bits: options of the export.
         group_size: neighbouring features that share a scale.
-        say: told what is being done.
+        say: called with what is being done.
 
     Raises:
         LoopQError: the model is unknown, or a process failed.
@@ -73,7 +73,7 @@ def _row(values: Values) -> tuple[str, ...]:
 
 
 def _parts(path: Path) -> dict[str, int]:
-    """Bytes of the file's tensors by what they are and their type."""
+    """Bytes of the file's tensors, by kind and type."""
     parts: dict[str, int] = {}
     for tensor in onnx.load(path, load_external_data=False).graph.initializer:
         kind = onnx.TensorProto.DataType.Name(tensor.data_type)
@@ -93,4 +93,4 @@ _KINDS = {
     "codes.packed": "packed weights",
     ".scales": "scales of weights",
 }
-"""What a tensor is, by a part of its name; the first that fits."""
+"""The kind of a tensor, by a part of its name; the first that fits."""

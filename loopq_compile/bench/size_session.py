@@ -1,4 +1,4 @@
-"""`python -m loopq_compile.bench.size_session JSON`: compiles one model from end to end in a process of its own.
+"""`python -m loopq_compile.bench.size_session JSON`: compiles one model from end to end in a separate process.
 
 Takes a `Job` as JSON and prints JSON: by step its `seconds`, those of the `processor`, and `peak`, the largest resident
 size of the process so far in bytes.
@@ -22,10 +22,10 @@ class Job:
     """What to compile.
 
     Args:
-        config: of an Ouro model, as `OuroConfig.to_dict` writes it.
-        folder: for the file.
-        scheme: compiled without data.
-        head_bits, float_bits: of the export.
+        config: configuration of an Ouro model, as `OuroConfig.to_dict` writes it.
+        folder: folder for the file.
+        scheme: scheme, compiled without data.
+        head_bits, float_bits: options of the export.
         group_size: neighbouring features that share a scale.
     """
 
@@ -38,7 +38,7 @@ class Job:
 
 
 def measure(job: Job) -> dict[str, dict[str, float]]:
-    """What this module prints, of a process started for it.
+    """Starts this module as a process and returns what it prints.
 
     Raises:
         LoopQError: the process failed, for instance for lack of memory.

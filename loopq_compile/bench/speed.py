@@ -45,25 +45,25 @@ def speed(
     cells: Cells | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Measures a model in several ways, each in a process of its own, while this one holds no model.
+    """Measures a model in several ways, each in a separate process; this process holds no model meanwhile.
 
     Args:
         job: the model, lengths, batches and repeats.
-        schemes: of quantized files, compiled without data.
-        forms: of the export: "unrolled", "rolled".
-        head_bits: of the head in quantized files, None for floating point.
-        pytorch: ways in which PyTorch runs the model, of `speed_torch.WAYS`; "torchao" is left out, and noted, where it
-            is not installed.
-        methods: that need no data: "symmetric" has nothing in front of its products, "quarot" a transform for every
-            group of linears, as learned methods have.
-        products: of the export: "packed", or "int8" and (unrolled) "both" where a scheme quantizes activations.
+        schemes: schemes of quantized files, compiled without data.
+        forms: forms of the export: "unrolled", "rolled".
+        head_bits: bits of the head in quantized files; None for floating point.
+        pytorch: ways in which PyTorch runs the model, from `speed_torch.WAYS`; if "torchao" is not installed, it is
+            left out and noted.
+        methods: methods that need no data: "symmetric" has nothing before its products, "quarot" a transform for every
+            group of linears, like learned methods.
+        products: of the export: "packed"; "int8" and (unrolled) "both" if a scheme quantizes activations.
         group_size: neighbouring features that share a scale.
-        cells: keeps finished rows, so that a run that was cut off goes on.
-        say: told what is being measured.
+        cells: stores finished rows, so that an interrupted run can continue.
+        say: called with what is being measured.
 
     Raises:
-        LoopQError: unknown names, a scheme that needs data, a model that cannot have a key-value cache, or nothing
-            could be measured. A row that fails beside others says why.
+        LoopQError: a name is unknown, a scheme needs data, the model cannot have a key-value cache, or nothing could be
+            measured. If only some rows fail, each says why.
     """
     for name in pytorch:
         if name not in WAYS:
@@ -101,7 +101,7 @@ def _torch_row(job: Job, way: str, cells: Cells, say: Callable[[str], None]) -> 
 
 @dataclass(frozen=True)
 class _Export:
-    """A file to measure; full precision without a scheme."""
+    """A file to measure; without a scheme it is in full precision."""
 
     scheme: str = ""
     method: str = "symmetric"
@@ -132,7 +132,7 @@ def _onnx_row(job: Job, export: _Export, cells: Cells, say: Callable[[str], None
 
 
 def _cell(row: Values, job: Job, cells: Cells, say: Callable[[str], None], run: Callable[[], Values]) -> Values:
-    """A row, measured or kept; one that fails says why, and is tried again next time."""
+    """A row, measured or stored; a row that fails says why, and is tried again next time."""
     say(f"{row['runs']}, {row['form']}")
     about = {"speed": row, "version": __version__, "torch": torch.__version__, **asdict(job)}
     try:
@@ -143,7 +143,7 @@ def _cell(row: Values, job: Job, cells: Cells, say: Callable[[str], None], run: 
 
 
 def _write(job: Job, export: _Export, folder: str) -> Values:
-    """Writes a file, and leaves nothing of the model behind."""
+    """Writes a file, and keeps nothing of the model in memory."""
     model = load(job)
     example: Any = None if hasattr(model, "prepare_inputs_for_generation") else torch.ones(2, 8, dtype=torch.int64)
     options: dict[str, Any] = {"form": export.form, "head_bits": export.head, "products": export.products}

@@ -1,9 +1,9 @@
 """`python -m loopq_compile.bench.speed_session JSON`: how fast one model reads and writes text.
 
-Runs in a process of its own. Takes a `Job` as JSON and prints JSON: `load_ms`; `memory` and `peak`, the bytes that
+Runs in a separate process. Takes a `Job` as JSON and prints JSON: `load_ms`; `memory` and `peak`, the bytes that
 loading and running added to the resident size, at the end and at most; `first_s`, by how many seconds first calls took
-longer than second ones, which is where `torch.compile` works; `prefill`, tokens a second by length of a prompt;
-`decode`, tokens a second by batch. One thread; the best of several runs, because a machine is never quite free.
+longer than second ones, mostly the time of `torch.compile`; `prefill`, tokens per second by length of a prompt;
+`decode`, tokens per second by batch. One thread; the best of several runs, because a machine is never quite idle.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ class Job:
 
     Args:
         model: what `loopq_compile.sources.loading.load_model` takes, or an ONNX file.
-        way: in which PyTorch runs the model, one of `speed_torch.WAYS`; "" for an ONNX file.
-        config: of an Ouro model with random weights, as `OuroConfig.to_dict` writes it; None for the model by name.
+        way: how PyTorch runs the model, one of `speed_torch.WAYS`; "" for an ONNX file.
+        config: configuration of an Ouro model with random weights, as `OuroConfig.to_dict` writes it; None for the
+            model by name.
         prefill: lengths of prompts, one row.
-        decode: batch sizes, each behind a prompt of `context` tokens, for `steps` tokens.
-        repeats: runs, of which the fastest counts.
+        decode: batch sizes, each after a prompt of `context` tokens, for `steps` tokens.
+        repeats: number of runs, of which the fastest counts.
         trust_remote_code, allow_pickle: for Hugging Face models, as in `load_model`.
     """
 
@@ -54,13 +55,13 @@ class Job:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """What this module prints, of a process started for it.
+    """Starts this module as a process and returns what it prints.
 
     Raises:
         LoopQError: the process failed.
     """
     command = [sys.executable, "-m", "loopq_compile.bench.speed_session", json.dumps(asdict(job))]
-    with tempfile.TemporaryDirectory() as cache:  # an earlier run's would make torch.compile look fast
+    with tempfile.TemporaryDirectory() as cache:  # the cache of an earlier run would make torch.compile look fast
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -70,7 +71,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def _load(job: Job) -> Callable[[], Decoder]:
-    """Gives fresh decoders of the model."""
+    """Loads the model; returns a function that makes fresh decoders."""
     if not job.way:
         from loopq_compile.backends.onnx import OnnxExecutable
 
@@ -106,7 +107,7 @@ def _main(job: Job) -> None:
     compiled = []
 
     def seconds(run: Callable[[], float]) -> float:
-        """The fastest run; behind one that does not count, since `torch.compile` works in it."""
+        """The fastest run, after one that does not count because `torch.compile` works in it."""
         began = time.perf_counter()
         run()
         middle = time.perf_counter()
@@ -150,5 +151,5 @@ if __name__ == "__main__":
     lists: dict[str, Any] = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
     try:
         _main(Job(**(given | lists)))
-    except Exception as error:  # whatever a rival raises: one line for the table
+    except Exception as error:  # a rival may raise anything: one line for the table
         sys.exit(f"{type(error).__name__}: {first_line(error)}")

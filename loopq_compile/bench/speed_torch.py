@@ -19,8 +19,8 @@ GROUP_SIZE = 32
 
 
 class Way(NamedTuple):
-    """How PyTorch runs a model: the type of its weights, whether `torch.compile` takes it, whether torchao quantizes
-    its linears."""
+    """How PyTorch runs a model: the type of its weights, whether `torch.compile` compiles it, and whether torchao
+    quantizes its linears."""
 
     dtype: str
     compiled: bool = False
@@ -33,7 +33,7 @@ WAYS: Mapping[str, Way] = {
     "compiled": Way("float32", compiled=True),
     "torchao": Way("float32", compiled=True, torchao=True),
 }
-"""By the names that `bench speed --pytorch` takes."""
+"""Ways by the names that `bench speed --pytorch` takes."""
 
 
 class HuggingFaceDecoder:
@@ -51,14 +51,14 @@ class HuggingFaceDecoder:
 
 
 def decoders(model: nn.Module, way: Way) -> Callable[[], Decoder]:
-    """Gives fresh decoders of `model`, whose weights have the type that `way` names.
+    """Returns a function that makes fresh decoders of `model`, whose weights have the type in `way`.
 
-    Eager Hugging Face models run as they are. All others are captured, with a key-value cache that grows: one
-    `torch.compile` with dynamic shapes then serves all lengths (of looped SmolLM2 it decoded as fast as transformers'
-    model with a `StaticCache`: 17.4 and 17.7 tokens a second).
+    Eager Hugging Face models run unchanged. All others are captured with a growing key-value cache; one `torch.compile`
+    with dynamic shapes then serves all lengths (for looped SmolLM2 it decoded as fast as transformers' model with a
+    `StaticCache`: 17.4 and 17.7 tokens per second).
 
     Raises:
-        LoopQError: the model cannot be captured or have a cache.
+        LoopQError: the model cannot be captured, or cannot have a cache.
     """
     is_hugging_face = hasattr(model, "prepare_inputs_for_generation")
     if is_hugging_face and not way.compiled:
@@ -72,7 +72,7 @@ def decoders(model: nn.Module, way: Way) -> Callable[[], Decoder]:
     cached = program.with_cache(last_token=True)
     if way.torchao:
         quantize_with_torchao(cached.graph_module, weights)
-    # A graph that is compiled again and again would silently run eagerly in the end.
+    # A graph that is recompiled too often would silently run eagerly.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     cached.graph_module.compile(dynamic=True)
     return cached.decoder
@@ -93,8 +93,7 @@ def quantized_weights(program: Program) -> list[str]:
 def quantize_with_torchao(graph_module: fx.GraphModule, weights: list[str]) -> None:
     """Quantizes linears of a captured graph in place: 4-bit weights in groups of 32, 8-bit dynamic activations.
 
-    torchao 0.18 comes without its CPU kernels on x86, so weights stay unpacked, one to a byte, and are dequantized in
-    every call.
+    torchao 0.18 has no CPU kernels on x86, so weights stay unpacked, one per byte, and are dequantized in every call.
 
     Raises:
         LoopQError: torchao is not installed.
@@ -107,7 +106,7 @@ def quantize_with_torchao(graph_module: fx.GraphModule, weights: list[str]) -> N
     config = Int8DynamicActivationIntxWeightConfig(weight_dtype=four_bits, weight_granularity=PerGroup(GROUP_SIZE))
     for node in graph_module.graph.nodes:
         if node.target is torch.ops.aten.linear.default and getattr(node.args[1], "target", None) in weights:
-            node.target = F.linear  # which torchao's tensors know; the operator is taken apart before they see it
+            node.target = F.linear  # torchao's tensors support this; the operator would be decomposed first
     for weight in weights:
         owner, _, leaf = weight.rpartition(".")
         module = graph_module.get_submodule(owner)

@@ -1,4 +1,4 @@
-"""A study: one model, quantized and measured in many settings, each of them once."""
+"""A study: one model, quantized and measured in many settings, once each."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ PROBE_ROWS, PROBE_LENGTH = 4, 128
 
 
 class Study:
-    """Quantizes and measures a model; every result is a cell that is kept.
+    """Quantizes and measures a model; every result is a stored cell.
 
     Args:
-        model: in full precision; it is the teacher. Captured once, when the first cell needs it.
-        tokenizer: the model's, for calibration text; may be None where none is tokenized.
+        model: the full-precision model; it is the teacher. Captured once, when the first cell needs it.
+        tokenizer: the model's, for calibration text; may be None if no text is tokenized.
         tokens: held-out token ids, `[n]`.
-        settings: what all cells share.
-        cells: where results are kept.
-        say: told about every cell that was measured.
+        settings: settings of all cells.
+        cells: where results are stored.
+        say: called for every cell that was measured.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Study:
 
     @cached_property
     def teacher(self) -> Remembered:
-        """The model, which remembers what it said of the held-out text."""
+        """The model, which stores its outputs for the held-out text."""
         return Remembered(self.model)
 
     @property
@@ -91,7 +91,7 @@ class Study:
         return self.cell("full precision", {**window, "kind": "full precision"}, measure)
 
     def measure(self, run: Run) -> Values:
-        """All that is measured of one setting; see `_measure`. A setting that is impossible gives `{"error": message}`.
+        """Everything measured for one setting; see `_measure`. An impossible setting gives `{"error": message}`.
 
         Raises:
             LoopQError: the model cannot be measured at all.
@@ -104,7 +104,7 @@ class Study:
             return {"error": str(error)}
 
     def describe(self, run: Run) -> Values:
-        """All that determines what a run gives, for the name of its cell."""
+        """Everything that determines the result of a run, for the name of its cell."""
         settings = self.settings
         text, count = settings.calibration, run.samples or settings.samples
         if text not in CALIBRATIONS:
@@ -122,7 +122,7 @@ class Study:
         }
 
     def cell(self, name: str, about: Mapping[str, Any], measure: Callable[[], Values]) -> Values:
-        """A cell of this study: `about` is completed by model, text and version."""
+        """A cell of this study; model, text and version are added to `about`."""
 
         def noted() -> Values:
             start = time.perf_counter()
@@ -150,10 +150,10 @@ class Study:
         return self._batches[count, seed]
 
     def program(self, run: Run, checkpoint: Path | None = None) -> Program:
-        """The quantized model. Calibration goes on from what `checkpoint` has, a folder.
+        """The quantized model. Calibration continues from the folder `checkpoint`.
 
         Raises:
-            LoopQError: the method is unknown, cannot be taken apart as the flags say, or refuses the model.
+            LoopQError: the method is unknown, does not have these flags, or refuses the model.
         """
         batches = self.batches(run.samples, run.seed)
         options = CalibrationOptions(
@@ -219,11 +219,12 @@ def pipeline_of(run: Run) -> Pipeline:
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[dict[str, int]]:
-    """Notes the largest resident size of the process while it is open, in `["bytes"]`; nothing where Linux is not."""
+    """Records the largest resident size of the process while it is open, in `["bytes"]`; nothing on other systems than
+    Linux."""
     noted: dict[str, int] = {}
     status = Path("/proc/self/status")
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     yield noted
     with contextlib.suppress(OSError, StopIteration, ValueError):
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

@@ -55,7 +55,7 @@ def fig6(study: Study, selection: Selection) -> Report:
 
 
 def fig5(study: Study, selection: Selection) -> Report:
-    """Perplexity against the number of loops that run, beyond and below what was calibrated."""
+    """Perplexity against the number of loops that run, above and below the calibrated number."""
     compiled = _Loops(study, selection.schemes[0])
     counts = selection.values or range(1, 2 * len(compiled.ends) + 1)
     series = {"full precision": [compiled.model_score(count) for count in counts]}
@@ -158,7 +158,7 @@ class _Loops:
         self.teacher = cache(lambda count: Remembered(self._with(self.reference, count)))
 
     def model_score(self, count: int) -> Values:
-        """Of the model in full precision."""
+        """The score of the full-precision model."""
         about = {"kind": "loops of the model", "loops": count, **self.study.window}
         tokens = self.study.tokens
         return self.study.cell(
@@ -168,10 +168,10 @@ class _Loops:
         )
 
     def score(self, run: Run, count: int) -> Values:
-        """Of a program compiled for the model's own number; the teacher runs as many loops."""
+        """The score of a program compiled for the model's own number; the teacher runs the same number of loops."""
 
         def measure() -> Values:
-            if self._program is None or self._program[0] != str(run):  # only the latest: programs are large
+            if self._program is None or self._program[0] != str(run):  # only the latest is kept: programs are large
                 self._program = str(run), self.study.program(run)
             program = self._with(self._program[1].graph_module, count)
             return evaluate(program, self.study.tokens, teacher=self.teacher(count), **self.study.window).to_dict()

@@ -50,15 +50,15 @@ def table1(study: Study, selection: Selection) -> Report:
 
 
 def table2(study: Study, selection: Selection) -> Report:
-    """Ablation of LoopQ: what each of its parts is worth."""
+    """Ablation of LoopQ: the value of each of its parts."""
     rows = [("loopq", {"flags": flags, "label": label}) for label, flags in ABLATIONS.items()]
     return _variants(study, selection, "table2", "Ablation of LoopQ", rows)
 
 
 def solvers(study: Study, selection: Selection) -> Report:
-    """Ways to choose the integers of weights, without and behind transforms; learned rounding last.
+    """Ways to choose the integers of weights, without and after transforms; learned rounding comes last.
 
-    The selection's methods are "symmetric", for the solvers alone, and "loopq", which learns the rounding.
+    The selection's methods are "symmetric", for only the solvers, and "loopq", which learns the rounding.
     """
     rows: list[tuple[str, dict[str, Any]]] = []
     for flags, suffix in (({}, ""), ({"transforms": True}, " behind transforms")):
@@ -129,7 +129,7 @@ def table5(study: Study, selection: Selection) -> Report:
 
 
 def failures(found: Sequence[Values]) -> str:
-    """What went wrong, "" if nothing did."""
+    """What went wrong; "" if nothing did."""
     errors = [values["error"] for values in found if "error" in values]
     if not errors:
         return ""
@@ -137,7 +137,7 @@ def failures(found: Sequence[Values]) -> str:
 
 
 def good(found: Sequence[Values]) -> list[Values]:
-    """Those that were measured."""
+    """The values that were measured without error."""
     return [values for values in found if "error" not in values]
 
 
@@ -187,7 +187,7 @@ def _perplexities(measured: Sequence[tuple[Run, list[Values]]]) -> dict[str, dic
 
 
 def _data(study: Study, measured: Sequence[tuple[Run, list[Values]]]) -> Values:
-    """Numbers by run, without what other reports are made of."""
+    """Numbers by run, without data of other reports."""
     rows = []
     for run, found in measured:
         name, scheme, activation = _setting(run)

@@ -45,8 +45,8 @@ class HeldOut:
 
     text: the passages found, joined by an empty line, in the manifest's order.
     passages: the same, one string each.
-    passages_found, passages_total, characters_found, characters_total: how much of what the model card's figures were
-    measured on is present here; other library versions word some passages differently.
+    passages_found, passages_total, characters_found, characters_total: how much of the text behind the model card's
+    figures is present here; other library versions word some passages differently.
     """
 
     text: str
@@ -106,9 +106,9 @@ def load_tokenizer() -> "Tokenizer":
 
 @cache
 def held_out_text() -> HeldOut:
-    """Text the bundled model never saw, re-read from the installed libraries (a few seconds, then cached).
+    """Text that the bundled model never saw, read from the installed libraries (a few seconds, then cached).
 
-    Raises `LoopQError` when not one of the manifest's passages is found; missing ones are counted in the result.
+    Raises `LoopQError` if none of the manifest's passages is found; the result counts missing ones.
     """
     from loopq_compile.bundled.corpus import read_manifest
 
@@ -125,11 +125,11 @@ def held_out_text() -> HeldOut:
 
 
 def calibration_tokens(samples: int = 32, length: int = 128, seed: int = 0, batch: int = 4) -> "list[Tensor]":
-    """Token batches for calibration, from training passages alone (standard library and torch documentation).
+    """Token batches for calibration, only from training passages (standard library and torch documentation).
 
-    Returns a list of int64 tensors `[batch, length]`, `samples` rows in total (the last tensor holds what is left).
-    The same seed and library versions give the same tokens. Raises `LoopQError` for sizes below one or when the text
-    does not suffice.
+    Returns a list of int64 tensors `[batch, length]`, `samples` rows in total (the last tensor holds the rest).
+    The same seed and library versions give the same tokens. Raises `LoopQError` for sizes below one, or if the text
+    is too short.
     """
     import torch
 

@@ -1,9 +1,9 @@
-"""Text that is on every machine: documentation inside the installed libraries.
+"""Text that every machine has: documentation inside the installed libraries.
 
 Passages are the topics of `pydoc_data.topics` and the docstrings of the standard library and of the project's
 dependencies. Sources are parsed with `ast`, never imported, and no text is ever stored in the package: a manifest of
-hashes says which passages a figure was measured on. A passage belongs to the held-out split when its own hash says
-so, so the split does not depend on library versions.
+hashes says which passages a figure was measured on. A passage's own hash decides whether it belongs to the held-out
+split, so the split does not depend on library versions.
 """
 
 import ast
@@ -48,7 +48,7 @@ class Passage:
 
     @cached_property
     def digest(self) -> str:
-        """First 16 hex digits of the SHA-256 of the text with all white space collapsed."""
+        """First 16 hex digits of the SHA-256 of the text with white space collapsed."""
         return hashlib.sha256(" ".join(self.text.split()).encode()).hexdigest()[:16]
 
     @property
@@ -91,7 +91,7 @@ def statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
 
 
 def raw_texts(tree: ast.Module) -> Iterator[str]:
-    """Docstrings of a module, its classes and functions, and texts handed to calls such as `add_docstr(...)`."""
+    """Docstrings of a module, its classes and functions, and texts passed to calls such as `add_docstr(...)`."""
     for node in statements([tree]):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             documented = ast.get_docstring(node, clean=False)
@@ -126,7 +126,7 @@ def parse_passages(source: str, code: str) -> list[Passage]:
 
 
 def package_root(package: str) -> Path | None:
-    """The folder that source paths of `package` are relative to, or None when it is not installed. Imports nothing."""
+    """The folder to which source paths of `package` are relative; None if it is not installed. Imports nothing."""
     if package == STDLIB:
         return Path(sysconfig.get_paths()["stdlib"])
     try:
@@ -195,14 +195,14 @@ def read_corpus(packages: Sequence[str] = CORPUS_PACKAGES) -> list[Passage]:
 
 
 def shuffled(passages: Sequence[Passage], seed: int) -> list[Passage]:
-    """The passages in an order that depends on `seed` and on their hashes alone."""
+    """The passages in an order that depends only on `seed` and on their hashes."""
     ordered = sorted(passages, key=lambda passage: passage.digest)
     random.Random(seed).shuffle(ordered)
     return ordered
 
 
 def drop_near_duplicates(held_out: Sequence[Passage], training: Sequence[Passage]) -> list[Passage]:
-    """Held-out passages of which at most half the characters stand in lines that also occur in the training text."""
+    """Held-out passages of which at most half the characters are in lines that also occur in the training text."""
 
     def lines(passage: Passage) -> list[str]:
         return [line.strip() for line in passage.text.splitlines() if len(line.strip()) > 20]
@@ -226,9 +226,9 @@ def make_manifest(passages: Sequence[Passage]) -> dict[str, list[list[str | int]
 
 
 def read_manifest(manifest: dict[str, list[list[str | int]]]) -> list[Passage]:
-    """The passages of a manifest that stand in the installed libraries; parses only the files it names.
+    """The passages of a manifest that the installed libraries contain; parses only the files it names.
 
-    They come in the order of their hashes, so that any first part of them is a fair sample of all sources.
+    They are in the order of their hashes, so that every first part of them is a fair sample of all sources.
     """
     found: list[Passage] = []
     for source, wanted in manifest.items():

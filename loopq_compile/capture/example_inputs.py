@@ -142,7 +142,7 @@ def name_dimensions(arguments: Mapping[str, Any]) -> Dimensions:
 
 
 def separate(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The example with a tensor of its own for each input, on the model's `device`.
+    """The example with a separate tensor for each input, on the model's `device`.
 
     The exporter treats one tensor object as one value: if an input were the same object as another input or a weight,
     the two would be merged. Inputs must not share memory either, since the model might write to it.

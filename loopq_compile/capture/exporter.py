@@ -218,7 +218,7 @@ def _export(model: nn.Module, arguments: Mapping[str, Any], shapes: dict[str, An
 
 
 def _forget_unread_buffers(graph: fx.Graph) -> None:
-    """Removes writes to buffers that are overwritten as a whole and never read: tables that every call makes anew."""
+    """Removes writes to buffers that are overwritten as a whole and never read: tables that every call recomputes."""
     for node in list(graph.nodes):
         if node.target is torch.ops.aten.copy_.default and not node.users:
             buffer = node.args[0]

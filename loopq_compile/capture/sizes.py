@@ -27,7 +27,7 @@ _PYTORCH = os.path.dirname(torch.__file__)
 _SYMBOLIC = ("torch/__init__.py", "sym_node.py", "symbolic_shapes.py", "recording.py")
 """Endings of the names of PyTorch's files that carry out a model's comparison of sizes."""
 _LARGE = (1 << 14, (1 << 14) + 1, (1 << 14) + 2, (1 << 14) + 3)
-"""Lengths that stand for all large ones: consecutive, since a condition may ask for remainders."""
+"""Lengths that represent all large ones: consecutive, since a condition may depend on remainders."""
 
 
 @dataclass
@@ -173,7 +173,7 @@ def necessary(
     Args:
         conditions: conditions of the captured graph.
         sizes: sizes of the example.
-            agrees: whether model and graph compute the same at some sizes.
+        agrees: whether model and graph compute the same at some sizes.
     """
     kept = []
     for condition in conditions:

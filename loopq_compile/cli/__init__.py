@@ -1,4 +1,4 @@
-"""The command line: `loopq-compile`. One module a command; heavy imports happen when a command runs."""
+"""The command line: `loopq-compile`. One module per command; heavy imports happen when a command runs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ app = typer.Typer(
     help="""Quantizes looped language models (LoopQ) and lowers them to ONNX.
 
     A looped model runs one block of layers several times. Start with `loopq-compile demo`, which takes the small looped
-    language model inside this package all the way; then `compile` one of your own.
+    language model inside this package through all steps; then `compile` one of your own.
 
     A MODEL is one of: the word "bundled"; a Hugging Face folder or hub id; a folder written by `compile`; an .onnx file
     or the folder written by `export`.
 
-    Exit status: 0 success; 1 an error that the message says how to mend; 2 a wrong option; 3 a check failed (`bisect
+    Exit status: 0 success; 1 an error, and the message says what to do; 2 a wrong option; 3 a check failed (`bisect
     --limit`); 70 a defect of this program or of a custom pass; 130 interrupted.
     """,
 )
@@ -57,14 +57,15 @@ def _root(
 
 
 WAIT_POLICY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Environment variables that say how OpenMP threads wait."""
+"""Environment variables that control how OpenMP threads wait."""
 
 
 def wait_passively() -> None:
     """Lets OpenMP threads sleep while they wait, unless the user chose how they wait.
 
-    On a busy machine threads that wait actively take the processor from the one that they wait for. OpenMP reads the
-    environment when its library loads: call this before anything imports torch. Processes started later inherit it.
+    On a busy machine, threads that wait actively take the processor from the thread that they wait for. OpenMP reads
+    the environment when its library loads, so call this before anything imports torch. Processes started later inherit
+    it.
     """
     if not any(name in os.environ for name in WAIT_POLICY):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

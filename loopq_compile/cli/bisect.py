@@ -41,8 +41,7 @@ def bisect_command(
         float | None,
         typer.Option(
             min=0.0,
-            help="Largest relative error of the results that is in order; without it, the pass that "
-            "added most is named.",
+            help="Largest acceptable relative error of the results; without it, the pass that added most is named.",
         ),
     ] = None,
     calibration: Annotated[
@@ -60,8 +59,8 @@ def bisect_command(
 ) -> None:
     """Find the pass that broke numerics: compile again and compare with the model after every pass.
 
-    Shows the relative error of the results behind each pass, and the first node that a pass moved. Ends with status 3
-    if --limit is exceeded, so that it can stand in a script.
+    Shows the relative error of the results after each pass, and the first node that a pass moved. Ends with status 3
+    if --limit is exceeded, for use in scripts.
 
     Example: loopq-compile bisect bundled --method las --limit 0.5
     """

@@ -1,4 +1,4 @@
-"""What the commands share: consoles, errors as one message, options, and ways from names to models and texts."""
+"""Shared by the commands: consoles, errors as one message, options, and loading of models and texts by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = (
     "a file: .txt, .jsonl, .json (field `text`, or FILE@FIELD), also compressed; .parquet; a folder of these, or one "
     "that `datasets` saved"
 )
-"""What is read as text, for help."""
+"""Sources that are read as text, for help."""
 Model = Annotated[
     str,
     typer.Argument(
@@ -36,7 +36,7 @@ Model = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of text for people.")]
 TokenizerFile = Annotated[
     str | None,
-    typer.Option("--tokenizer", metavar="FILE", help="tokenizer.json to use; by default the one beside the model."),
+    typer.Option("--tokenizer", metavar="FILE", help="tokenizer.json to use; by default the model's own."),
 ]
 TrustRemoteCode = Annotated[
     bool,
@@ -98,7 +98,7 @@ MaxTokens = Annotated[int, typer.Option("--max-tokens", min=0, help="Score only 
 
 
 _GLANCE = 1 << 16
-"""Characters that show what a text is."""
+"""How many characters are read to check a text."""
 DEFECT = 70
 """Exit status of internal errors; `EX_SOFTWARE` in BSD's sysexits."""
 
@@ -107,7 +107,7 @@ class Commands(TyperGroup):
     """Commands whose errors reach the user as one message on standard error and exit status 1."""
 
     def invoke(self, ctx: Any) -> Any:
-        for stream in (sys.stdout, sys.stderr):  # what a terminal cannot hold appears as \\u732b
+        for stream in (sys.stdout, sys.stderr):  # characters that a terminal cannot show appear as \\u732b
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         with warnings.catch_warnings():
@@ -118,7 +118,7 @@ class Commands(TyperGroup):
                 _fail(str(error))
             except InternalError as error:
                 _fail(f"{error}\nThis is a defect, of this program or of a custom pass. Please report it.", DEFECT)
-            except BrokenPipeError:  # the reader (head, less) has left
+            except BrokenPipeError:  # the reader (head, less) has ended
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
                 raise typer.Exit(1) from None
             except OSError as error:
@@ -132,7 +132,7 @@ def _fail(message: str, status: int = 1) -> None:
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that does not squeeze tables into 80 columns where there is no terminal."""
+    """A console that does not squeeze tables into 80 columns if there is no terminal."""
     made = Console(stderr=stderr, soft_wrap=False, highlight=False)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made = Console(stderr=stderr, width=160, highlight=False)
@@ -171,7 +171,7 @@ def load(
 
     place = find_device(device)  # refused before a model is loaded
     if tokenizer_file:
-        read_tokenizer(tokenizer_file)  # which may fail; loading a model takes long
+        read_tokenizer(tokenizer_file)  # may fail, so it comes before loading a model, which takes long
     loaded = load_model(name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, dtype=dtype)
     loaded = repeat_in(loaded, repeat) if repeat else loaded
     if loaded.kind != "onnx":
@@ -182,7 +182,7 @@ def load(
 
 
 def check_text(text: str | None = None, calibration: str | None = None) -> None:
-    """Refuses a text that cannot be read, before a model is loaded: looks at its beginning."""
+    """Refuses an unreadable text before a model is loaded; reads only its beginning."""
     from loopq_compile.sources.calibration_text import read_text
     from loopq_compile.sources.self_generated import CALIBRATIONS
 
@@ -193,7 +193,7 @@ def check_text(text: str | None = None, calibration: str | None = None) -> None:
 
 
 def text_source(file: str | None, tokens: int = 0) -> tuple[str, str]:
-    """The text to score, enough of it for so many tokens (0: all), and a sentence about where it is from."""
+    """The text to score, enough for this many tokens (0: all), and a sentence about its source."""
     if file is not None:
         from loopq_compile.sources.calibration_text import read_text
 
@@ -214,7 +214,7 @@ def calibration_batches(
 
 
 def default_text(method: str, activation: str, loaded: Loaded) -> str | None:
-    """`docs` where a method needs calibration text and nobody named any; None without need, or without a tokenizer."""
+    """`docs` if a method needs calibration text and none is given; None if it needs none, or without a tokenizer."""
     from loopq_compile.compiler import DATA_FREE
 
     needed = method not in DATA_FREE or activation == "static"
@@ -247,6 +247,6 @@ def checked_choice(option: str, value: str, choices: Sequence[str]) -> str:
 
 
 def note(json_output: bool) -> Callable[[str], None]:
-    """Prints remarks for people: to standard output, or to standard error where that is kept for JSON."""
+    """Prints remarks for people: to standard output, or to standard error if standard output is for JSON."""
     target = console(stderr=json_output)
     return lambda text: target.print(text, markup=False)

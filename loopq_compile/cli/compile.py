@@ -51,8 +51,8 @@ def compile_command(
     activation: Annotated[
         str,
         typer.Option(
-            help="dynamic: activation scales are taken from every token as it comes. static: they are constants found "
-            "in calibration."
+            help="dynamic: activation scales are computed for every token at run time. static: they are constants from "
+            "calibration."
         ),
     ] = "dynamic",
     group_size: Annotated[int, typer.Option(help="Neighbouring features that share a scale; -1 for whole rows.")] = 32,
@@ -81,7 +81,7 @@ def compile_command(
     precision: Annotated[str, typer.Option(help="float32, or bfloat16 where the processor has it.")] = "float32",
     checkpoint: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder for checkpoints; a killed calibration goes on from there."),
+        typer.Option(metavar="DIR", help="Folder for checkpoints; a killed calibration continues from there."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Predict size, memory and time; quantize and write nothing.")
@@ -157,7 +157,7 @@ def _compile(
     options: CalibrationOptions,
     out: Path,
 ) -> Program:
-    """Quantizes the model, gives its weights up one by one, and saves the program beside its tokenizer."""
+    """Quantizes the model, releases its weights one by one, and saves the program with its tokenizer."""
     from loopq_compile.compiler import compile as compile_model
     from loopq_compile.storage.artifact import save
 

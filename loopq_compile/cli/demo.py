@@ -18,17 +18,17 @@ def demo(
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples of 128 tokens.")] = 512,
     steps: Annotated[
         int, typer.Option(min=1, help="Optimizer steps of loopq; more take longer and serve quality.")
-    ] = 120,
+    ] = 100,
     readme: Annotated[
         Path | None,
         typer.Option("--readme", metavar="FILE", help="Rewrite the figures of this document with those of the run."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Take the bundled looped language model all the way: a few minutes on two cores.
+    """Take the bundled looped language model through all steps: a few minutes on two cores.
 
-    Captures it, finds its loops, quantizes it in several ways and measures each on held-out text, exports LoopQ's with
-    four-bit weights and activations to ONNX, and lets ONNX Runtime write text with it.
+    Captures it, finds its loops, quantizes it in several ways and measures each on held-out text, exports LoopQ's
+    program with four-bit weights and activations to ONNX, and lets ONNX Runtime write text with it.
     """
     from loopq_compile.bench.demo import Demo
 

@@ -51,14 +51,14 @@ def eval_command(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Run tasks of lm-eval in place of a text: hellaswag,winogrande,arc_challenge,lambada_openai,mmlu,"
+            help="Run tasks of lm-eval instead of a text: hellaswag,winogrande,arc_challenge,lambada_openai,mmlu,"
             "wikitext, or YAML files of your own, comma-separated. Needs the extra `eval`.",
         ),
     ] = None,
     task_folder: Annotated[
         str | None, typer.Option("--task-folder", metavar="DIR", help="Folder with YAML files of further tasks.")
     ] = None,
-    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in front of a task's questions.")] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before a task's questions.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of every task; all by default.")] = None,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -70,13 +70,13 @@ def eval_command(
 ) -> None:
     """Measure perplexity (lower is better): how well models predict a text.
 
-    Windows of LENGTH tokens slide over the text by STRIDE; of each, only the new tokens are scored, so that every
-    token has context and counts once. With several models, the others are also compared with the first one: KL
+    Windows of LENGTH tokens slide over the text by STRIDE. In each, only the new tokens are scored, so that every token
+    has context and counts once. With several models, the others are also compared with the first one: KL
     divergence of their predictions per token, and how often they rank the same token first.
 
     Example: loopq-compile eval bundled my-program my-onnx/model.onnx
 
-    With --exit-threshold, programs and files read the text token by token, as they write it, and stop loops early.
+    With --exit-threshold, programs and files read the text token by token, as in generation, and stop loops early.
 
     With --tasks, models answer the questions of lm-eval's tasks instead.
 
@@ -114,7 +114,7 @@ def _score_text(
     teacher_tokens: Any = None
     for name in models:
         loaded = load(name)
-        if content is None:  # takes seconds; not before the model is there
+        if content is None:  # takes seconds, so it is done after the model is loaded
             content, source = text_source(file)
         tokens = tokenize(loaded.tokenizer, content, max_tokens)
         compare = teacher if teacher_tokens is not None and tokens.equal(teacher_tokens) else None
@@ -138,7 +138,7 @@ def _score_text(
 
 
 def _repeat_for(name: str, repeat: str | None) -> str | None:
-    """Layers are repeated in Hugging Face models; programs and ONNX files beside them are what they are."""
+    """Layers are repeated only in Hugging Face models; programs and ONNX files stay unchanged."""
     from pathlib import Path
 
     from loopq_compile.sources.loading import PROGRAM_FILE

@@ -27,16 +27,14 @@ _NO_ONNX_OPTIONS = {
     "float_bits": 32,
     "external_data_threshold": None,
 }
-"""Options of ONNX files when nobody gives any."""
+"""Default options of ONNX files."""
 
 _ONLY_ONNX = ("products", "head_bits", "early_exit", "float_bits", "external_data_threshold")
 
 
 def export_command(
     program: Annotated[str, typer.Argument(metavar="DIR", help="Folder written by `loopq-compile compile`.")],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for what is written, and the tokenizer.")
-    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the output and the tokenizer.")],
     target: Annotated[
         str,
         typer.Option(
@@ -51,7 +49,7 @@ def export_command(
         bool, typer.Option("--cache", help="Key-value cache: the file reads a prompt once and then token by token.")
     ] = False,
     last_token: Annotated[
-        bool, typer.Option("--last-token", help="With --cache: compute logits for the last token alone.")
+        bool, typer.Option("--last-token", help="With --cache: compute logits for only the last token.")
     ] = False,
     products: Annotated[
         str,
@@ -79,7 +77,7 @@ def export_command(
         typer.Option(
             "--external-data-threshold",
             metavar="BYTES",
-            help="Weights above this size (64 MiB by default) get a file of their own, which needs less memory.",
+            help="Weights above this size (64 MiB by default) get a separate file, which needs less memory.",
         ),
     ] = None,
     genai: Annotated[
@@ -98,7 +96,7 @@ def export_command(
     """
     loaded = load(program)
     if loaded.kind != "program":
-        raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile {program} --out DIR` first.")
+        raise LoopQError(f"{program} is not a compiled program; run `loopq-compile compile {program} --out DIR` first.")
     options = {
         "form": form,
         "cache": cache or genai,
@@ -174,7 +172,7 @@ def _export_kernels(loaded: Loaded, out: Path, architectures: str, options: dict
 
 
 def _end_tokens(loaded: Loaded, form: str) -> int | list[int]:
-    """What ends a text in onnxruntime-genai; checked before anything is written."""
+    """The tokens that end a text in onnxruntime-genai; checked before anything is written."""
     from loopq_compile.backends.onnx.genai import ROLLED_REFUSAL
     from loopq_compile.generation.tokenizer import END_TOKENS
     from loopq_compile.sources.loading import end_tokens
@@ -192,7 +190,7 @@ def _end_tokens(loaded: Loaded, form: str) -> int | list[int]:
 
 
 def _with_special_tokens(loaded: Loaded) -> Loaded:
-    """The model with a tokenizer_config.json from which onnxruntime-genai knows what the tokenizer adds to a text."""
+    """The model with a tokenizer_config.json that tells onnxruntime-genai what the tokenizer adds to a text."""
     from loopq_compile.backends.onnx.genai_tokenizer import TOKENIZER_CONFIG, with_special_tokens
 
     settings = json_module.loads(loaded.settings.get(TOKENIZER_CONFIG, "{}"))

@@ -37,14 +37,14 @@ def generate_command(
     seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
     stop: Annotated[
         list[str] | None,
-        typer.Option("--stop", metavar="TEXT", help=r"End behind this text (\n: line break); may be given repeatedly."),
+        typer.Option("--stop", metavar="TEXT", help=r"Stop after this text (\n: line break); may be given repeatedly."),
     ] = None,
     loops: Annotated[
         int | None,
         typer.Option("--loops", min=1, help="Loops to run, of ONNX files written with `export --form rolled`."),
     ] = None,
     exit_threshold: ExitThreshold = None,
-    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on behind the end-of-text token.")] = False,
+    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Continue after the end-of-text token.")] = False,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -111,7 +111,7 @@ def _chosen(loaded: Any, loops: int | None, exit_threshold: float | None) -> Any
     if loops is not None and loaded.kind != "onnx":
         raise LoopQError(
             "--loops is for ONNX files, in which the number of loops is an input: write one with `loopq-compile export "
-            "DIR --form rolled`. Models and compiled programs run the loops that they have."
+            "DIR --form rolled`. Models and compiled programs run their own number of loops."
         )
     options = {"loops": loops, "exit_threshold": exit_threshold}
     given = {name: value for name, value in options.items() if value is not None}
@@ -135,7 +135,7 @@ def _check_sampling(do_sample: bool, temperature: float, top_k: int | None, top_
 
 
 def _check_text(option: str, text: str) -> None:
-    """Bytes of an argument that are not UTF-8 reach Python as lone surrogates."""
+    """Refuses text that is not UTF-8: such bytes of an argument reach Python as lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -145,15 +145,16 @@ def _check_text(option: str, text: str) -> None:
 
 
 def unescaped(text: str) -> str:
-    r"""`text` with `\n`, `\t` and `\\`, as shells hand them on, turned into what they stand for."""
+    r"""`text` with `\n`, `\t` and `\\`, as shells pass them on, replaced by the characters that they mean."""
     if not text:
-        raise LoopQError("--stop is empty: give the text to end behind.")
+        raise LoopQError("--stop is empty: give the text to stop after.")
     _check_text("--stop", text)
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], "\\"), text)
 
 
 def pieces(tokenizer: Any, prompt: list[int], steps: Iterable[int], made: list[int]) -> Iterator[str]:
-    """Text to print for each new token; tokens are added to `made`. Half characters wait for their other half."""
+    """Text to print for each new token; tokens are added to `made`. Incomplete characters wait for their other
+    bytes."""
     shown = tokenizer.decode(prompt)
     for token in steps:
         made.append(token)

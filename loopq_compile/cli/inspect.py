@@ -46,13 +46,12 @@ def inspect_command(
     dtype: Dtype = "float32",
     json: Json = False,
 ) -> None:
-    """Show what is inside: loops, linear layers with bits and ranges of every loop, and what each pass did.
+    """Show loops, linear layers with bits and ranges of every loop, and what each pass did.
 
     Takes a compiled program, or a model. A model is captured and its loops are found; the last lines say what would be
-    quantized, and whether a key-value cache and the rolled form would work. In the
-    picture, linear layers are blue, quantization is orange, weights are grey; point at a node to see more. The page
-    has every node with its code, loop, module, type and pass, links to its inputs and users, and filters; it opens in
-    any browser, without network.
+    quantized, and whether a key-value cache and the rolled form would work. In the picture, linear layers are blue,
+    quantization is orange, weights are grey; point at a node to see more. The page has every node with its code, loop,
+    module, type and pass, links to its inputs and users, and filters; it opens in any browser, without network.
 
     Example: loopq-compile inspect my-program --html my-program.html
     """

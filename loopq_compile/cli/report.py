@@ -46,7 +46,7 @@ def report_command(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Write what quantization did to every loop as one HTML file that needs no network.
+    """Write the effect of quantization on every loop as one HTML file that needs no network.
 
     Example: loopq-compile report my-program other-program --model bundled --out report.html
     """
@@ -69,7 +69,7 @@ def report_command(
         if one.kind == "onnx":
             raise LoopQError(f"{name} is an ONNX export; report takes the program that it was made from.")
         if one.kind != "program":
-            raise LoopQError(f"{name} is no compiled program; run `loopq-compile compile {name} --out DIR` first.")
+            raise LoopQError(f"{name} is not a compiled program; run `loopq-compile compile {name} --out DIR` first.")
     batches, base, tokenizer = [], None, None
     if model is not None:
         source = load(model, None, trust_remote_code, repeat, allow_pickle, dtype, device)

@@ -20,14 +20,14 @@ def verify_command(
     ],
     json: Json = False,
 ) -> None:
-    """Check that a saved program or an export is whole.
+    """Check that a saved program or an export is intact.
 
-    Compares sizes and hashes with the manifest. Of a program also format version, shapes, finite tables, a valid graph
-    and loop tags; of an export, that its weights lie in the folder, have their sizes and no NaN, and that the ONNX
-    checker takes the model.
+    Compares sizes and hashes with the manifest. For a program, also checks format version, shapes, finite tables, the
+    graph and loop tags; for an export, that its weights are in the folder, have their sizes and no NaN, and that the
+    ONNX checker accepts the model.
 
-    Ends with status 0 if nothing is wrong, else with one line that says what is, and status 1. Nothing in the folder
-    is executed or unpickled.
+    Ends with status 0 if nothing is wrong; otherwise with one line that says what is wrong, and status 1. Nothing in
+    the folder is executed or unpickled.
     """
     found = _verify(directory)
     if json:
@@ -44,7 +44,7 @@ def verify_command(
 
 
 def _verify(directory: Path) -> list[Verified]:
-    """What is found in a folder with a program, an export, or both."""
+    """Checks a folder with a program, an export, or both."""
     from loopq_compile.backends.onnx import folder
     from loopq_compile.storage import artifact
     from loopq_compile.storage.atomic import settle

@@ -34,33 +34,33 @@ except ImportError as error:
 
 MAX_LENGTH, NEW_TOKENS = 2048, 256
 _LARGEST_OUTPUT = 1 << 25
-"""Logits of one batch hold at most this many numbers."""
+"""Most numbers in the logits of one batch."""
 LAST_TOKEN_REFUSAL = (
     "Log-likelihoods need logits for every token; {} tokens gave {}. Programs and files made with last_token "
     "(`--last-token`) give those of the last: export without it."
 )
 Request = tuple[Any, list[int], list[int]]
-"""Whatever lm-eval calls it by, tokens of the context, tokens of the continuation."""
+"""lm-eval's key of the request, tokens of the context, tokens of the continuation."""
 
 
 @register_model("loopq")
 class LanguageModel(TemplateLM):
-    """What lm-eval asks of a model, answered by anything that maps token ids to logits.
+    """The model interface of lm-eval, for anything that maps token ids to logits.
 
     Args:
-        model: a module, a `Program`, an ONNX executable; with its `tokenizer`.
+        model: a module, a `Program` or an ONNX executable; needs its `tokenizer`.
         tokenizer: a `tokenizers.Tokenizer`.
-        path: in place of the two, whatever `loopq_compile.sources.loading.load_model` takes.
-        settings: text files by name, as `Loaded.settings` has them: `tokenizer_config.json` names the first and the
-            last token and the chat template, `generation_config.json` the tokens that end an answer.
-        max_length: tokens of context at most; older ones are cut off. By default what the model's configuration says
+        path: instead of the two, anything that `loopq_compile.sources.loading.load_model` takes.
+        settings: text files by name, as in `Loaded.settings`: `tokenizer_config.json` names the first and the last
+            token and the chat template, `generation_config.json` the tokens that end an answer.
+        max_length: most tokens of context; older ones are cut off. The default is that of the model's configuration
             (`n_positions`, `max_position_embeddings`, `n_ctx`), else the tokenizer's `model_max_length`, else 2048.
         batch_size: sequences that run together.
 
-    Tokens, prefixes, windows and stops are those of lm-eval's own `HFLM`.
+    Tokens, prefixes, windows and stops are handled as in lm-eval's own `HFLM`.
 
     Raises:
-        LoopQError: nothing to run, or no tokenizer.
+        LoopQError: there is nothing to run, or no tokenizer.
     """
 
     def __init__(
@@ -105,7 +105,8 @@ class LanguageModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Id of the token before texts without context: the first of every text where there is one, else the last."""
+        """Id of the token before texts without context: the token that begins every text if there is one, else the one
+        that ends it."""
         own = self.tokenizer.bos_token_id
         return self.eot_token_id if own is None else own
 
@@ -122,13 +123,14 @@ class LanguageModel(TemplateLM):
         return f"loopq-{len(self.tokenizer)}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text; None adds special tokens as the tokenizer does, except to a text that has the first."""
+        """Token ids of a text; None adds special tokens as the tokenizer does, unless the text already begins with the
+        first."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]) or "\0")
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation, by the tokenizer's template; roles it refuses are left out as `HFLM` does.
+        """The text of a conversation, by the tokenizer's template; roles that it refuses are left out, as in `HFLM`.
 
         Raises:
             LoopQError: the tokenizer has no chat template.
@@ -156,7 +158,7 @@ class LanguageModel(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, in windows of `max_length` tokens, every token once."""
+        """Log-probability of whole texts, in windows of `max_length` tokens; every token counts once."""
         windows: list[Request] = []
         owner: list[int] = []
         for number, (text,) in enumerate(request.args for request in requests):
@@ -171,7 +173,7 @@ class LanguageModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts that continue the contexts up to the first of their stop strings, or a token that ends texts."""
+        """Continues the contexts up to the first of their stop strings, or a token that ends texts."""
         answers = []
         arguments = [request.args for request in requests]
         for context, options in arguments if disable_tqdm else progress(arguments, "writing answers", len(arguments)):
@@ -187,7 +189,7 @@ class LanguageModel(TemplateLM):
             self.cache_hook = hook
 
     def _batches(self, order: Sequence[int], requests: Sequence[Request]) -> Iterator[list[int]]:
-        """Requests of like length together; the longest come first."""
+        """Batches requests of similar length; the longest come first."""
         batch: list[int] = []
         longest = limit = 1
         for i in order:
@@ -202,7 +204,7 @@ class LanguageModel(TemplateLM):
             yield batch
 
     def _score(self, pairs: Sequence[Sequence[list[int]]]) -> Iterable[tuple[float, bool]]:
-        """Rows are filled up after their end, which a causal model does not look at."""
+        """Scores pairs; rows are padded after their end, where a causal model does not look."""
         for _, continuation in pairs:
             if not 0 < len(continuation) <= self.max_length:
                 raise LoopQError(
@@ -253,7 +255,7 @@ class LanguageModel(TemplateLM):
 
 
 class _Sized:
-    """The model for `stream`: its decoder where it has one, else its logits on the CPU."""
+    """The model for `stream`: its decoder if it has one, else its logits on the CPU."""
 
     def __init__(self, model: Any, call: Any) -> None:
         self.model, self.call = model, call
@@ -263,7 +265,8 @@ class _Sized:
 
 
 def _tokenizer(tokenizer: Any, settings: Mapping[str, str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of transformers: with its settings, or with the first and last token that can be told without."""
+    """A transformers tokenizer: with its settings, or with the first and last token that can be found without
+    settings."""
     from loopq_compile.generation.tokenizer import end_token
 
     files = {name: text for name, text in settings.items() if name in SETTINGS and name != SOURCE_CONFIG}
@@ -300,15 +303,15 @@ def run_tasks(
     Args:
         model: what to measure.
         tasks: names of tasks or groups, or YAML files of tasks.
-        folder: with YAML files of further tasks.
-        fewshot: examples in front of every question; None for the task's own number.
-        limit: questions of every task; None for all.
+        folder: a folder with YAML files of further tasks.
+        fewshot: how many examples come before every question; None for the task's own number.
+        limit: most questions of every task; None for all.
 
     Returns:
-        By task or group, its metrics and their standard errors.
+        The metrics of each task or group, and their standard errors.
 
     Raises:
-        LoopQError: a task is unknown, or its data set cannot be had.
+        LoopQError: a task is unknown, or its data set is not available.
     """
     results = simple_evaluate(
         model=model,
@@ -324,7 +327,7 @@ def run_tasks(
 
 
 def _find_tasks(tasks: Sequence[str], folder: str | None) -> TaskManager:
-    """Reading lm-eval's own thousands of tasks takes seconds; a folder may have all that are asked for."""
+    """Finds tasks; skips reading lm-eval's own thousands, which takes seconds, if a folder has all requested ones."""
     if folder is not None:
         own = _Tasks(include_path=folder, include_defaults=False)
         if set(tasks) <= set(own.all_tasks):
@@ -333,7 +336,7 @@ def _find_tasks(tasks: Sequence[str], folder: str | None) -> TaskManager:
 
 
 class _Tasks(TaskManager):
-    """Tasks whose failures to load are told as what they are."""
+    """Loads tasks; reports load errors with their cause."""
 
     def load(self, task_list: Any) -> Any:
         known = self.all_tasks
@@ -342,7 +345,7 @@ class _Tasks(TaskManager):
                 raise LoopQError(f"lm-eval has no task {name!r}.{_suggestion(name, known)}")
         try:
             return super().load(task_list)
-        except Exception as error:  # of the data sets' many sources, each with its own kinds
+        except Exception as error:  # data sets have many sources, each with its own kinds of errors
             reason = " ".join(str(error).split())[:300]
             raise LoopQError(
                 f"The data of {', '.join(map(str, task_list))} cannot be had: {type(error).__name__}: {reason}. "
@@ -352,6 +355,6 @@ class _Tasks(TaskManager):
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:
-    """The like-named task; lm-eval has thousands, too many to list."""
+    """The task with a similar name; lm-eval has thousands, too many to list."""
     hint = did_you_mean(name, known).partition(" Known:")[0]
     return hint or " `lm-eval ls tasks` lists them."

@@ -1,10 +1,10 @@
-"""Perplexity by sliding window, and how far a quantized model is from its teacher.
+"""Perplexity by sliding window, and the distance of a quantized model from its teacher.
 
-The text is one long row of tokens. Windows of `length` tokens start every `stride` tokens; of each window only the
-tokens are scored that no earlier window contained, so that with `stride < length` all tokens but the very first are
-scored once, each with at least `length - stride` tokens of context. This is the recipe of the Hugging Face
-documentation ("Perplexity of fixed-length models"); with `stride == length` it is the plain cross entropy of
-disjoint windows, whose first tokens have no context and are left out.
+The text is one long row of tokens. Windows of `length` tokens start every `stride` tokens. Each window scores only the
+tokens that no earlier window contained. With `stride < length`, all tokens except the very first are scored once, each
+with at least `length - stride` tokens of context. This is the recipe of the Hugging Face documentation ("Perplexity of
+fixed-length models"). With `stride == length` it is the plain cross entropy of disjoint windows, whose first tokens
+have no context and are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from loopq_compile.progress import progress
 
 LENGTH, STRIDE, BATCH = 256, 128, 8
 _LARGEST_OUTPUT = 1 << 25
-"""Logits of one batch hold at most this many numbers; larger batches are split."""
+"""Most numbers in the logits of one batch; larger batches are split."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens `begin` to `end` (exclusive) of the text; the tokens from position `first` of the window on are scored."""
+    """Tokens `begin` to `end` (exclusive) of the text; tokens from position `first` of the window on are scored."""
 
     begin: int
     end: int
@@ -68,7 +68,7 @@ def windows(tokens: int, length: int, stride: int) -> list[Window]:
     """The windows over a text of `tokens` tokens.
 
     Raises:
-        LoopQError: fewer than two tokens, or sizes that leave tokens out.
+        LoopQError: there are fewer than two tokens, or the sizes would leave tokens out.
     """
     if tokens < 2:
         raise LoopQError(f"The text has {tokens} token(s); perplexity needs at least two.")
@@ -101,13 +101,13 @@ def evaluate(
     Args:
         model: maps ids `[batch, sequence]` to logits: a module, a `Program`, or an ONNX executable.
         tokens: ids, `[n]` or `[1, n]`.
-        teacher: the model in full precision, for `Score.kl` and `Score.agreement`.
+        teacher: the full-precision model, for `Score.kl` and `Score.agreement`.
         length, stride: window size and step in tokens; see the top of this file.
         batch: windows that run together.
         title: text of the progress bar.
 
     Raises:
-        LoopQError: too few tokens, tokens outside the vocabulary, or a model without logits.
+        LoopQError: there are too few tokens, tokens outside the vocabulary, or no logits.
     """
     tokens = _checked(tokens)
     start = time.perf_counter()
@@ -143,11 +143,11 @@ def evaluate(
 
 
 class Remembered:
-    """A model that keeps its last outputs, for a teacher that is asked for the same windows again and again.
+    """A model that keeps its last outputs, for a teacher that gets the same windows repeatedly.
 
     Args:
         model: maps ids to logits.
-        limit: memory for the logits in bytes; the oldest go first.
+        limit: memory for the logits in bytes; the oldest are dropped first.
     """
 
     def __init__(self, model: Callable[[Tensor], Any], limit: int = 1 << 29) -> None:
@@ -213,7 +213,7 @@ def _check_vocabulary(call: Any, tokens: Tensor) -> int:
 
 
 def _batches(spans: list[Window], batch: int) -> Iterator[list[Window]]:
-    """Windows of one length together, in order."""
+    """Batches of windows of one length, in order."""
     group: list[Window] = []
     for window in spans:
         if group and (len(group) == batch or window.end - window.begin != group[0].end - group[0].begin):

@@ -1,6 +1,6 @@
-"""Decoders: what gives the logits of the next token, step by step, for `loopq_compile.generation.sampling`.
+"""Decoders give the logits of the next token, step by step, for `loopq_compile.generation.sampling`.
 
-One reads the whole text again for every token; the other keeps keys and values of what it has read.
+One kind reads the whole text again for every token; the other keeps keys and values of what it has read.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 
 class Decoder(Protocol):
-    """Reads a prompt with the first call, and what was appended to it with each further one."""
+    """Reads a prompt in the first call, and the appended tokens in each further call."""
 
     def __call__(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits `[batch, vocabulary]` of the token behind the last.
+        """Logits `[batch, vocabulary]` of the next token.
 
         Args:
-            new_ids: `[batch, new]`, the tokens that no call has had yet.
-            attention_mask: `[batch, total]`, all tokens so far; 0 on padding, which stands on the left.
+            new_ids: `[batch, new]`, the tokens that no call has read yet.
+            attention_mask: `[batch, total]`, for all tokens so far; 0 on padding, which is on the left.
         """
         ...
 
@@ -41,7 +41,7 @@ class RecomputingDecoder:
     Args:
         model: maps ids `[batch, sequence]` (and, if `takes_mask`, an attention mask) to logits.
 
-    `loops_spent` has the loops of every call, of a model that may stop early.
+    `loops_spent` lists the loops of every call, if the model may stop early.
     """
 
     def __init__(self, model: Callable[..., Any], *, takes_mask: bool = False) -> None:
@@ -72,7 +72,7 @@ class RecomputingDecoder:
 
 
 def read_texts(run: Callable[..., Any], signature: Signature, **extra: Any) -> RecomputingDecoder:
-    """A decoder that calls a program with token ids, and with what follows from an attention mask.
+    """A decoder that calls a program with token ids, and with inputs computed from an attention mask.
 
     Args:
         run: the program or file, called by keyword.
@@ -101,8 +101,8 @@ def read_texts(run: Callable[..., Any], signature: Signature, **extra: Any) -> R
 def with_text_inputs(model: Callable[..., Any]) -> Callable[[Tensor], Any]:
     """`model` as a function of token ids `[batch, sequence]` of texts without padding.
 
-    A program or file that takes an attention mask, position ids or token types gets ones, `0, 1, 2, ...` and zeros; any
-    other is called with the ids only.
+    If a program or file takes an attention mask, position ids or token types, it gets ones, `0, 1, 2, ...` and zeros.
+    Others are called with only the ids.
     """
     signature = getattr(model, "signature", None)
     if not isinstance(signature, Signature) or not set(MADE_OF_MASK) & {spec.name for spec in signature.inputs[1:]}:
@@ -111,13 +111,13 @@ def with_text_inputs(model: Callable[..., Any]) -> Callable[[Tensor], Any]:
 
 
 class CachedDecoder:
-    """Runs new tokens alone, and hands on the keys and values of those before.
+    """Runs only new tokens, and passes on the keys and values of earlier tokens.
 
     Args:
         run: a program with a key-value cache, called by keyword.
         signature: its calling convention.
-        loops: iterations of a loop whose caches stand in one tensor.
-        exit_threshold: for programs that may stop early; `loops_spent` has the loops of every call.
+        loops: iterations of a loop whose caches are in one tensor.
+        exit_threshold: for programs that may stop early; `loops_spent` lists the loops of every call.
     """
 
     def __init__(
@@ -139,11 +139,11 @@ class CachedDecoder:
 
 
 class Chosen:
-    """A program or file whose decoders are made with options, for `generate`.
+    """A program or file together with options for its decoders, for `generate`.
 
     Args:
         model: has a method `decoder`.
-        options: for it. `last` is the newest decoder.
+        options: options of `decoder`. `last` is the newest decoder.
     """
 
     def __init__(self, model: Any, **options: Any) -> None:
@@ -160,9 +160,9 @@ class Chosen:
 
 
 class Variants(Generic[T]):
-    """Programs made of another one for decoding, by name, until a pass changes its graph or tensors.
+    """Variants of a program made for decoding, by name; valid until a pass changes its graph or tensors.
 
-    Threads that ask at once wait for one that makes it.
+    If several threads ask at once, one makes the variant and the others wait.
     """
 
     def __init__(self) -> None:
@@ -171,7 +171,7 @@ class Variants(Generic[T]):
         self.lock = threading.RLock()
 
     def get(self, graph_module: fx.GraphModule, name: str, make: Callable[[], T]) -> T | None:
-        """What `make` made when it was first asked for; None where it says that it cannot."""
+        """The result of `make`, made on the first request; None if `make` reports that it cannot."""
         tensors = [*graph_module.parameters(), *graph_module.buffers()]
         key = (graph_module.code, tuple(map(id, tensors)))
         with self.lock:
@@ -185,7 +185,7 @@ class Variants(Generic[T]):
             return self.made[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start empty; a lock has neither."""
+        """Copies and pickles start empty, since a lock can be neither copied nor pickled."""
         return {}
 
     def __setstate__(self, _: Any) -> None:
@@ -193,11 +193,11 @@ class Variants(Generic[T]):
 
 
 class TokenByToken:
-    """Whole texts read one token at a time, as they are written: for perplexity of early exits and integer caches.
+    """Reads whole texts one token at a time, as in generation: for perplexity of early exits and integer caches.
 
     Args:
         model: has a method `decoder`.
-        options: for it. `loops_spent` has the loops of every token, of a model that may stop early.
+        options: options of `decoder`. `loops_spent` lists the loops of every token, if the model may stop early.
     """
 
     def __init__(self, model: Any, **options: Any) -> None:
@@ -216,14 +216,14 @@ class TokenByToken:
 def complete(
     signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any], loops: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call with what may be left out: the threshold of an early exit, and the cache of one that reads a prompt.
+    """Completes a call with optional inputs: the threshold of an early exit, and an empty cache for a prompt.
 
     Raises:
-        LoopQError: a threshold for a program that runs all its loops, or one that is no number.
+        LoopQError: the program runs all its loops but a threshold is given, or the threshold is not a number.
     """
     check_early_exit(signature, kwargs.get(EXIT_THRESHOLD))
     if len(args) > len(signature.parameters):
-        return tuple(args), dict(kwargs)  # which is refused where arguments are bound
+        return tuple(args), dict(kwargs)  # this is refused where arguments are bound
     if has_early_exit(signature):
         given = dict(zip(signature.parameters, args, strict=False)) | dict(kwargs)
         args, kwargs = (), given | {EXIT_THRESHOLD: threshold_tensor(given.get(EXIT_THRESHOLD))}
@@ -235,8 +235,8 @@ def complete(
 def _with_empty_cache(
     signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any], loops: int
 ) -> dict[str, Any]:
-    """The arguments of a call by name; where it brings no keys and values, it reads a prompt: the cache is empty, and
-    without an attention mask nothing is padding."""
+    """The arguments of a call by name. Without keys and values it reads a prompt: the cache is empty, and without an
+    attention mask nothing is padding."""
     given = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
     ids, mask, caches = cache_inputs(signature)
     tokens = given.get(ids.name)

@@ -16,7 +16,7 @@ from loopq_compile.graph.texts import logits_of
 
 __all__ = ["generate", "logits_of", "stream"]
 _LEAST_TEMPERATURE = 1e-300
-"""Below it, quotients of logits leave the range of double precision; the most likely token is certain long before."""
+"""Below this, quotients of logits leave the range of double precision; the most likely token is certain long before."""
 
 
 def stream(
@@ -34,9 +34,9 @@ def stream(
 ) -> Iterator[Tensor]:
     """Yields the next token of every sequence, `[batch]`, `max_new_tokens` times or until all have ended.
 
-    A model with a method `decoder()` (a `Program`, an `OnnxExecutable`) is asked for one, which uses a key-value cache
-    where it can; any other reads the whole text again for every token. Arguments are checked by the call itself, before
-    the first token is asked for.
+    If the model has a method `decoder()` (a `Program`, an `OnnxExecutable`), that decoder is used; it has a key-value
+    cache if possible. Other models read the whole text again for every token. Arguments are checked by the call itself,
+    before the first token is requested.
     """
     _check_ids(input_ids)
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
@@ -89,7 +89,7 @@ def generate(model: Callable[..., Any], input_ids: Tensor, max_new_tokens: int =
         input_ids: `[batch, sequence]`, sequences of one length, shorter ones padded on the left.
         max_new_tokens: number of tokens to add.
         options: `attention_mask` `[batch, sequence]`, 0 on padding; `do_sample`, `temperature`, `top_k`, `top_p`,
-            `seed`; `eos_token_id`, one or several, which end a sequence (the first fills up sequences that have ended).
+            `seed`; `eos_token_id`, one or several, which end a sequence (the first fills sequences that have ended).
             Greedy without `do_sample`.
 
     Returns:
@@ -123,10 +123,10 @@ def _check_ids(input_ids: Any) -> None:
 
 
 def number(name: str, value: Any) -> float:
-    """`value` as a Python number; scalars of NumPy and PyTorch are taken as what they hold.
+    """`value` as a Python number; scalars of NumPy and PyTorch count as the number they hold.
 
     Raises:
-        LoopQError: it is not one number.
+        LoopQError: it is not a single number.
     """
     held = _held(value)
     if isinstance(held, bool) or not isinstance(held, int | float):
@@ -138,7 +138,7 @@ def number(name: str, value: Any) -> float:
 
 
 def whole_number(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
-    """`value` as a Python integer from `least` to `most`; `2.0` counts as 2, and scalars as what they hold.
+    """`value` as a Python integer from `least` to `most`; `2.0` counts as 2, and scalars as the number they hold.
 
     Raises:
         LoopQError: it is not a whole number, or out of range.
@@ -173,7 +173,7 @@ def _ends(eos_token_id: Any) -> list[int]:
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Logits over the temperature, less their largest, which changes no probability and keeps them finite."""
+    """Logits divided by the temperature, minus their largest: this changes no probability and keeps them finite."""
     scaled = (logits.double() - logits.max(-1, keepdim=True).values.double()) / max(temperature, _LEAST_TEMPERATURE)
     return scaled.to(logits.dtype)
 

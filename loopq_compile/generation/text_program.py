@@ -1,4 +1,4 @@
-"""What a program offers to those that generate or measure with it."""
+"""The interface of a program for generation and measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loopq_compile.graph.scheme import Scheme
 
 
 class TextProgram(Protocol):
-    """A `loopq_compile.program.Program`; this module stands below it and does not import it."""
+    """A `loopq_compile.program.Program`; this module is below that one and does not import it."""
 
     graph_module: fx.GraphModule
 

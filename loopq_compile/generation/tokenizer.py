@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 TOKENIZER_FILE = "tokenizer.json"
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|end_of_text|>", "<eos>")
-"""What tokenizers call the token that ends a text."""
+"""Usual names of the token that ends a text."""
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer in `folder/tokenizer.json`, None if there is no such file."""
+    """The tokenizer in `folder/tokenizer.json`; None if there is no such file."""
     return read_tokenizer(folder / TOKENIZER_FILE) if (folder / TOKENIZER_FILE).is_file() else None
 
 
@@ -40,11 +40,11 @@ def read_tokenizer(file: str | Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise LoopQError(f"{path} is no tokenizer of the tokenizers library: {first_line(error)}") from error
+        raise LoopQError(f"{path} is not a tokenizer of the tokenizers library: {first_line(error)}") from error
 
 
 def end_token(tokenizer: Tokenizer | None) -> int | None:
-    """Id of the token that ends a text, None if the tokenizer has none that is known by name."""
+    """Id of the token that ends a text; None if the tokenizer has none with a known name."""
     ids = [tokenizer.token_to_id(name) for name in END_TOKENS] if tokenizer is not None else []
     return next((token for token in ids if token is not None), None)
 
@@ -53,7 +53,7 @@ def without_limits(tokenizer: Any) -> Any:
     """`tokenizer` without the truncation and padding that a `tokenizer.json` may hold, which transformers ignores, too.
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer`; it stays as it is, and is returned itself if it has neither.
+        tokenizer: a `tokenizers.Tokenizer`; it is not changed, and is returned itself if it has neither.
     """
     if tokenizer is None or (tokenizer.truncation is None and tokenizer.padding is None):
         return tokenizer
@@ -77,7 +77,7 @@ def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None) -> Tensor
     if tokenizer is None:
         raise LoopQError("This model came without a tokenizer; name a tokenizer.json with --tokenizer.")
     if max_tokens:
-        text = text[: max_tokens * 64]  # no tokenizer makes tokens that long; saves encoding a long rest
+        text = text[: max_tokens * 64]  # no tokenizer makes longer tokens; this avoids encoding a long rest
     ids = without_limits(tokenizer).encode(text).ids[: max_tokens or None]
     if not ids:
         raise LoopQError("The text is empty: it has no token.")

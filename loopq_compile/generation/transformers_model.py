@@ -1,6 +1,6 @@
-"""A program as a model of transformers: `generate` with all that Hugging Face's has (beams, streamers, processors).
+"""A program as a transformers model, with all of Hugging Face's `generate` (beams, streamers, processors).
 
-Releases differ in what they call the argument that holds keys and values (`past_key_values`, `cache`); both work here.
+Releases have different names for the argument that holds keys and values (`past_key_values`, `cache`); both work here.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from loopq_compile.graph.state import get_state
 from loopq_compile.graph.texts import logits_of
 
 _CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
-"""What the installed release calls keys and values of earlier calls."""
+"""The installed release's name for keys and values of earlier calls."""
 
 
 class ProgramConfig(PretrainedConfig):
-    """What transformers asks of a model: the size of the vocabulary, and how many pairs of keys and values it keeps."""
+    """The configuration that transformers needs: size of the vocabulary, and number of pairs of keys and values."""
 
     model_type = "loopq_program"
 
@@ -36,9 +36,9 @@ class ProgramConfig(PretrainedConfig):
 class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
     """A `Program` that generates text through Hugging Face's interface; made by `Program.as_hugging_face`.
 
-    Its `DynamicCache` has a layer for every attention that runs: as many as loops times layers. A program that cannot
-    have a cache reads the whole text again for every token. The program stays what it is; it does not train, and is
-    saved by `Program.save`.
+    Its `DynamicCache` has a layer for every attention that runs: loops times layers. A program that cannot have a cache
+    reads the whole text again for every token. The program itself is not changed. It cannot be trained; save it with
+    `Program.save`.
     """
 
     config_class = ProgramConfig
@@ -61,7 +61,7 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
         self.eval()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. A program without a cache reads prompts at once, whatever `prefill_chunk_size` says."""
+        """As in transformers. A program without a cache reads prompts at once and ignores `prefill_chunk_size`."""
         if not self.takes_cache and kwargs.get("prefill_chunk_size") is not None:
             kwargs["prefill_chunk_size"] = None
         return super().generate(*args, **kwargs)
@@ -73,7 +73,7 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the program's tensors that are no integers."""
+        """The type of the program's floating-point tensors."""
         return next((tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()), torch.float32)
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -94,14 +94,14 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: `[batch, new]`, tokens that the cache has not seen.
-            attention_mask: `[batch, cached + new]`, 0 on padding, which stands on the left; None: nothing is.
+            attention_mask: `[batch, cached + new]`, 0 on padding, which is on the left; None: there is no padding.
             past_key_values, cache: a `DynamicCache`, which grows; None: nothing is cached yet.
-            use_cache: return keys and values, in a new cache if none was given.
-            logits_to_keep: 1 computes those of the last token alone; 0 all.
+            use_cache: whether to return keys and values, in a new cache if none was given.
+            logits_to_keep: 1 computes logits of only the last token; 0 all.
             return_dict: False for a tuple.
 
         Raises:
-            LoopQError: another kind of cache, or padding where the model has no attention mask.
+            LoopQError: the cache is of another kind, or there is padding but the model has no attention mask.
         """
         held = cache if cache is not None else past_key_values
         if self.takes_cache:
@@ -132,7 +132,7 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
         result = cached(**given)
         for layer, (keys, values) in enumerate(zip(specs[::2], specs[1::2], strict=True)):
             present = result[present_name(keys.name)], result[present_name(values.name)]
-            if past:  # what the layer holds is in there already; `update` would append it once more
+            if past:  # the layer's old content is already included; `update` would append it once more
                 held.layers[layer].keys, held.layers[layer].values = present
             elif held is not None:
                 held.update(*present, layer)
@@ -148,7 +148,7 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | None = None,
         **_: Any,
     ) -> dict[str, Any]:
-        """The arguments of the next call of `forward`: `input_ids` `[batch, all]` without what the cache has seen."""
+        """The arguments of the next call of `forward`: `input_ids` `[batch, all]` without the tokens in the cache."""
         held = cache if cache is not None else past_key_values
         past = held.get_seq_length() if held is not None else 0
         whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
@@ -170,10 +170,10 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _cached_length(held: Any) -> int:
-    """Tokens in a cache, 0 without one.
+    """Number of tokens in a cache; 0 without one.
 
     Raises:
-        LoopQError: it is of another kind.
+        LoopQError: the cache is of another kind.
     """
     if held is None:
         return 0
@@ -183,7 +183,7 @@ def _cached_length(held: Any) -> int:
 
 
 def _caches(cached: TextProgram | None) -> list[Any]:
-    """Inputs with keys and values, of each attention in turn."""
+    """Inputs with keys and values, for each attention in turn."""
     inputs = get_state(cached.graph_module).signature.inputs if cached is not None else ()
     return [spec for spec in inputs if spec.name.startswith(PAST_PREFIX)]
 

@@ -62,7 +62,7 @@ class SizeCondition:
     where: str = ""
 
     def holds(self, sizes: Mapping[str, Any]) -> bool:
-        """Whether it holds at `sizes` (by name of dimension); False where it cannot be computed.
+        """Whether it holds at `sizes` (by name of dimension); False if it cannot be computed.
 
         Raises:
             LoopQError: the text is not a condition on these sizes.

@@ -1,4 +1,4 @@
-"""Running a graph node by node."""
+"""Runs a graph node by node."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Watch = Callable[[fx.Node, Any], Any]
 
 
 def run(graph_module: fx.GraphModule, inputs: Sequence[Tensor], watch: Watch) -> Any:
-    """Runs a graph without gradients; a value is dropped when its last reader has run.
+    """Runs a graph without gradients; drops each value after its last reader has run.
 
     Args:
         graph_module: the graph.
         inputs: one tensor for each placeholder.
         watch: is called with every node, the output included, and its value. Later nodes read what it returns instead;
-            None leaves the value as it is.
+            None leaves the value unchanged.
 
     Returns:
         What the graph returns.
@@ -52,8 +52,8 @@ def values_of(
     Args:
         graph_module: the graph.
         inputs: one tensor for each placeholder.
-        names: of the nodes.
-        given: values that later nodes read in place of theirs, for some of these nodes.
+        names: names of the nodes.
+        given: for some of these nodes, values that later nodes read instead.
     """
     found: dict[str, Tensor] = {}
 
@@ -68,7 +68,7 @@ def values_of(
 
 
 def sources_of(targets: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that `targets` are computed from, and `targets`."""
+    """The `targets` and all nodes from which they are computed."""
     needed, stack = set[fx.Node](), list(targets)
     while stack:
         node = stack.pop()

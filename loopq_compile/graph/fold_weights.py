@@ -82,8 +82,8 @@ def fold_weights(graph_module: fx.GraphModule) -> None:
     """Stores the results of constant chains between parameters and products, as parameters; a second run does nothing.
 
     Before: `linear(x, to(weight, bfloat16))`. After: `linear(x, weight)`, where `weight` is stored in bfloat16. The
-        result keeps the name of the parameter if nothing else reads that parameter. Otherwise `_folded` is added, or
-        `_part0`, `_part1` for several results of one parameter.
+    result keeps the name of the parameter if nothing else reads that parameter. Otherwise `_folded` is added, or
+    `_part0`, `_part1` for several results of one parameter.
 
     A chain stays where the results would need more memory than the parameters (a product of two thin matrices,
     a scale that differs in each iteration). The parameters of the user's model are never changed.
@@ -188,7 +188,7 @@ def _names(graph_module: fx.GraphModule, chains: list[_Chain]) -> list[str]:
 
 
 def _base(root: str) -> str:
-    """The name of the weight that a parameter stands for: `fc.weight` for `fc.parametrizations.weight.original0`."""
+    """The name of the weight that a parameter represents: `fc.weight` for `fc.parametrizations.weight.original0`."""
     parametrized = _PARAMETRIZED.match(root)
     return parametrized[1] + parametrized[2] if parametrized else _PART_OF_A_WEIGHT.sub("", root)
 

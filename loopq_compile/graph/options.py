@@ -46,7 +46,7 @@ class CalibrationOptions:
         patience: evaluations without improvement after which calibration stops.
         gradient_clip: largest norm of the gradient.
         precision: "bfloat16" runs matrix products of calibration in bfloat16 where the model is in float32.
-        recompute: what is kept for the backward pass: "on" keeps only the outputs of layers, "off" everything; "auto"
+        recompute: what is kept for the backward pass: "on" keeps only values between layers, "off" everything; "auto"
             decides by size.
         fused: "on" compiles elementwise functions with torch.compile, which needs a C++ compiler and some seconds;
             "auto" does so for long calibrations.

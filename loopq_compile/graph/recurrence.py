@@ -215,7 +215,7 @@ def group_repeats(repeats: Sequence[Repeat]) -> list[Group]:
 def _grow(pending: Sequence[Repeat]) -> Group:
     """The group with most work that contains the least repeated token; among equal ones, the one with most iterations.
 
-    That token may repeat `T * K` times in a loop of `T` iterations that has nothing of its own, only loops inside.
+    That token may repeat `T * K` times in a loop of `T` iterations that consists only of inner loops.
     """
     uses = len(pending[0].uses)
     best = Group(uses)

@@ -30,7 +30,7 @@ NO_CACHE = (
 
 
 def is_cache(name: str, value: Any) -> bool:
-    """Whether an argument is a key-value cache of a Hugging Face model; releases differ in what they call it."""
+    """Whether an argument is a key-value cache of a Hugging Face model; its name depends on the release."""
     return value is not None and (name == "past_key_values" or hasattr(value, "get_seq_length"))
 
 
@@ -60,7 +60,7 @@ class Signature:
         outputs: how the graph's flat list of results becomes what the model returns.
         conditions: what the sizes of a call must meet, if the model branches on sizes. With a cache, `sequence` means
             all tokens there, cached and new ones.
-        captured: sizes of the example by name of dimension; empty if all sizes fit together.
+        captured: sizes of the example by name of dimension; empty if only batch and sequence vary, without conditions.
     """
 
     parameters: tuple[str, ...]

@@ -209,6 +209,6 @@ def _exists(graph_module: fx.GraphModule, name: str) -> bool:
         if not hasattr(owner, part):
             return False
         owner = getattr(owner, part)
-        if not isinstance(owner, nn.Module):  # a tensor stands where a module is needed
+        if not isinstance(owner, nn.Module):  # there is a tensor where a module is needed
             return True
     return hasattr(owner, leaf)

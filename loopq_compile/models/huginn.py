@@ -5,13 +5,13 @@
         x = core_block(adapter([x, e]))
     logits = lm_head(ln_f(coda(ln_f(x))))        # the final norm is used twice, the head is the embedding
 
-A layer norms in front of every sublayer and behind it, there *with* the residual: `x = norm_2(attn(norm_1(x)) + x)`,
-`x = norm_4(mlp(norm_3(x)) + x)`.
+A layer has a norm before every sublayer and one after it, the latter *with* the residual: `x = norm_2(attn(norm_1(x)) +
+x)`, `x = norm_4(mlp(norm_3(x)) + x)`.
 
-The published model draws its initial state anew for every call. A compiled model has to be a function of its inputs:
-here it is a constant vector from a seed for all positions, or an argument. Parameter names are those of the public
-checkpoint. Against the public code (commit 59e0b69, on transformers 4.57.6; random weights, float32, the same initial
-state) the largest difference of a logit is 1.4e-5 where the largest logit is 5.
+The published model draws its initial state at random in every call. A compiled model must be a function of its inputs,
+so here the state is a constant vector from a seed for all positions, or an argument. Parameter names are those of the
+public checkpoint. Against the public code (commit 59e0b69, on transformers 4.57.6; random weights, float32, the same
+initial state) the largest difference of a logit is 1.4e-5 where the largest logit is 5.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class HuginnConfig:
 
     @property
     def embedding_scale(self) -> float:
-        """What embeddings are multiplied with."""
+        """The factor of embeddings."""
         return math.sqrt(self.n_embd)
 
 
 class HuginnAttention(nn.Module):
-    """Causal attention with rotary positions; query, key and value from one matrix, with biases of their own."""
+    """Causal attention with rotary positions; query, key and value from one matrix, with separate biases."""
 
     def __init__(self, config: HuginnConfig) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class HuginnMLP(nn.Module):
 
 
 class HuginnBlock(nn.Module):
-    """A sandwich: norms in front of each sublayer, and behind its sum with the residual."""
+    """A sandwich: norms before each sublayer, and after its sum with the residual."""
 
     def __init__(self, config: HuginnConfig) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Huginn(RecurrentDepth):
     ) -> Tensor:
         """Logits of all positions.
 
-        initial_state: `[batch, seq, n_embd]`, in place of the constant one. attention_mask: 0/1 `[batch, seq]`, 0 on
+        initial_state: `[batch, seq, n_embd]`, instead of the constant one. attention_mask: 0/1 `[batch, seq]`, 0 on
         padding, left or right (the published code takes one and does not use it).
         """
         config, parts = self.config, self.transformer

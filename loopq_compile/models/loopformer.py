@@ -1,4 +1,4 @@
-"""LoopFormer: a looped language model whose block knows the time and the size of its step (armenjeddi/loopformer).
+"""LoopFormer: a looped language model whose block reads the time and the size of its step (armenjeddi/loopformer).
 
 A shared stack of layers runs once for each entry of a step schedule `dt_1 ... dt_T`, whose sum is usually 1. Few large
 steps are a shallow model, many small ones a deep one, with the same weights:
@@ -149,7 +149,7 @@ class LoopFormer(nn.Module):
         self.transformer["wte"].weight = self.lm_head.weight
 
     def reset_parameters(self) -> None:
-        """As published: normal weights of standard deviation 0.02, smaller ones behind sublayers, zero biases."""
+        """As published: normal weights of standard deviation 0.02, smaller ones after sublayers, zero biases."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 depth = 2 * self.config.n_layer if name.endswith("c_proj") else 1

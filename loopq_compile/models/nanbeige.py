@@ -1,6 +1,6 @@
 """A looped language model in the style of Nanbeige4.2 (arXiv 2607.22083).
 
-A stack of Llama-like layers runs `num_loops` times, and the final norm follows every run, so that a loop hands its
+A stack of Llama-like layers runs `num_loops` times, and the final norm follows every run, so that a loop passes its
 *normed* state to the next one and to the head:
 
     h = embed_tokens(input_ids)
@@ -8,10 +8,10 @@ A stack of Llama-like layers runs `num_loops` times, and the final norm follows 
         h = norm(layers(h))           # the same weights each time
     logits = lm_head(h)
 
-With `skip_loop_final_norm` the norm follows the last run only. Heads have a size of their own (`head_dim`), so that the
-queries may be wider than the state; queries share keys and values in groups; rotary positions turn the two halves of a
-head against each other. Parameter names are those of the published checkpoint (`Nanbeige/Nanbeige4.2-3B`). What the
-published code has beside this, switched off in the published configuration, is refused: see `NanbeigeConfig.from_dict`.
+With `skip_loop_final_norm` the norm follows only the last run. Heads have their own size (`head_dim`), so that the
+queries may be wider than the state; queries share keys and values in groups; rotary positions rotate the two halves of
+a head as pairs. Parameter names are those of the published checkpoint (`Nanbeige/Nanbeige4.2-3B`). Other
+features of the published code, which its configuration switches off, are refused: see `NanbeigeConfig.from_dict`.
 """
 
 from __future__ import annotations

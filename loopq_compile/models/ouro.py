@@ -1,7 +1,7 @@
 """A looped language model in the style of Ouro (arXiv 2510.25741).
 
-One stack of layers runs `total_ut_steps` times over the same state. The final norm sits inside the loop, so loop `t`
-hands its *normed* state to loop `t + 1`, to the exit gate and (in the last loop) to the head:
+One stack of layers runs `total_ut_steps` times over the same state. The final norm is inside the loop, so loop `t`
+passes its *normed* state to loop `t + 1`, to the exit gate and (in the last loop) to the head:
 
     h = embed(input_ids)
     for t in range(T):
@@ -96,7 +96,7 @@ class OuroConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "OuroConfig":
-        """Read a dictionary as `to_dict` writes it; keys that are no fields are ignored."""
+        """Read a dictionary as `to_dict` writes it; keys that are not fields are ignored."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
@@ -106,8 +106,8 @@ class LoopedLMOutput:
     """What `Ouro` returns.
 
     logits: `[batch, seq, vocab]`, from the state after the last loop.
-    exit_logits: `[batch, seq, loops]`; `sigmoid` of entry `t` is the probability to stop after loop `t` having come
-    that far.
+    exit_logits: `[batch, seq, loops]`; `sigmoid` of entry `t` is the probability of stopping after loop `t`, given
+    that the token came that far.
     """
 
     logits: Tensor
@@ -118,7 +118,7 @@ torch.export.register_dataclass(LoopedLMOutput, serialized_type_name="loopq_comp
 
 
 def exit_distribution(exit_logits: Tensor) -> Tensor:
-    """Probability `[..., loops]` that a token stops after each loop; the last loop takes what is left (sums to 1)."""
+    """Probability `[..., loops]` that a token stops after each loop; the last loop takes the rest (sums to 1)."""
     log_stop = F.logsigmoid(exit_logits)
     log_go_on = F.logsigmoid(-exit_logits)
     log_reached = log_go_on.cumsum(-1) - log_go_on
@@ -138,13 +138,13 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs of `x` `[batch, heads, seq, head_dim]` by the angles of their positions."""
+    """Rotates the channel pairs of `x` `[batch, heads, seq, head_dim]` by the angles of their positions."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class OuroAttention(nn.Module):
-    """Causal self-attention with rotary positions; queries share keys when `num_key_value_heads` is the smaller."""
+    """Causal self-attention with rotary positions; queries share keys if `num_key_value_heads` is smaller."""
 
     def __init__(self, config: OuroConfig) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ class Ouro(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def reset_parameters(self) -> None:
-        """Initialise so that a small model trains: unit-size states, small norms behind sublayers, gate at 0.5."""
+        """Initialise so that a small model trains: unit-size states, small norms after sublayers, gate at 0.5."""
         config = self.config
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -282,9 +282,9 @@ class Ouro(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> LoopedLMOutput:
         """Logits after the last loop.
 
-        input_ids: int64 `[batch, seq]`. attention_mask: 0/1 `[batch, seq]`, 0 on padding, which may stand left or
-        right (positions are relative, so padding does not change the logits of real tokens; those of padding mean
-        nothing but are finite).
+        input_ids: int64 `[batch, seq]`. attention_mask: 0/1 `[batch, seq]`, 0 on padding, which may be left or right
+        (positions are relative, so padding does not change the logits of real tokens; those of padding are finite but
+        meaningless).
         """
         states, exit_logits = self.loop_states(input_ids, attention_mask)
         return LoopedLMOutput(logits=self.lm_head(states[-1]), exit_logits=exit_logits)

@@ -5,15 +5,15 @@
         x = core_block(adapter(x, e))
     logits = softcap(lm_head(ln_f(coda(C(x)))))
 
-The adapter is one of three. `diagonal` is a discretised linear system that cannot blow up, as its decay is below one:
+The adapter is one of three. `diagonal` is a discretised linear system that cannot diverge, as its decay is below one:
 `exp(-dt * exp(A_log)) * x + dt * B e` with `dt = softplus(dt_bias)`; `linear` is `W [x, e]`; `add` is `x + e`. Every
-other layer adds *value embeddings* to its values: a table of its own, looked up by token, times a gate of the first 32
+other layer adds *value embeddings* to its values: a separate table, looked up by token, times a gate of the first 32
 channels. A core layer has one table for all loops.
 
-Published models draw the initial state anew for every call. A compiled model has to be a function of its inputs: here
-it is a constant vector from a seed for all positions, zero, or an argument. Parameter names are those of the public
-checkpoints. Against the public code (commit dee8363; random weights, float32, the same initial state, all adapters,
-both kinds of MLP) the largest difference of a logit is 3.5e-6 where the largest logit is 4.
+Published models draw the initial state at random in every call. A compiled model must be a function of its inputs, so
+here the state is a constant vector from a seed for all positions, zero, or an argument. Parameter names are those of
+the public checkpoints. Against the public code (commit dee8363; random weights, float32, the same initial state, all
+adapters, both kinds of MLP) the largest difference of a logit is 3.5e-6 where the largest logit is 4.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class ParcaeConfig:
 
     @property
     def layers(self) -> int:
-        """Layers with weights of their own."""
+        """Number of layers with separate weights."""
         return self.n_layers_in_prelude + self.n_layers_in_recurrent_block + self.n_layers_in_coda
 
     @property
@@ -145,7 +145,7 @@ class _LayerSizes:
 
 
 def _relu2(x: Tensor) -> Tensor:
-    """Half the square of `relu(x)`: the published models are trained with the factor."""
+    """Half the square of `relu(x)`: the published models are trained with this factor."""
     return 0.5 * F.relu(x).square()
 
 
@@ -304,7 +304,7 @@ class Parcae(RecurrentDepth):
     ) -> Tensor:
         """Logits of all positions.
 
-        initial_state: `[batch, seq, recurrent_embedding_dimension]`, in place of the constant one. attention_mask: 0/1
+        initial_state: `[batch, seq, recurrent_embedding_dimension]`, instead of the constant one. attention_mask: 0/1
         `[batch, seq]`, 0 on padding, left or right (the published code takes one and does not use it).
         """
         config, parts = self.config, self.transformer
@@ -326,7 +326,7 @@ class Parcae(RecurrentDepth):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _run(self, stack: str, first: int, x: Tensor, input_ids: Tensor, context: Context) -> Tensor:
-        """A stack of layers, whose first has the value embeddings number `first` if there are such."""
+        """Runs a stack of layers; value embeddings, if any, are counted from number `first`."""
         for layer, block in enumerate(self.layers(stack), first):
             has_values = str(layer) in self.value_embeds
             x = block(x, context, self.value_embeds[str(layer)](input_ids) if has_values else None)

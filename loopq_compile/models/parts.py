@@ -14,7 +14,7 @@ Config = TypeVar("Config")
 
 
 def read_config(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """A configuration of class `kind` from a published model's file; keys that are no fields of it are ignored."""
+    """A configuration of class `kind` from a published model's file; keys that are not fields of it are ignored."""
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: value for name, value in values.items() if name in known})
 
@@ -23,7 +23,8 @@ def split_heads(name: str, width: int, heads: int, even: bool = True) -> int:
     """Channels of one head.
 
     Raises:
-        ValueError: `width` (called `name`) does not split into `heads`, or not into an even size where `even`.
+        ValueError: `width` (called `name`) does not split into `heads`, or not into an even size although `even` is
+            set.
     """
     if heads < 1 or width % heads or (even and width // heads % 2):
         raise ValueError(f"{name}={width} must split into {heads} heads{' of even size' if even else ''}")
@@ -45,7 +46,7 @@ def pair_tables(length: int, head_dim: int, theta: float, like: Tensor) -> tuple
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns neighbouring channels `(2i, 2i + 1)` of `x` `[batch, seq, heads, head_dim]`, in fp32."""
+    """Rotates neighbouring channels `(2i, 2i + 1)` of `x` `[batch, seq, heads, head_dim]`, in fp32."""
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return turned.flatten(-2).to(x.dtype)
@@ -77,7 +78,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor 
 
 
 class Context(NamedTuple):
-    """What every layer reads beside its input: rotary tables as from `pair_tables`, and `visible_keys` or None."""
+    """What every layer reads in addition to its input: rotary tables as from `pair_tables`, and `visible_keys` or
+    None."""
 
     cos: Tensor
     sin: Tensor
@@ -85,12 +87,12 @@ class Context(NamedTuple):
 
     @staticmethod
     def of(input_ids: Tensor, attention_mask: Tensor | None, head_dim: int, theta: float) -> Context:
-        """For token ids `[batch, seq]` and a 0/1 mask of that shape; None: nothing is padding."""
+        """The context of token ids `[batch, seq]` and a 0/1 mask of that shape; None: nothing is padding."""
         visible = None if attention_mask is None else visible_keys(attention_mask)
         return Context(*pair_tables(input_ids.shape[1], head_dim, theta, input_ids), visible)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """`causal_attention` with what is visible here."""
+        """`causal_attention` with this `visible`."""
         return causal_attention(query, key, value, self.visible)
 
     def rotate(self, x: Tensor) -> Tensor:
@@ -106,13 +108,13 @@ def constant_state(width: int, std: float, seed: int) -> Tensor:
 
 
 class RecurrentDepth(nn.Module):
-    """A model whose core runs again and again from an initial state: a stack of layers by each name, and a head.
+    """A model whose core runs repeatedly from an initial state: a stack of layers by each name, and a head.
 
     Args:
-        config: with `mean_recurrence`, how often the core runs.
-        parts: the stacks and what stands between them; `wte`, the embedding, is also the head where `tied`.
+        config: has `mean_recurrence`, how often the core runs.
+        parts: the stacks and the modules between them; `wte`, the embedding, is also the head if `tied`.
         loops: how often the core runs instead; change it on the module to run it less or more often.
-        state_width, state_std, seed: of the initial state, a constant vector that is no part of checkpoints.
+        state_width, state_std, seed: of the initial state, a constant vector that is not part of checkpoints.
     """
 
     initial_state: Tensor
@@ -146,7 +148,8 @@ class RecurrentDepth(nn.Module):
         return layers
 
     def recur(self, input_ids: Tensor, initial_state: Tensor | None, core: Callable[[Tensor], Tensor]) -> Tensor:
-        """The state `[batch, seq, state_width]` behind the last loop, from `initial_state` or else the constant one."""
+        """The state `[batch, seq, state_width]` after the last loop, starting from `initial_state` or the constant
+        one."""
         state = self.initial_state.expand(*input_ids.shape, -1) if initial_state is None else initial_state
         for _ in range(self.loops or self.config.mean_recurrence):
             state = core(state)
@@ -154,5 +157,5 @@ class RecurrentDepth(nn.Module):
 
 
 def forget_rotary_table(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Hook before loading: published checkpoints hold the table `freqs_cis`, which is computed here."""
+    """Hook before loading: removes the table `freqs_cis` of published checkpoints, which is computed here."""
     state.pop(f"{prefix}freqs_cis", None)

@@ -1,7 +1,7 @@
-"""Looped models out of ordinary ones: some layers of a Hugging Face model run several times, on the same weights.
+"""Makes looped models from ordinary ones: some layers of a Hugging Face model run several times, on the same weights.
 
-Models that were retrofitted with a loop start out like this. Repeating layers costs quality until the model is trained
-further; what comes out is a looped model with real weights, real outliers and a tokenizer, at no cost.
+Models that are retrofitted with a loop start like this. Repeating layers costs quality until the model is trained
+further. The result is a looped model with real weights, real outliers and a tokenizer, at no cost.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ class Repeat(NamedTuple):
 
 
 def repeat_layers(model: Any, first: int, last: int, times: int) -> Any:
-    """Makes `model` a looped one: layers `first` to `last` run `times` times in a row, with the same weights.
+    """Makes `model` looped: layers `first` to `last` run `times` times in a row, with the same weights.
 
     Every position in the new list of layers is a view of a layer: it has the layer's parameters and its own index, by
     which attention finds its entry in the key-value cache, so `model.generate` works.
 
     Args:
         model: a causal language model of transformers whose decoder keeps its layers in `layers` (Llama, Qwen, Mistral,
-            Gemma and their like). It is changed in place; `model.config.num_hidden_layers` becomes the number of calls.
+            Gemma and similar ones). It is changed in place; `model.config.num_hidden_layers` becomes the number of
+            calls.
         first, last: the range of layers, both included, counted from 0.
-        times: how often the range runs; 1 leaves the model as it is.
+        times: how often the range runs; 1 leaves the model unchanged.
 
     Returns:
         `model`, in evaluation mode.
@@ -77,7 +78,7 @@ def repeat_layers(model: Any, first: int, last: int, times: int) -> Any:
 
 
 def _decoder(model: Any) -> Any:
-    """The module that holds the layers, once nothing speaks against repeating them."""
+    """The module that holds the layers; checks that they can be repeated."""
     name = type(model).__name__
     base = getattr(model, getattr(model, "base_model_prefix", ""), None)
     decoder = getattr(base, "language_model", base)
@@ -101,7 +102,7 @@ def _decoder(model: Any) -> Any:
 
 
 def _view(module: nn.Module, index: int) -> nn.Module:
-    """`module` with its own index; parameters, and modules that know no index, are shared."""
+    """`module` with its own index; parameters, and modules without an index, are shared."""
     view = copy.copy(module)
     view._modules = {
         name: _view(child, index)

@@ -1,7 +1,7 @@
 """The operators that passes put into a graph, `torch.ops.loopq.*`. Importing this package registers them.
 
-Each has its schema, shape function and PyTorch definition in one place; the definition *is* the meaning, and
-backends are tested against it. Where PyTorch has a standard operator (the row of a per-loop table is
+Each operator has its schema, shape function and PyTorch definition in one place. The definition *is* the meaning;
+backends are tested against it. If PyTorch has a standard operator (the row of a per-loop table is
 `aten.select.int`), the graph uses that. `quantized_decomposed::quantize_per_channel_group` was not usable: it takes
 two-dimensional inputs and one scale table per channel, neither of which fits activations.
 """
@@ -16,7 +16,7 @@ from loopq_compile.operators.straight_through import fake_quantize, fake_quantiz
 from loopq_compile.operators.transform import kronecker
 
 ops = torch.ops.loopq
-"""The registered operators, as they stand in graphs: `ops.quantize.default` and so on."""
+"""The registered operators, as they occur in graphs: `ops.quantize.default` and so on."""
 
 __all__ = [
     "cached_attention",

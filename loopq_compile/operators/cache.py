@@ -1,4 +1,4 @@
-"""Keys and values as integers: each token of each head in groups that have a scale of their own."""
+"""Keys and values as integers: each token of each head is divided into groups with separate scales."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def quantize_cache(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tenso
     Args:
         x: `[..., size]`, the size of a head last.
         bits: 8: `round(x / scale)` with `scale = max|x| / 127` of the group. 4: the same with 8 codes on the side of
-            the entry of largest magnitude, which gets -8, and 7 on the other; two codes to the byte, around 8, that of
-            channel `i` in the low half and that of `i + size / 2` in the high one.
+            the entry of largest magnitude, which gets -8, and 7 on the other. A byte holds two codes, offset by 8: that
+            of channel `i` in the low half, that of `i + size / 2` in the high half.
         group_size: channels that share a scale; divides `size`.
 
     Returns:
@@ -89,7 +89,7 @@ def cached_attention_definition(
     scale: float,
     last: Tensor | None = None,
 ) -> Tensor:
-    """`cached_attention` in operators of PyTorch; the heads of a token lie side by side."""
+    """`cached_attention` in operators of PyTorch; the heads of a token are adjacent in memory."""
     keys = dequantize_cache_definition(key, key_scale, bits)
     values = dequantize_cache_definition(value, value_scale, bits)
     grouped = query.shape[1] != key.shape[1]
@@ -119,12 +119,12 @@ def cached_attention(
             1.
         bits: of the codes, 8 or 4.
         scale: factor of the scores.
-        last: int64 `[1]`, the last column that any query may see, where caches have room for more; kernels read no
-            further. The mask has to hide what lies behind, as causal ones do. None for all columns.
+        last: int64 `[1]`, the last column that any query may see, if caches have room for more; kernels read no
+            further. The mask must hide later columns, as causal masks do. None for all columns.
 
     Returns:
-        `[batch, query heads, rows, size of a value]` in the type of `query`; in memory the heads of a token lie side by
-        side. Where a mask takes everything away by a finite number, the weights are equal.
+        `[batch, query heads, rows, size of a value]` in the type of `query`; the heads of a token are adjacent in
+        memory. If a mask hides all columns by a finite number, the weights are equal.
     """
     return cached_attention_definition(query, key, key_scale, value, value_scale, mask, bits, scale, last)
 
@@ -145,7 +145,7 @@ def _(
 
 
 def attention_like(query: Tensor, value: Tensor, bits: int) -> Tensor:
-    """A tensor for the result of `cached_attention`."""
+    """An uninitialized tensor for the result of `cached_attention`."""
     batch, heads, rows, _ = query.shape
     size = value.shape[-1] if bits == 8 else 2 * value.shape[-1]
     return query.new_empty([batch, rows, heads, size]).transpose(1, 2)

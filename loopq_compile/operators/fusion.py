@@ -1,8 +1,8 @@
-"""Elementwise functions as single loops, compiled by `torch.compile` while a calibration runs.
+"""Runs elementwise functions as single loops, compiled by `torch.compile`, during calibration.
 
-Straight-through quantization is a dozen elementwise steps, each of which reads and writes the whole tensor; calibration
-spends most of its time there unless they become one. Compiling takes seconds, so only calibrations of some length ask
-for it (`fusing`), and where there is no compiler for C++ the plain functions do.
+Straight-through quantization is a dozen elementwise steps, each of which reads and writes the whole tensor. Unless they
+are fused, calibration spends most of its time there. Compiling takes seconds, so only long calibrations ask for it
+(`fusing`). Without a C++ compiler, the plain functions run.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _KERNELS = 64
-"""Variants of one function: types, broadcasting, sizes of groups; beyond them the plain function does."""
+"""Most variants of one function (types, broadcasting, sizes of groups); beyond them the plain function runs."""
 _wanted = False
 _broken = False
 
 
 @contextlib.contextmanager
 def fusing(wanted: bool = True) -> Iterator[None]:
-    """Inside, functions marked as `fused` run compiled."""
+    """While it is open, functions marked as `fused` run compiled."""
     global _wanted
     before, _wanted = _wanted, wanted
     try:
@@ -36,9 +36,9 @@ def fusing(wanted: bool = True) -> Iterator[None]:
 
 
 def fused(function: Function) -> Function:
-    """`function`, which runs compiled inside `fusing` if it can.
+    """`function`, which runs compiled inside `fusing` if possible.
 
-    Sizes that differ between calls are compiled as unknown, those that never change as constants.
+    Sizes that differ between calls are compiled as unknowns; those that never change, as constants.
     """
     compiled = torch.compile(function)
 
@@ -51,7 +51,7 @@ def fused(function: Function) -> Function:
             _tidy_at_exit()
             with torch._dynamo.config.patch(recompile_limit=_KERNELS):
                 return compiled(*args)
-        except Exception as error:  # whatever the compiler or its toolchain may raise
+        except Exception as error:  # the compiler or its toolchain may raise anything
             _broken = True
             logging.getLogger(__name__).debug("torch.compile failed", exc_info=error)
             warnings.warn(f"Calibration runs without fused kernels, which is slower: {error}", stacklevel=2)
@@ -62,7 +62,7 @@ def fused(function: Function) -> Function:
 
 @functools.cache
 def _tidy_at_exit() -> None:
-    """Has the compiler let go of its records before the interpreter shuts down, which otherwise prints errors, and keep
-    to itself that a machine without a GPU has none."""
+    """Makes the compiler release its records before the interpreter shuts down, which otherwise prints errors, and
+    hides its message that a machine has no GPU."""
     atexit.register(torch.compiler.reset)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -1,11 +1,11 @@
 """What fused kernels compute: `loopq::quantize_packed`, `loopq::packed_linear`, `loopq::transition_adapter_row`. Each
 is several operators of a program in one, on packed integers. Passes `fuse-linears` and `fuse-adapters` make them.
 
-They read rows of per-loop tables themselves. `loop` is an ordinary argument: one kernel serves all loops, and a loop
+They read rows of per-loop tables themselves. `loop` is an ordinary argument, so one kernel serves all loops. A loop
 beyond the end of a table reads its last row (LoopQ appendix C.2); a table with one row is shared.
 
 Two 4-bit codes fill a byte, the first in the low half. Weights are stored group by group, `[rows, groups, outputs,
-group_size / 2]`, so that one group of all outputs is one piece of memory.
+group_size / 2]`, so that one group of all outputs is contiguous in memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 NORMS = ("rms", "rms_rounded", "layer")
-"""All compute in float32. `rms_rounded` rounds to the type of its input in front of the gain, as Hugging Face's do."""
+"""All compute in float32. `rms_rounded` rounds to the type of its input before the gain, as Hugging Face's norms do."""
 
 
 def pack_codes(codes: Tensor) -> Tensor:
@@ -100,25 +100,25 @@ def quantize_packed(
     bits: int,
     limit: int,
 ) -> tuple[Tensor, Tensor]:
-    """What stands in front of a group of quantized linears: activation function or norm, transform, quantization.
+    """What comes before a group of quantized linears: activation function or norm, transform, quantization.
 
-    In this order, each step optional but the last: the activation function; `* up`; norm; `* diagonal`;
-    `kronecker(left, right)`; `quantize` with a row of `table` as scale, or with `dynamic_scale`, for which the row
-    holds clip ratios. Between steps, numbers are rounded to the type of `x`.
+    In this order, all steps optional except the last: the activation function; `* up`; norm; `* diagonal`;
+    `kronecker(left, right)`; `quantize` with a row of `table` as scale, or with `dynamic_scale` and a row of clip
+    ratios. Between steps, numbers are rounded to the type of `x`.
 
     Args:
         x: `[..., K]`, floating point.
         up: `[..., K]`, the other half of a gated activation function such as SwiGLU.
         activation: a key of `ACTIVATIONS`, or "" for none.
         norm: one of `NORMS`, or "" for none.
-        gain, shift: `[K]`, of the norm; None is 1 and 0. RMS norms have no shift.
-        eps: of the norm.
+        gain, shift: `[K]`, of the norm; None means 1 and 0. RMS norms have no shift.
+        eps: epsilon of the norm.
         diagonal: `[R, K]`, a table.
         left, right: tables `[R, d1, d1]` and `[R, d2, d2]`.
         table: scales or clip ratios, `[R, groups]` or `[R, 1]`.
         loop: the row to read.
         group_size: features per scale; divides K.
-        bits: of the codes, 2 to 8.
+        bits: width of the codes, 2 to 8.
         limit: as in `dynamic_scale`; 0 for static scales.
 
     Returns:

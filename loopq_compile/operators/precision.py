@@ -1,11 +1,11 @@
-"""In which types numbers are kept and computed. This is the one place that says so.
+"""The types in which numbers are stored and computed. This is the only place that defines them.
 
-- A program computes in its model's own types. What a pass puts between two nodes of the model returns the type that it
-  read, so that bfloat16 stays bfloat16 from end to end, and so do the stored scales of weights and activations.
+- A program computes in its model's own types. A node that a pass puts between two nodes of the model returns the type
+  that it reads, so bfloat16 stays bfloat16 from end to end. So do the stored scales of weights and activations.
 - Arithmetic inside our operators is wide: single precision for half-precision tensors, double for float64 (`wide`).
 - What calibration learns (transforms, diagonals, clip ratios, ranges, offsets, adapters), its coordinates and the
-  optimizer's moments are kept wide, whatever the model's type. The graph reads a learned value in the type of the
-  table that it fills: calibration sees the numbers that the finished program will compute with.
+  optimizer's moments are kept wide, whatever the model's type. The graph reads a learned value in the type of its
+  table, so calibration uses the numbers that the finished program will compute with.
 - Weight solvers work in single precision.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def wide_type(*types: torch.dtype) -> torch.dtype:
-    """The type that holds tensors of all `types` without loss, single precision at least."""
+    """The type that holds tensors of all `types` without loss, at least single precision."""
     found = torch.float32
     for dtype in types:
         found = torch.promote_types(found, dtype)

@@ -1,9 +1,9 @@
 """Symmetric group quantization: `loopq::dynamic_scale`, `loopq::quantize`, `loopq::dequantize`.
 
-The last dimension (K features) is cut into groups of `group_size` neighbours; a group shares one scale. Scales have
-as many entries in their last dimension as there are groups, or one entry for all of them; leading dimensions
-broadcast. Arithmetic is in single precision at least, also for half-precision tensors. Integers really flow between
-`quantize` and `dequantize`, so gradients do not; `operators.straight_through` has the form for calibration.
+The last dimension (K features) is cut into groups of `group_size` neighbours; a group shares one scale. Scales have as
+many entries in their last dimension as there are groups, or one entry for all of them; leading dimensions broadcast.
+Arithmetic is in single precision at least, also for half-precision tensors. Between `quantize` and `dequantize` there
+are real integers, so no gradients; `operators.straight_through` has the form for calibration.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from loopq_compile.operators.precision import wide
 
 SMALLEST_SCALE = 1e-12
-"""Scales never fall below this: a group of zeros quantizes to zeros, not to NaN. In float16, where this number is
-zero, the smallest number above zero takes its place (not the smallest normal one, 6e-5: weights of 1e-4 have smaller
+"""Scales never fall below this, so a group of zeros quantizes to zeros, not to NaN. In float16, where this number is
+zero, the smallest number above zero replaces it (not the smallest normal one, 6e-5, since weights of 1e-4 have smaller
 scales)."""
 
 
@@ -25,8 +25,8 @@ def smallest_scale(dtype: torch.dtype) -> float:
 
 
 def peak(groups: Tensor, limit: int) -> Tensor:
-    """What a group's scale follows, `[..., size] -> [...]`: the largest magnitude; for a negative `limit` the entry of
-    largest magnitude with its sign."""
+    """The number that a group's scale follows, `[..., size] -> [...]`: the largest magnitude; for a negative `limit`,
+    the entry of largest magnitude with its sign."""
     if limit > 0:
         return groups.abs().amax(-1)
     high, low = groups.amax(-1), groups.amin(-1)
@@ -34,7 +34,7 @@ def peak(groups: Tensor, limit: int) -> Tensor:
 
 
 def bounded(scale: Tensor) -> Tensor:
-    """`scale`, where its magnitude is too small replaced by the smallest one."""
+    """`scale`, with entries of too small magnitude replaced by the smallest scale."""
     smallest = smallest_scale(scale.dtype)
     return torch.where(scale.abs() < smallest, smallest, scale)
 
@@ -89,16 +89,16 @@ def dynamic_scale(x: Tensor, clip: Tensor, group_size: int, limit: int) -> Tenso
     """`clip * peak(x_group) / limit` for every token and group.
 
     With `limit = q_max` the peak is the largest magnitude, which becomes the code `q_max` or `-q_max`. With
-    `limit = q_min` it is the entry of largest magnitude with its sign, which becomes `q_min`: the scale has the other
-    sign, and the step is smaller by `q_max / -q_min`, since no integer is left unused on that side (at 4 bits
-    a fifth less squared error for normally distributed numbers; the scales of llama.cpp's Q4_0 are made like this).
+    `limit = q_min` it is the entry of largest magnitude with its sign, which becomes `q_min`: the scale has the
+    opposite sign, and the step is smaller by `q_max / -q_min`, since no integer on that side is unused (at 4 bits, a
+    fifth less squared error for normally distributed numbers; llama.cpp's Q4_0 makes scales this way).
 
     Args:
         x: `[..., K]`, floating point.
         clip: clip ratios, `[K / group_size]`, `[1]`, or (for weights) one per row and group; 1 keeps the whole range
             of a group.
         group_size: features per scale; divides K.
-        limit: the integer that the peak becomes where `clip` is 1; negative for scales with a sign.
+        limit: the integer that the peak becomes if `clip` is 1; negative for scales with a sign.
 
     Returns:
         Scales `[..., K / group_size]` in the type of `x`, their magnitude at least `smallest_scale`.

@@ -1,15 +1,15 @@
 """The form of quantization that calibration differentiates: `loopq::fake_quantize`, `loopq::fake_quantize_dynamic`, and
 the gradient of `loopq::dynamic_scale`.
 
-A program holds `dequantize(quantize(x, s), s)`, between which integers flow and gradients do not. Calibration replaces
+A program holds `dequantize(quantize(x, s), s)`; integers flow between the two, gradients do not. Calibration replaces
 such a pair by `fake_quantize(x, s)`, which computes the same numbers and has the straight-through gradient:
 with `r = x / s` and `q = clip(round(r))`,
 
     d y / d x = 1 where q_min <= r <= q_max, else 0              (Bengio et al. 2013)
     d y / d s = q - r inside the range, q outside                (LSQ, Esser et al. 2020, eq. 3)
 
-`fake_quantize_dynamic` is the same behind a scale that follows x. Kernels see `[n, groups, size]`: the size is a
-constant for the compiler, which vectorizes groups of 32 (measured: 20 times faster than with a size that is not).
+`fake_quantize_dynamic` is the same with a scale that follows x. Kernels see `[n, groups, size]`: the size is a constant
+for the compiler, which vectorizes groups of 32 (measured: 20 times faster than with a variable size).
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def _round_dynamic_gradients(
 
 
 def _scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` as `dynamic_scale` stores it for tensors of type `dtype`, wide."""
+    """`scale` as `dynamic_scale` stores it for tensors of type `dtype`, in a wide type."""
     return wide(bounded(scale.to(dtype)))
 
 
 def _at_peak(groups: Tensor, largest: Tensor, limit: int) -> Tensor:
-    """The gradient of the peak, shared where several entries are largest, as that of `amax` is."""
+    """The gradient of the peak; several largest entries share it, as with `amax`."""
     found = groups if limit < 0 else groups.abs()
     at = (found == largest.unsqueeze(-1)).to(groups.dtype)
     at = at / at.sum(-1, keepdim=True)
@@ -87,15 +87,15 @@ def _rows(x: Tensor, group_size: int) -> Tensor:
 
 
 def _scale_rows(scale: Tensor, x: Tensor) -> Tensor:
-    """Scales or clip ratios in a shape that broadcasts against `[n, groups]`."""
+    """Scales or clip ratios in a shape that broadcasts with `[n, groups]`."""
     if scale.numel() == scale.shape[-1]:
         return scale.reshape(1, -1)
     return scale.expand(*x.shape[:-1], scale.shape[-1]).reshape(-1, scale.shape[-1])
 
 
 def _reduce(gradient: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    """The sum of a gradient `[n, groups]` over what `like` was broadcast along."""
-    if like.numel() == like.shape[-1]:  # one pass in place of one for each leading dimension
+    """The sum of a gradient `[n, groups]` over the dimensions along which `like` was broadcast."""
+    if like.numel() == like.shape[-1]:  # one pass instead of one for each leading dimension
         gradient = gradient.sum(0)
         return gradient.sum_to_size(like.shape[-1:]).reshape(like.shape).to(like.dtype)
     return gradient.view(*x.shape[:-1], -1).sum_to_size(like.shape).to(like.dtype)

@@ -1,4 +1,4 @@
-"""Invertible transforms in front of quantization: `loopq::kronecker`."""
+"""Invertible transforms before quantization: `loopq::kronecker`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Weight solvers: integers for a weight from the statistics of its inputs.
 
-`rtn` is rounding to nearest, `gptq` makes up for rounding errors by the correlations of the inputs, `loaq` aims at the
-outputs of the full-precision model. The pass `solve-weights` feeds them.
+`rtn` rounds to nearest, `gptq` compensates rounding errors through the correlations of the inputs, `loaq` aims at the
+outputs of the full-precision model. The pass `solve-weights` runs them.
 """
 
 from loopq_compile.solvers.curvature import Curvature

@@ -23,15 +23,15 @@ from loopq_compile.solvers.rtn import Grid
 
 _aten = torch.ops.aten
 _REACH = 0.45
-"""How far from an integer's middle an offset may put a weight, in units of the scale; half of one is the border."""
+"""How far from an integer's middle an offset may put a weight, in units of the scale; the border is at one half."""
 
 
 @dataclass
 class Chain:
-    """What stands between a stored weight and linears that read it: all calls of a weight, or those of one loop.
+    """The nodes between a stored weight and linears that read it: for all calls of a weight, or for those of one loop.
 
     Args:
-        site: the weight's.
+        site: site of the weight.
         end: the dequantize node.
         calls: the linears that read `end`, in program order.
     """
@@ -47,7 +47,7 @@ class Chain:
 
     @property
     def rounding(self) -> Any:
-        """The addition of rounding offsets, None if the chain has none."""
+        """The addition of rounding offsets; None if the chain has none."""
         before = self.quantize.args[0]
         return before if before.target is _aten.add.Tensor else None
 
@@ -105,7 +105,7 @@ def find_chains(graph_module: fx.GraphModule) -> list[Chain]:
 
 
 def find_families(chains: list[Chain], alone: Callable[[fx.Node], bool]) -> list[Family]:
-    """Chains by what they read; those with a linear that has statistics of its own stay `alone`."""
+    """Groups chains by what they read; chains with a linear that needs its own statistics (`alone`) stay separate."""
     families: dict[Any, list[Chain]] = defaultdict(list)
     for chain in chains:
         own = any(alone(linear) for linear in chain.calls)
@@ -120,15 +120,15 @@ def write_codes(
 
     Args:
         graph_module: changed in place; tensors are replaced, never written to.
-        chain: the weight's.
+        chain: chain of the weight.
         plain: W' as the chain computes it, `[out, K]`.
         codes: integers as floats, `[out, K]`.
         grid: the scales that belong to them.
-        centered: the weight plus its offset is the middle of its integer's interval. Otherwise it is the point of the
-            interval nearest to the weight, from where learned rounding reaches the neighbouring integer sooner.
+        centered: whether the weight plus its offset is the middle of its integer's interval. Otherwise it is the point
+            of the interval nearest to the weight, from which learned rounding reaches the neighbouring integer sooner.
     """
     scale = _write_scale(graph_module, chain, plain, grid)
-    # In single precision whatever the weight's type: the sum then falls into the middle of the integer's interval.
+    # Single precision for any type of weight: the sum then lies in the middle of the integer's interval.
     written = chain.grid(scale, plain.shape[1])
     latent = codes if centered else (plain.float() / written.steps).clamp(codes - _REACH, codes + _REACH)
     offset = written.values(latent) - plain.float()
@@ -147,9 +147,9 @@ def write_codes(
 
 
 def _write_scale(graph_module: fx.GraphModule, chain: Chain, plain: Tensor, grid: Grid) -> Tensor:
-    """Makes the chain's scales those of `grid`; returns what the chain computes them to be.
+    """Sets the chain's scales to those of `grid`; returns the scales that the chain then computes.
 
-    Where they follow the weight (`dynamic_scale`), the clip ratios are changed, so that calibration can go on from
+    If they follow the weight (`dynamic_scale`), the clip ratios are changed, so that calibration can continue from
     there.
     """
     node: Any = chain.quantize.args[1]
@@ -170,7 +170,7 @@ def _write_scale(graph_module: fx.GraphModule, chain: Chain, plain: Tensor, grid
 def _replace_table(
     graph_module: fx.GraphModule, chain: Chain, table: fx.Node, readers: tuple[fx.Node, ...], kind: str, values: Tensor
 ) -> Tensor:
-    """Gives `readers` the table `values`; in place of the old one if nothing else reads that."""
+    """Gives `readers` the table `values`, which replaces the old one if nothing else reads that."""
     if table.op == "get_attr" and set(table.users) == set(readers):
         set_tensor(graph_module, str(table.target), values)
         return values

@@ -1,13 +1,13 @@
 """The curvature of the output error in one weight: the damped Hessian, its inverse, and its triangular factor.
 
 With inputs `X` `[n, K]`, the error `‖X (Q - W)ᵀ‖²` of a weight `W` `[out, K]` is a quadratic form with Hessian
-`H = XᵀX` in every row. It is damped by `Λ`, `Λ_jj = damping H_jj`: with `r = sqrt(diag H)`,
+`H = XᵀX` in every row. It is damped by `Λ`, with `Λ_jj = damping H_jj`. With `r = sqrt(diag H)`,
 
     H + Λ = diag(r) (R + damping I) diag(r),      R_ij = H_ij / (r_i r_j), the matrix of correlations.
 
 GPTQ as published damps with a multiple of the mean of the diagonal. One input that is a thousand times larger than the
-others (the massive activations of every Llama) then decides the damping of all, and rounding falls back to nearest. The
-form here does not change when inputs are scaled, and `R + damping I` is well conditioned in single precision.
+others (the massive activations of every Llama) then decides the damping of all, and the result is rounding to nearest.
+The form here does not depend on the scale of inputs, and `R + damping I` is well conditioned in single precision.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Curvature:
 
     Args:
         hessian: `[K, K]`, symmetric. Rows of zeros (inputs that were never active) are decoupled from all others.
-        damping: see above; raised tenfold, up to three times, where the factorization fails.
-        act_order: order columns by falling `diag H` instead of as they stand.
+        damping: see above; raised tenfold, up to three times, if the factorization fails.
+        act_order: whether to order columns by falling `diag H` instead of keeping their order.
         where: the site, for errors.
 
     Raises:
@@ -62,7 +62,7 @@ class Curvature:
     def feedback(self) -> Tensor:
         """`F` `[K, K]`, unit upper triangular, rows and columns in `order`.
 
-        Once column `j` has been rounded with error `e_j = w_j - q_j`, the rest of the row is best changed by
+        After column `j` has been rounded with error `e_j = w_j - q_j`, the best change of the rest of the row is
         `-e_j F_jk`, k > j. With `(H + Λ)⁻¹ = UᵀU`, U upper triangular, it is `F_jk = U_jk / U_jj` (Frantar et al. 2022,
         GPTQ). One factorization gives U: of the matrix in reverse order, `P (H + Λ) P = L Lᵀ`, so `U = P L⁻¹ P`.
         """
@@ -80,5 +80,5 @@ class Curvature:
         return solution
 
     def error(self, difference: Tensor) -> float:
-        """`tr(D (H + Λ) Dᵀ)` of a `difference` of weights `[out, K]`: the squared output error it makes."""
+        """`tr(D (H + Λ) Dᵀ)` of a `difference` of weights `[out, K]`: the squared output error that it causes."""
         return float(((difference @ self.matrix) * difference).sum(dtype=torch.float64))

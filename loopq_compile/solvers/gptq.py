@@ -1,16 +1,16 @@
-"""Rounding that makes up for its own errors: GPTQ, and coordinate descent from its result.
+"""Rounding that compensates its own errors: GPTQ, and coordinate descent from its result.
 
-Minimized is `tr((Q - W) H̃ (Q - W)ᵀ)` over the points `Q` of a grid, `W` `[out, K]` the target and `H̃` the damped
-Hessian of the inputs; rows do not depend on each other.
+Both minimize `tr((Q - W) H̃ (Q - W)ᵀ)` over the points `Q` of a grid, with `W` `[out, K]` the target and `H̃` the
+damped Hessian of the inputs. Rows do not depend on each other.
 
-GPTQ (Frantar et al. 2022, arXiv 2210.17323) rounds column by column and moves what is not yet rounded to where it
-best makes up for the error. Afterwards coordinate descent re-decides codes and scales, one at a time, each with all
-others fixed (the idea of QuantEase, Behdin et al. 2023, arXiv 2309.01885), which can only lower the error:
+GPTQ (Frantar et al. 2022, arXiv 2210.17323) rounds column by column and moves the columns not yet rounded so that they
+best compensate the error. Then coordinate descent chooses codes and scales again, one at a time, each with all others
+fixed (the idea of QuantEase, Behdin et al. 2023, arXiv 2309.01885), which can only lower the error:
 
     code of column j:   q_j <- grid point nearest to q_j + g_j / H̃_jj
     scale of group G:   s_G <- s_G + c_Gᵀ g_G / (c_Gᵀ H̃_GG c_G)          with c the codes,   g = H̃ (w - q)
 
-`g` is kept up to date by a rank-one product for every decision, gathered in blocks of columns.
+A rank-one product for every decision keeps `g` up to date, gathered in blocks of columns.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def refine_codes(codes: Tensor, target: Tensor, curvature: Curvature, grid: Grid
 
 
 def refine_scales(codes: Tensor, target: Tensor, curvature: Curvature, grid: Grid) -> Grid:
-    """One sweep of coordinate descent over all scales; the codes stay. A scale that would turn round is kept."""
+    """One sweep of coordinate descent over all scales; the codes stay. A scale that would change its sign is kept."""
     matrix, columns = curvature.matrix, codes.t().contiguous()
     scale = grid.scale.clone()
     slope = matrix @ (target - grid.values(codes)).t()
@@ -73,7 +73,7 @@ def refine_scales(codes: Tensor, target: Tensor, curvature: Curvature, grid: Gri
         gain = (columns[members] * slope[members]).sum(0)
         curve = (columns[members] * effect[members]).sum(0)
         move = torch.where(curve > 0, gain / curve, torch.zeros_like(curve))
-        # Beyond a factor of two the codes would be other ones: descent in codes comes first.
+        # Beyond a factor of two the codes would differ: descent in codes comes first.
         move = torch.where(1 + move / scale[:, group] > 0.5, move, torch.zeros_like(move))
         scale[:, group] += move
         slope.addcmul_(effect, move, value=-1)

@@ -1,4 +1,4 @@
-"""Statistics of one call of a linear, from the quantized graph and the full-precision graph walked side by side."""
+"""Statistics of one call of a linear, from running the quantized and the full-precision graph side by side."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from loopq_compile.solvers.walk import Walk
 
 _aten = torch.ops.aten
 HELD = 4
-"""One token in so many is held back to choose LoaQ's shares on."""
+"""One in this many tokens is held back to choose LoaQ's shares."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear where statistics are wanted.
+    """A linear to measure.
 
     Args:
         linear: the node in the quantized graph.
-        weight: what it multiplies with before rounding, `[out, K]`.
+        weight: its weight before rounding, `[out, K]`.
         original: the weight of the full-precision graph, `[out, K₀]`.
     """
 
@@ -39,14 +39,14 @@ class Layer:
 
 
 class Observer:
-    """Runs the quantized graph, and the full-precision one beside it, up to a linear and measures there.
+    """Runs the quantized graph, and the full-precision one alongside, up to a linear and measures there.
 
     Args:
         graph_module: the quantized graph.
-        teacher: the graph before quantization, with the same names of nodes; None where outputs are not compared.
-        batches: inputs of both.
-        form: of LoaQ, see `loopq_compile.solvers.loaq`.
-        masks: by batch, `[batch, sequence]`, which tokens count; None for all.
+        teacher: the graph before quantization, with the same node names; None if outputs are not compared.
+        batches: inputs of both graphs.
+        form: form of LoaQ, see `loopq_compile.solvers.loaq`.
+        masks: by batch, which tokens count, `[batch, sequence]`; None for all.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Observer:
         self._form = form
 
     def write(self, linear: fx.Node) -> Write | None:
-        """How `linear` writes to the residual stream (nodes of the full-precision graph), if the form asks for it."""
+        """How `linear` writes to the residual stream (nodes of the full-precision graph), if the form needs it."""
         return None if self._teacher is None or self._form == 1 else find_write(self._counterpart(linear))
 
     def measure(self, layer: Layer) -> Split:
-        """Moments of what `layer.linear` reads; with a teacher, those of one token in four apart.
+        """Moments of the input of `layer.linear`; with a teacher, those of one token in four are separate.
 
         Raises:
             LoopQError: the inputs are not finite.
@@ -138,7 +138,7 @@ class Observer:
         return self.walk.constant(node).float() if isinstance(node, fx.Node) else None
 
     def _gain(self, batch: int, layer: Layer, write: Write) -> Tensor | None:
-        """The gain of the norm between the linear and the residual stream; None if that is no such norm."""
+        """The gain of the norm between the linear and the residual stream; None if there is no such norm."""
         assert self._teacher is not None
         output = F.linear(self._teacher_input(batch, layer.linear), layer.original, self._bias(layer.linear))
         shape = self._teacher.value(batch, write.stream).shape

@@ -1,4 +1,4 @@
-"""Which linears write to the residual stream, found in the structure of the graph."""
+"""Finds which linears write to the residual stream, from the structure of the graph."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ _MOVES = {
     *(_aten.unsqueeze.default, _aten.squeeze.dim, _aten.clone.default, _aten.contiguous.default),
     *(_aten.alias.default, _aten.detach.default, _aten.dropout.default, _aten._to_copy.default, _aten.to.dtype),
 }
-"""Operators that leave the numbers of a token as they are."""
+"""Operators that do not change the numbers of a token."""
 _PRODUCTS = {
     _aten.linear.default, _aten.mm.default, _aten.matmul.default, _aten.addmm.default, _aten.bmm.default,
     _aten.scaled_dot_product_attention.default,
 }  # fmt: skip
 LARGEST_BRANCH = 16
-"""Nodes between a linear and the addition; a norm takes at most eight."""
+"""Most nodes between a linear and the addition; a norm takes at most eight."""
 
 
 @dataclass(frozen=True)
 class Write:
-    """A linear's way into the residual stream.
+    """A linear's path into the residual stream.
 
     Args:
         linear: the linear.
         add: the addition of its branch to the stream.
         stream: the other operand, computed before the linear.
-        branch: what lies between, in graph order; empty if the linear's output is added as it is.
+        branch: the nodes in between, in graph order; empty if the linear's output is added unchanged.
     """
 
     linear: fx.Node
@@ -40,12 +40,11 @@ class Write:
 
 
 def find_write(linear: fx.Node) -> Write | None:
-    """The addition into which `linear`'s output goes, alone and without another product, if the other operand is the
-    residual stream: it is read elsewhere too (by the norm in front of the sub-layer), and it is known before the linear
-    runs.
+    """The addition into which all of `linear`'s output goes, without another product in between, if the other operand
+    is the residual stream: it is also read elsewhere (by the norm before the sub-layer), and is computed before the
+    linear.
 
-    Node order is that of the graph. Meant for a graph before quantization, where a stream has no other readers than the
-    model's own.
+    Use it on a graph before quantization, where only the model's own nodes read a stream.
     """
     inside = {linear}
     branch: list[fx.Node] = []
@@ -72,15 +71,16 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def has_norm(write: Write) -> bool:
-    """Whether the branch does anything to the numbers."""
+    """Whether the branch changes the numbers."""
     return any(node.target not in _MOVES for node in write.branch)
 
 
 def norm_gain(output: Tensor, normed: Tensor, tolerance: float = 0.02) -> Tensor | None:
-    """The gain `γ` `[out]` of the root-mean-square norm that makes `normed` `[n, out]` of `output`; None if none does.
+    """The gain `γ` `[out]` of the root-mean-square norm that turns `output` into `normed` `[n, out]`; None if none
+    does.
 
-    Recognized by its numbers, so in whatever operators it is written: with `u = output / rms(output)` the gain is the
-    least squares solution of `normed = γ u`, and it must explain `normed` up to the relative `tolerance`.
+    The norm is recognized by its numbers, so the operators do not matter. With `u = output / rms(output)`, the gain is
+    the least squares solution of `normed = γ u`. It must explain `normed` up to the relative `tolerance`.
     """
     unit = output * inverse_rms(output)
     gain = (normed * unit).sum(0) / unit.square().sum(0).clamp_min(1e-30)

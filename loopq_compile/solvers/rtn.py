@@ -1,4 +1,4 @@
-"""The grid that weights are rounded to, and rounding to nearest."""
+"""The grid to which weights are rounded, and rounding to nearest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Grid:
 
     @property
     def limit(self) -> int:
-        """As in `dynamic_scale`: negative if scales have signs."""
+        """The limit as in `dynamic_scale`: negative if scales have signs."""
         return self.q_min if bool((self.scale < 0).any()) else self.q_max
 
     def nearest(self, weight: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Grid:
         return (weight / self.steps).round_().clamp_(self.q_min, self.q_max)
 
     def values(self, codes: Tensor) -> Tensor:
-        """The weights that `codes` stand for."""
+        """The weights that `codes` represent."""
         return codes * self.steps
 
     def scaled(self, scale: Tensor) -> Grid:
@@ -50,15 +50,15 @@ class Grid:
 
 
 def searched(weight: Tensor, importance: Tensor, grid: Grid) -> Grid:
-    """`grid` with the range of each group that rounds its weights best, measured in outputs.
+    """`grid` with the range of each group that rounds its weights best, measured by outputs.
 
-    Every range from the largest magnitude of a group down to half of it is tried, and the scale of `grid`; the error is
-    `Σ_j importance_j (w_j - q_j)²`, which is the output error if inputs were uncorrelated.
+    Tries ranges from the largest magnitude of a group down to half of it, and the scale of `grid`. The error is
+    `Σ_j importance_j (w_j - q_j)²`, the output error if inputs were uncorrelated.
 
     Args:
         weight: `[outputs, inputs]`.
         importance: `[inputs]`, the diagonal of the Hessian.
-        grid: gives the integers and scales to start from.
+        grid: the initial integers and scales.
     """
     groups, weights = weight.unflatten(1, (-1, grid.size)), importance.view(-1, grid.size)
     limit = grid.limit

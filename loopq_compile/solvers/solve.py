@@ -32,7 +32,7 @@ class Options:
 
     @property
     def corrects(self) -> bool:
-        """Whether the target of rounding is another than the weight."""
+        """Whether the target of rounding differs from the weight."""
         return self.solver == "loaq" and (self.alpha != 0 or self.beta != 0)
 
     def __post_init__(self) -> None:
@@ -51,12 +51,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Solution:
-    """What was found for one weight.
+    """The result for one weight.
 
     Args:
         codes: integers as floats, `[out, K]`.
         grid: the scales they belong to.
-        before, after: squared output error, over the target's squared output, of rounding to nearest and of `codes`.
+        before, after: squared output error of rounding to nearest and of `codes`, over the target's squared output.
         alpha, beta: shares of LoaQ's corrections.
     """
 
@@ -75,8 +75,8 @@ def solve(weight: Tensor, original: Tensor, grid: Grid, moments: Split, options:
         weight: what the quantized graph would round to nearest, float32.
         original: the full-precision graph's weight, `[out, K₀]`.
         grid: the integers and the scales in use.
-        moments: of the inputs; α and β are chosen on those held back, for corrections computed on the others.
-        options: the solver's.
+        moments: moments of the inputs; corrections are computed from the `fit` part, α and β chosen on the `held` part.
+        options: options of the solver.
         where: the site, for errors.
     """
     target, alpha, beta = weight, 0.0, 0.0
@@ -129,5 +129,5 @@ def _rounded(weight: Tensor, target: Tensor, curvature: Curvature, grid: Grid, o
 
 
 def row_errors(difference: Tensor, curvature: Curvature) -> Tensor:
-    """The squared output error that each row of a `difference` of weights `[out, K]` makes, `[out]`."""
+    """The squared output error `[out]` that each row of a `difference` of weights `[out, K]` causes."""
     return ((difference @ curvature.matrix) * difference).sum(1)

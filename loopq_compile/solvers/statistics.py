@@ -1,4 +1,4 @@
-"""What a weight solver needs to know about inputs: second moments, summed over tokens, batches and loops."""
+"""Input statistics for weight solvers: second moments, summed over tokens, batches and loops."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class Moments:
 
 @dataclass
 class Split:
-    """Moments of tokens to `fit` on, and of tokens `held` back to choose by (None: none were).
+    """Moments of tokens to `fit` on, and of tokens `held` back to choose by (None if there are none).
 
-    Loops are summed with `add`: one weight serves them all, so its error is the sum of theirs.
+    Loops are summed with `add`: one weight serves all of them, so its error is the sum over loops.
     """
 
     fit: Moments

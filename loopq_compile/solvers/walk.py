@@ -1,4 +1,4 @@
-"""Running a graph stretch by stretch over all calibration batches, so that weights can be solved on the way."""
+"""Runs a graph in stretches over all calibration batches, so that weights can be solved along the way."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from loopq_compile.graph.evaluate import call_node
 
 
 class Walk:
-    """A graph that is run in program order, all batches up to one node before any goes beyond it.
+    """A graph that runs in program order: all batches run up to one node before any goes further.
 
-    Values that are still to be read are kept for every batch, all others are dropped: in a Transformer little more
-    than the residual stream. What depends on stored tensors alone (weights behind inverse transforms and quantization)
-    is computed when it is read and forgotten at the end of a stretch, so that what a pass changes in a chain is seen
-    from the next stretch on.
+    Values that will still be read are kept for every batch (in a Transformer, little more than the residual stream);
+    all others are dropped. What depends only on stored tensors (weights after inverse transforms and quantization) is
+    computed when it is read and dropped at the end of a stretch. So the next stretch sees what a pass changed in a
+    chain.
 
     Args:
         graph_module: the graph; nodes may be inserted into constant chains while it runs.
@@ -39,11 +39,11 @@ class Walk:
         self._start = 0
 
     def position(self, node: fx.Node) -> int:
-        """Where `node` stands in program order."""
+        """The position of `node` in program order."""
         return self._position[node]
 
     def run(self, batch: int, stop: fx.Node) -> None:
-        """Runs `batch` from where the last stretch ended up to, and without, `stop`."""
+        """Runs `batch` from the end of the last stretch up to `stop`, without `stop` itself."""
         values = self._values[batch]
         for index in range(self._start, self._position[stop]):
             node = self._plan[index]
@@ -53,23 +53,23 @@ class Walk:
                     values.pop(used, None)
 
     def finish(self, stop: fx.Node) -> None:
-        """Ends the stretch, once all batches have arrived at `stop`."""
+        """Ends the stretch when all batches have reached `stop`."""
         self._start = self._position[stop]
         self._constants.clear()
 
     def value(self, batch: int, node: fx.Node) -> Any:
-        """The value of a node that is still to be read by something at or behind the current position."""
+        """The value of a node that something at or after the current position still reads."""
         return self._values[batch][node] if node in self._dynamic else self.constant(node)
 
     def apply(self, batch: int, nodes: Sequence[fx.Node], given: dict[fx.Node, Any]) -> Any:
-        """The value of the last of `nodes`, computed from the `given` values and those of the walk, which stay."""
+        """The value of the last of `nodes`, computed from the `given` values and those of the walk, which are kept."""
         values = {**self._values[batch], **given}
         for node in nodes:
             values[node] = self._compute(node, values)
         return values[nodes[-1]]
 
     def constant(self, node: fx.Node) -> Any:
-        """The value of a node that depends on stored tensors alone."""
+        """The value of a node that depends only on stored tensors."""
         if node not in self._constants:
             if node.op == "get_attr":
                 return call_node(self._graph_module, node, self.constant)

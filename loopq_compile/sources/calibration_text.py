@@ -1,6 +1,6 @@
-"""Texts from files as they come: plain, JSON records, Parquet, saved data sets, folders of these, compressed or not.
+"""Reads texts from files: plain, JSON records, Parquet, saved data sets, folders of these, compressed or not.
 
-Nothing is read beyond what is asked for, nothing is written, and nothing is fetched from a network.
+Reads no more than requested, writes nothing, and uses no network.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any, BinaryIO, TextIO, cast
 from loopq_compile.errors import LoopQError, first_line
 
 FIELD = "text"
-"""Where records have their text, if nobody says otherwise."""
+"""Default field of the text in records."""
 JOINT = "\n\n"
-"""What stands between two texts."""
+"""Separator of two texts."""
 _RECORDS, _PLAIN, _TABLE = (".jsonl", ".ndjson", ".json"), (".txt",), (".parquet",)
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _CHATS = ("messages", "conversations", "conversation")
 _ASIDE = ("readme", "license", "dataset_info", "dataset_infos")
-"""First parts of names that are not data in folders of data."""
+"""Prefixes of names that are not data in folders of data."""
 _LARGEST_VALUE = 1 << 30
-"""Characters of one JSON value, which has to be in memory as a whole."""
+"""Most characters of one JSON value, which must fit into memory as a whole."""
 _NOT_JSON = object()
 _POINTER = "version https://git-lfs"
 _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -36,19 +36,19 @@ _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "ut
 
 
 def read_text(source: str | os.PathLike[str], limit: int | None = None, *, split: str | None = None) -> str:
-    """The text in `source`; of several texts, all that are not empty, with an empty line between them.
+    """The text in `source`. Several texts are joined with an empty line between them; empty ones are left out.
 
     Args:
         source: a `.txt` file in UTF-8, or UTF-16 or UTF-32 with a byte-order mark; a file of JSON records (`.jsonl`,
             `.ndjson`, `.json`); one of these compressed (`.gz`, `.bz2`, `.xz`, `.zst`); a `.parquet` file; a folder
             that `datasets` saved; or a folder of these, read in the order of names. Records have their text in the
             field `text`; `FILE@FIELD` names another.
-        limit: as many characters are enough; None reads all.
-        split: of a saved data set with several; None has the caller name one, as `FOLDER/SPLIT`.
+        limit: stop after this many characters; None reads all.
+        split: split of a saved data set with several; None requires `FOLDER/SPLIT` as source.
 
     Raises:
-        LoopQError: the source is missing, of another kind, damaged, empty, or has no such field; `datasets` is needed
-            and not installed.
+        LoopQError: the source is missing, of another kind, damaged, empty, or has no such field; or `datasets` is
+            needed but not installed.
     """
     path, field = _parse(source)
     parts: list[str] = []
@@ -73,7 +73,7 @@ def _parse(source: str | os.PathLike[str]) -> tuple[Path, str]:
 
 
 def _texts(path: Path, field: str, limit: int | None, split: str | None) -> Iterator[str]:
-    """All texts of a file or folder; whatever is wrong with it is one error that names the file."""
+    """All texts of a file or folder; every problem becomes an error that names the file."""
     try:
         if path.is_dir():
             yield from _texts_of_folder(path, field, limit, split)
@@ -102,7 +102,7 @@ def _texts(path: Path, field: str, limit: int | None, split: str | None) -> Iter
         ) from error
     except OSError as error:
         raise LoopQError(f"{path} cannot be read: {error.strerror or first_line(error)}.") from error
-    except Exception as error:  # data from anywhere; decompressors, pyarrow and datasets raise many kinds
+    except Exception as error:  # untrusted data; decompressors, pyarrow and datasets raise many kinds of errors
         raise LoopQError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}.") from error
 
 
@@ -145,7 +145,7 @@ def _open(path: Path) -> TextIO:
 
 
 def _plain(path: Path, text: str) -> str:
-    """Refuses what is text by its name only."""
+    """Refuses files that are text only by name."""
     if "\0" in text:
         raise LoopQError(f"{path} is not a text: it holds zero bytes. If it is UTF-16, convert it to UTF-8.")
     if text.startswith(_POINTER):
@@ -156,7 +156,7 @@ def _plain(path: Path, text: str) -> str:
 
 
 def _records(path: Path, stream: TextIO, field: str) -> Iterator[tuple[str, Any]]:
-    """Where a record stands, and the record: JSON lines, or one JSON value with all of them."""
+    """The place of each record, and the record: from JSON lines, or from one JSON value with all of them."""
     lines = (line for line in iter(lambda: stream.readline(_LARGEST_VALUE), "") if line.strip())
     first = next(lines, "null")
     if first.startswith(_POINTER):
@@ -175,7 +175,7 @@ def _records(path: Path, stream: TextIO, field: str) -> Iterator[tuple[str, Any]
 
 
 def _parsed(text: str) -> Any:
-    """The JSON value that a text is."""
+    """A text parsed as a JSON value."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

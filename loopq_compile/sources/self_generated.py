@@ -1,8 +1,8 @@
-"""Calibration text that the model itself samples, and where else calibration text may come from.
+"""Calibration text sampled by the model itself, and other sources of calibration text.
 
-A teacher's own samples need no data set, follow its own distribution, and have no licence but the model's. Each row
-starts with the token that begins texts, or a random one where there is none, and goes on at temperature 1 without
-regard to end tokens, so all rows have one length.
+A teacher's own samples need no data set, follow its own distribution, and have only the model's licence. Each row
+starts with the token that begins texts, or a random one if there is none. It continues at temperature 1 and ignores
+end tokens, so all rows have one length.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from loopq_compile.sources.calibration_text import read_text
 from loopq_compile.storage.atomic import writing_file
 
 CALIBRATIONS = ("self", "docs", "mixed")
-"""Where calibration text comes from, other than a file: sampled by the model; docstrings; half of each."""
+"""Sources of calibration text other than files: sampled by the model; docstrings; half of each."""
 CHARACTERS = 16
-"""Of a text are read for every token that is needed, about four times what it takes; samples are drawn from these."""
+"""Characters of a text to read per needed token, about four times as many as it takes; samples are drawn from these."""
 
 
 def generate_tokens(
@@ -40,19 +40,19 @@ def generate_tokens(
     """Token rows that `model` samples at temperature 1.
 
     Args:
-        model: a causal language model. With a key-value cache, as transformers have it, a row costs `length` steps; any
-            other model reads the row again for every token.
+        model: a causal language model. With a key-value cache like that of transformers, a row costs `length` steps;
+            any other model reads the row again for every token.
         bos: first token of every row; None draws it at random from the vocabulary.
         samples, length: rows in total, and tokens in a row, the first included.
         seed: the same seed, sizes and model give the same rows.
         batch: rows sampled together.
-        cache: a folder where every batch is kept as soon as it is there; what it has is not sampled again.
+        cache: a folder that stores every batch as soon as it is sampled; stored batches are not sampled again.
 
     Returns:
         Tensors `[<= batch, length]` of token ids on the CPU.
 
     Raises:
-        LoopQError: a size is below one, `bos` is no token of the model, or the cache cannot be written.
+        LoopQError: a size is below one, `bos` is not a token of the model, or the cache cannot be written.
     """
     if min(samples, length, batch) < 1:
         raise LoopQError(f"samples={samples}, length={length} and batch={batch} must all be at least 1.")
@@ -71,7 +71,7 @@ def generate_tokens(
 
 
 def first_token(model: Any) -> int | None:
-    """The token that begins texts according to a Hugging Face model's configuration, None where it names none."""
+    """The token that begins texts according to a Hugging Face model's configuration; None if it names none."""
     bos = getattr(getattr(model, "config", None), "bos_token_id", None)
     return bos if isinstance(bos, int) else None
 
@@ -102,19 +102,19 @@ def calibration_data(
     *,
     cache: str | Path | None = None,
 ) -> list[Tensor]:
-    """Calibration batches `[<= 4, length]` from wherever `source` says, `samples` rows in all.
+    """Calibration batches `[<= 4, length]` from `source`, `samples` rows in total.
 
     Args:
         source: `"self"` (`generate_tokens`), `"docs"` (docstrings of installed libraries; `"bundled"` means the same),
-            `"mixed"` (half of each), or the name of a text, see `texts.read_text`; of a saved data set with
-            splits, `train`. No more of it is read than the samples need.
+            `"mixed"` (half of each), or the name of a text, see `calibration_text.read_text`; of a saved data set with
+            splits, `train` is used. No more is read than the samples need.
         model: the teacher; only `"self"` and `"mixed"` need one.
-        tokenizer: the model's; None means the bundled model's for `"docs"`, and will not do for a file.
+        tokenizer: the model's; None means the bundled model's for `"docs"`, and is refused for a file.
         samples, length, seed: number of rows, tokens in each, and which are drawn.
         cache: folder for self-generated rows.
 
     Raises:
-        LoopQError: no model, an unreadable or short text, or a size below one.
+        LoopQError: there is no model, the text is unreadable or too short, or a size is below one.
     """
     if min(samples, length) < 1:
         raise LoopQError(f"samples={samples} and length={length} must be at least 1.")
@@ -127,7 +127,7 @@ def calibration_data(
     if samples > own:
         rows += _rows_of_text(source, tokenizer, samples - own, length, seed)
     every = torch.cat(rows)
-    if own not in (0, samples):  # alternately, so that any part of them is mixed as well
+    if own not in (0, samples):  # alternating, so that any part of them is mixed as well
         order = torch.argsort(torch.tensor([*range(0, 2 * own, 2), *range(1, 2 * (samples - own), 2)]))
         every = every[order]
     return list(every.split(4))
@@ -160,7 +160,7 @@ def _sample(model: nn.Module, bos: int | None, rows: int, length: int, generator
     with torch.no_grad():
         vocabulary = logits_of(model(torch.zeros(1, 2, dtype=torch.int64, device=weight.device))).shape[-1]
         if bos is not None and not 0 <= bos < vocabulary:
-            raise LoopQError(f"bos={bos} is no token of a model with a vocabulary of {vocabulary}.")
+            raise LoopQError(f"bos={bos} is not a token of a model with a vocabulary of {vocabulary}.")
         first = torch.randint(vocabulary, (rows, 1), generator=generator)
         ids = [first if bos is None else torch.full_like(first, bos)]
         steps = _steps(model, weight.device)
@@ -172,9 +172,9 @@ def _sample(model: nn.Module, bos: int | None, rows: int, length: int, generator
 
 
 def _steps(model: Any, device: torch.device) -> Generator[Any, Any, None]:
-    """Takes the tokens so far, gives logits of what comes next: with the model's cache, or by reading all again.
+    """Takes the tokens so far, gives the next token's logits: with the model's cache, or by reading everything again.
 
-    Not `model.generate`: it stops at end tokens and draws from PyTorch's global generator.
+    `model.generate` is not used: it stops at end tokens and draws from PyTorch's global generator.
     """
     cached = hasattr(model, "generate") and hasattr(model, "prepare_inputs_for_generation")
     past, ids = None, (yield)
@@ -198,7 +198,7 @@ def _read(file: Path | None) -> Tensor | None:
 
     try:
         return load_file(file)["tokens"]
-    except Exception:  # cut off while it was written: sampled again
+    except Exception:  # cut off during writing: sampled again
         return None
 
 

@@ -1,1 +1,1 @@
-"""Files: saved programs, manifests, and writing that leaves nothing half done."""
+"""Files: saved programs, manifests, and atomic writing."""

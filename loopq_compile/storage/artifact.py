@@ -1,6 +1,6 @@
 """Saved programs: a folder with `program.json` (graph, loops, scheme, log), `tensors.safetensors` and `manifest.json`.
 
-Files are data from anywhere: nothing is unpickled or executed, and whatever is wrong with them is one `LoopQError`.
+Files are untrusted: nothing is unpickled or executed, and every problem is a `LoopQError`.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ def save(
     directory: str | os.PathLike[str],
     extra_files: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """Writes a program; the folder appears when it is complete, or not at all.
+    """Writes a program; the folder appears only when it is complete.
 
     Args:
-        graph_module: with its compiler state.
+        graph_module: the graph with its compiler state.
         directory: any folder. An earlier program in it is replaced; everything else stays.
-        extra_files: files by name to put beside it, such as `tokenizer.json`; text is written as UTF-8.
+        extra_files: files by name to add, such as `tokenizer.json`; text is written as UTF-8.
 
     Raises:
-        LoopQError: the folder cannot be written, or holds a file of one of these names that is not ours; the graph
-            holds something that files cannot name, or a tensor NaN.
+        LoopQError: the folder cannot be written, or holds a file with one of these names that is not ours; the graph
+            holds something that files cannot name; or a tensor holds NaN.
     """
     extra = {check_name(name): content for name, content in (extra_files or {}).items()}
     check_folder(directory, PROGRAM, (*FILES, *extra))
@@ -87,12 +87,14 @@ def read(directory: str | os.PathLike[str]) -> fx.GraphModule:
     """The graph module, with its compiler state, of a program written by `save`.
 
     Raises:
-        LoopQError: the folder is no program, was written by a newer version, or is damaged.
+        LoopQError: the folder is not a program, was written by a newer version, or is damaged.
     """
     folder = Path(directory)
     settle(folder)
     if not (folder / GRAPH_FILE).is_file():
-        raise LoopQError(f"{folder} is no saved program: it has no {GRAPH_FILE}. `loopq-compile compile` writes one.")
+        raise LoopQError(
+            f"{folder} is not a saved program: it has no {GRAPH_FILE}. `loopq-compile compile` writes one."
+        )
     records = check_files(folder, (GRAPH_FILE, TENSOR_FILE))
     data = read_json(folder / GRAPH_FILE)
     if data.get("format") != FORMAT:
@@ -105,19 +107,19 @@ def read(directory: str | os.PathLike[str]) -> fx.GraphModule:
         return _rebuild(data, tensors)
     except LoopQError as error:
         raise LoopQError(f"{folder} is damaged: {first_line(error)}.") from error
-    except Exception as error:  # data from anywhere: whatever PyTorch says of a nonsensical graph
+    except Exception as error:  # untrusted data: PyTorch may raise anything for a nonsensical graph
         raise LoopQError(f"{folder / GRAPH_FILE} is damaged: {type(error).__name__}: {first_line(error)}.") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Verified:
-    """What `verify` found in a folder where nothing is wrong.
+    """What `verify` found in an intact folder.
 
     Args:
         directory: the folder.
-        version: of the format.
-        files: that the manifest lists; those of version 1 without a manifest.
-        unlisted: names of other things in the folder, which nothing reads.
+        version: version of the format.
+        files: files that the manifest lists; for version 1, which has no manifest, its fixed files.
+        unlisted: names of other items in the folder, which nothing reads.
         description: model, loops, scheme and method in one line.
         nodes, tensors: how many the program has.
     """
@@ -132,7 +134,7 @@ class Verified:
 
 
 def verify(directory: str | os.PathLike[str]) -> Verified:
-    """Reads a program as `read` does, and proves its loop tags: every file whole, every table finite, the graph valid.
+    """Reads a program as `read` does and proves its loop tags: files intact, tables finite, graph valid.
 
     Raises:
         LoopQError: as `read`, or a node inside a loop has lost its tag.
@@ -183,7 +185,7 @@ def _describe(graph_module: fx.GraphModule) -> dict[str, Any]:
 
 
 def _packed(graph_module: fx.GraphModule) -> dict[str, list[int]]:
-    """Integer weights of at most 4 bits, which are stored two to the byte, with their shapes."""
+    """Integer weights of at most 4 bits, stored two per byte, with their shapes."""
     packed = {}
     for node in graph_module.graph.nodes:
         bits = node.meta.get(BITS, 8)
@@ -219,7 +221,7 @@ def _unpack(stored: Tensor, shape: list[int]) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """Values for JSON: numbers that are not finite become None, what JSON lacks becomes text."""
+    """Values for JSON: numbers that are not finite become None, types that JSON lacks become text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
@@ -234,7 +236,7 @@ def _kind(tensor: Tensor) -> list[Any]:
 
 
 def check_values(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> None:
-    """Refuses NaN everywhere and infinities in what quantization added; masks of a model may well hold infinities.
+    """Refuses NaN everywhere, and infinities in tensors that quantization added; masks of a model may hold infinities.
 
     Raises:
         LoopQError: names the tensor.
@@ -249,7 +251,7 @@ def check_values(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _is_table(node: fx.Node) -> bool:
-    """Whether a stored tensor came with quantization: ranges, clip ratios, scales, transforms, adapters."""
+    """Whether quantization added a stored tensor: ranges, clip ratios, scales, transforms, adapters."""
     made = any(node.meta.get(key) for key in (GROUP, TRANSFORM, LEARN, MADE_BY))
     return made or str(node.target).endswith(("_scale", "_clip"))
 
@@ -272,12 +274,12 @@ def _read_tensors(folder: Path, data: Mapping[str, Any]) -> dict[str, Tensor]:
         }
     except LoopQError:
         raise
-    except Exception as error:  # data from anywhere; safetensors and torch raise many kinds
+    except Exception as error:  # untrusted data; safetensors and torch raise many kinds of errors
         raise LoopQError(f"{path} cannot be read: {first_line(error)}.") from error
 
 
 def _check_header(path: Path) -> None:
-    """A safetensors file begins with the length of its header, eight bytes, little-endian."""
+    """Checks the length of a safetensors header, which the first eight bytes give (little-endian)."""
     with path.open("rb") as file:
         length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
     if length > min(_LARGEST_HEADER, max(0, size - 8)):
@@ -320,6 +322,6 @@ def _site(data: Mapping[str, Any]) -> Site:
 
 
 def _known(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that this version knows: newer ones add fields that older readers may ignore (`readable_from`)."""
+    """The fields that this version knows; newer versions add fields that older readers may ignore (`readable_from`)."""
     names = {field.name for field in dataclasses.fields(kind)}
     return {name: value for name, value in data.items() if name in names}

@@ -1,9 +1,9 @@
-"""Output that is whole or not there, and never at the cost of what others put beside it.
+"""Output that is complete or absent, and never destroys other files in its folder.
 
-New files are written into a hidden folder inside of the target, `.loopq-part-XXXX`, on the same disk. When all of them
-are there, that folder is renamed to `.loopq-new`; from this moment the new output counts. `settle` then takes the old
-files away and moves the new ones up, the manifest last. A kill before the rename leaves the old output as it was; after
-a kill behind it whoever reads or writes the folder next finishes the move.
+New files are written into a hidden folder inside the target, `.loopq-part-XXXX`, on the same disk. When all of them are
+complete, that folder is renamed to `.loopq-new`; from this moment the new output counts. `settle` then removes the old
+files and moves the new ones up, the manifest last. A kill before the rename leaves the old output unchanged. After a
+kill following the rename, the next reader or writer of the folder finishes the move.
 
 Only files that a manifest of ours lists are replaced or removed. Everything else in the folder stays.
 """
@@ -30,16 +30,17 @@ _PART, _NEW = ".loopq-part-", ".loopq-new"
 def writing_folder(
     directory: str | os.PathLike[str], kind: ManifestKind, *, add: bool = False, more: dict[str, Any] | None = None
 ) -> Iterator[Path]:
-    """Yields a temporary folder; its files become those of `directory` when the block ends well, and vanish otherwise.
+    """Yields a temporary folder; its files become those of `directory` if the block succeeds, and are deleted
+    otherwise.
 
     Args:
-        directory: where the files shall stand. What else is there stays; a link to a folder stays a link.
-        kind: of manifest, which is written about the files.
-        add: keep the files that an earlier manifest of this kind lists; else they go.
-        more: what else to write into the manifest.
+        directory: where the files go. Other files there stay; a link to a folder stays a link.
+        kind: kind of the manifest that is written about the files.
+        add: whether to keep the files that an earlier manifest of this kind lists; otherwise they are removed.
+        more: further entries of the manifest.
 
     Raises:
-        LoopQError: a file of the same name is there that no manifest lists, or writing fails (no permission, disk
+        LoopQError: there is a file with the same name that no manifest lists, or writing fails (no permission, disk
             full).
     """
     goal = check_folder(directory, kind)
@@ -60,7 +61,7 @@ def writing_folder(
 
 @contextlib.contextmanager
 def writing_file(file: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a path to write to; what is there becomes `file` when the block ends well, and vanishes otherwise.
+    """Yields a path to write to; it becomes `file` if the block succeeds, and is deleted otherwise.
 
     A link to a file stays a link; a pipe or a device is written to directly.
 
@@ -82,7 +83,7 @@ def writing_file(file: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(file: str | os.PathLike[str], text: str) -> Path:
-    """Writes text as UTF-8; a file that is there stays until the new one is complete.
+    """Writes text as UTF-8; an existing file stays until the new one is complete.
 
     Raises:
         LoopQError: the file cannot be written.
@@ -93,10 +94,10 @@ def write_text(file: str | os.PathLike[str], text: str) -> Path:
 
 
 def write_results(directory: str | os.PathLike[str], texts: Mapping[str, str]) -> list[Path]:
-    """Writes text files by name beside earlier results in a folder.
+    """Writes text files by name into a folder with earlier results.
 
     Raises:
-        LoopQError: a file of one of these names is there that is not ours, or the folder cannot be written.
+        LoopQError: there is a file with one of these names that is not ours, or the folder cannot be written.
     """
     with writing_folder(directory, RESULTS, add=True) as made:
         for name, text in texts.items():
@@ -105,7 +106,7 @@ def write_results(directory: str | os.PathLike[str], texts: Mapping[str, str]) -
 
 
 def check_file(file: str | os.PathLike[str]) -> None:
-    """Refuses early what `writing_file` would refuse after the work is done.
+    """Checks early what `writing_file` would refuse only after the work is done.
 
     Raises:
         LoopQError: it is a folder, or cannot be written.
@@ -118,15 +119,15 @@ def check_file(file: str | os.PathLike[str]) -> None:
 
 
 def check_folder(directory: str | os.PathLike[str], kind: ManifestKind, names: Iterable[str] = ()) -> Path:
-    """The real path of `directory`; refuses early what `writing_folder` would refuse after the work is done.
+    """The real path of `directory`; checks early what `writing_folder` would refuse only after the work is done.
 
     Args:
-        directory: where files shall be written.
-        kind: of manifest.
-        names: of files, as far as they are known.
+        directory: where files will be written.
+        kind: kind of manifest.
+        names: names of files, as far as they are known.
 
     Raises:
-        LoopQError: it is a file or cannot be written, or holds a file of one of these names that is not ours.
+        LoopQError: it is a file or cannot be written, or holds a file with one of these names that is not ours.
     """
     goal = real_path(directory)
     with _cannot_write(goal):
@@ -139,7 +140,7 @@ def check_folder(directory: str | os.PathLike[str], kind: ManifestKind, names: I
 
 
 def settle(directory: str | os.PathLike[str]) -> None:
-    """Finishes the move of a write that was killed when all of its files were there; does nothing elsewhere.
+    """Finishes the move of a write that was killed after all of its files were complete; otherwise does nothing.
 
     Raises:
         LoopQError: the files cannot be moved.
@@ -157,7 +158,7 @@ def settle(directory: str | os.PathLike[str]) -> None:
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:
-    """The absolute path with `~` and links resolved; of a link that leads nowhere, where it leads.
+    """The absolute path with `~` and links resolved; for a broken link, its target.
 
     Raises:
         LoopQError: the path is empty, or links form a ring.
@@ -182,7 +183,7 @@ def _check_writable(goal: Path) -> None:
 
 
 def _check_names(goal: Path, names: Iterable[str], kind: ManifestKind, made: Path | None = None) -> None:
-    """Refuses names that are taken by files that are not ours, or that belong to an output of another kind."""
+    """Refuses names of existing files that are not ours, or that belong to an output of another kind."""
     known = manifests(goal)
     ours = {kind.file, *known.get(kind.file, ())} if kind.file in known else set()
     others = {name for file, files in known.items() if file != kind.file for name in files}
@@ -203,9 +204,9 @@ def _check_names(goal: Path, names: Iterable[str], kind: ManifestKind, made: Pat
 
 
 def _move_up(goal: Path) -> None:
-    """Takes old files away and moves those of `.loopq-new` into `goal`; goes on where a killed one stopped.
+    """Removes old files and moves those of `.loopq-new` into `goal`; continues where a killed process stopped.
 
-    Old files go first, so that other programs find the new ones, or none, and never a mixture.
+    Old files are removed first, so that other programs find either the new ones or none, never a mixture.
     """
     ready = goal / _NEW
     if not _is_folder(ready):
@@ -225,9 +226,9 @@ def _move_up(goal: Path) -> None:
 
 @contextlib.contextmanager
 def _staging(goal: Path) -> Iterator[tuple[Path, _Signals]]:
-    """A hidden folder inside of `goal` that goes away with the block, and with SIGTERM; so do folders made for it.
+    """A hidden folder inside `goal`, deleted at the end of the block and on SIGTERM, like folders made for it.
 
-    It stays locked while its process lives, by which others know which ones a killed process has left.
+    It stays locked while its process lives, so that others recognize folders left by a killed process.
     """
     made: Path | None = None
     new_folders = [folder for folder in (goal, *goal.parents) if not folder.exists()]
@@ -247,13 +248,13 @@ def _staging(goal: Path) -> Iterator[tuple[Path, _Signals]]:
             if made is not None:
                 shutil.rmtree(made, ignore_errors=True)
             for folder in new_folders:
-                with contextlib.suppress(OSError):  # it is not empty, or others took it away
+                with contextlib.suppress(OSError):  # it is not empty, or others removed it
                     folder.rmdir()
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock on a folder, which ends with its process; yields whether it is held. Not every system has locks."""
+    """Holds a lock on a folder, which ends with the process; yields whether it is held. Not every system has locks."""
     try:
         import fcntl
 
@@ -273,7 +274,7 @@ def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
 
 
 class _Signals:
-    """Within this block, signals that would end the process raise an exception first, so that it cleans up."""
+    """In this block, signals that would end the process raise an exception first, so that it cleans up."""
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
@@ -320,7 +321,8 @@ def _is_folder(path: Path) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or what a folder lists, is on the disk; some file systems cannot, which is no failure."""
+    """Waits until a file, or a folder's list of files, is on the disk. Some file systems cannot do this; that is
+    accepted."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:

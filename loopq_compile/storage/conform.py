@@ -16,14 +16,14 @@ def conform(value: Any) -> None:
     Understands plain classes, `tuple[X, ...]`, `tuple[X, Y]`, `list[X]`, `dict[X, Y]`, unions and `Any`.
 
     Raises:
-        LoopQError: names the class, the field and what it holds.
+        LoopQError: a field does not fit; the message names the class, the field and its value.
     """
     hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
         found = getattr(value, field.name)
         if not _fits(found, hints[field.name]):
             shown = repr(found)[:60]
-            raise LoopQError(f"{type(value).__name__}.{field.name} holds {shown}, which is no {field.type}")
+            raise LoopQError(f"{type(value).__name__}.{field.name} holds {shown}, which is not {field.type}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -106,9 +106,7 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
     elif node.op in ("placeholder", "get_attr", "output", "call_module"):
         target = shown_name(str(node.target)) if node.op == "get_attr" else str(node.target)
     else:
-        raise LoopQError(
-            f"Node {node.name!r} ({node.op}) cannot be saved: programs hold operators and constants alone."
-        )
+        raise LoopQError(f"Node {node.name!r} ({node.op}) cannot be saved: programs hold only operators and constants.")
     entry = {
         "name": node.name,
         "op": node.op,

@@ -1,7 +1,7 @@
 """The manifest of a saved program or an export: which files belong to it, how long they are, and their SHA-256.
 
-Reading starts here. Names must be plain file names, files must be regular and inside the folder, so that nothing
-outside of it is ever opened, and hashes are compared before anything is parsed.
+Reading starts here. Names must be plain file names, and files must be regular and inside the folder, so that nothing
+outside is ever opened. Hashes are compared before anything is parsed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from loopq_compile.errors import LoopQError, first_line
 
 MANIFEST_FILE = "manifest.json"
 FAMILY = "loopq_compile."
-"""With this the formats of all manifests of this package begin."""
+"""Prefix of the formats of all manifests of this package."""
 FORMAT = FAMILY + "artifact"
 FORMAT_VERSION = 2
-"""Version 1 had no manifest. A reader takes every version whose `readable_from` is not above its own."""
+"""Version 1 had no manifest. A reader accepts every version whose `readable_from` is not above its own."""
 _LARGEST_JSON = 1 << 30
 
 
 @dataclass(frozen=True)
 class ManifestKind:
-    """What a manifest is about: its file name, format and version, and a word for people."""
+    """A kind of manifest: its file name, format and version, and a word for people."""
 
     file: str
     format: str
@@ -40,7 +40,7 @@ class ManifestKind:
 
 PROGRAM = ManifestKind(MANIFEST_FILE, FORMAT, FORMAT_VERSION, "program")
 RESULTS = ManifestKind("results_manifest.json", FAMILY + "results", 1, "result")
-"""Of what `bench` and `demo` write into a folder: by it, their own files of an earlier run are known."""
+"""The manifest of `bench` and `demo`, by which they recognize their own files of an earlier run."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def write_manifest(
     """Writes the manifest about files of `folder`.
 
     Args:
-        folder: of the program or export.
-        kind: of manifest.
-        names: of files that belong to it; None for all that are there.
-        more: what else to write into it.
+        folder: folder of the program or export.
+        kind: kind of manifest.
+        names: names of files that belong to it; None for all in the folder.
+        more: further entries to write.
         known: entries of an earlier manifest that are kept, by file name.
 
     Raises:
@@ -85,9 +85,9 @@ def write_manifest(
 
 
 def manifests(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the manifests of this package in `folder` list: entries by name of the manifest and of the file.
+    """Entries of this package's manifests in `folder`, by name of the manifest and of the file.
 
-    A damaged one counts as none; a name that is not a plain file name is left out.
+    A damaged manifest counts as missing; a name that is not a plain file name is left out.
     """
     found = {}
     for path in sorted(folder.glob("*manifest.json")):
@@ -99,7 +99,7 @@ def manifests(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def listed(folder: Path, kind: ManifestKind) -> dict[str, Any]:
-    """The entries of one kind of manifest by file name; none where there is none."""
+    """The entries of one kind of manifest by file name; empty if there is no such manifest."""
     return manifests(folder).get(kind.file, {})
 
 
@@ -107,16 +107,16 @@ def check_files(folder: Path, needed: Iterable[str], kind: ManifestKind = PROGRA
     """Compares every file of a program with its manifest.
 
     Args:
-        folder: of the program.
+        folder: folder of the program.
         needed: names that the manifest must list.
-        kind: of manifest.
+        kind: kind of manifest.
 
     Returns:
-        Records by file name; None if there is no manifest, as version 1 had it.
+        Records by file name; None if there is no manifest, as in version 1.
 
     Raises:
-        LoopQError: the manifest is damaged or from a newer version, a file is missing, no regular file inside the
-            folder, or not what was written.
+        LoopQError: the manifest is damaged or from a newer version, or a file is missing, changed, or not a regular
+            file inside the folder.
     """
     path = folder / kind.file
     if not os.path.lexists(path):
@@ -135,10 +135,10 @@ def check_files(folder: Path, needed: Iterable[str], kind: ManifestKind = PROGRA
 
 
 def check_version(folder: Path, data: dict[str, Any], known: int = FORMAT_VERSION) -> None:
-    """Refuses what only a newer version can read.
+    """Refuses folders that only a newer version can read.
 
     Raises:
-        LoopQError: names both versions and says what to do.
+        LoopQError: the message names both versions and says what to do.
     """
     version = data.get("version")
     oldest = data.get("readable_from", version)
@@ -170,12 +170,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_regular(path: Path) -> None:
-    """Refuses everything but a regular file: links may lead out of the folder, and pipes never end.
+    """Refuses everything except a regular file: links may lead out of the folder, and pipes never end.
 
-    A link into the `blobs` of the same model is a file too: so the cache of the Hugging Face hub keeps all it has.
+    A link into the `blobs` of the same model counts as a file, since the Hugging Face hub's cache stores files this
+    way.
 
     Raises:
-        LoopQError: says what stands there.
+        LoopQError: the message says what it is.
     """
     try:
         mode = path.lstat().st_mode
@@ -189,7 +190,7 @@ def check_regular(path: Path) -> None:
 
 
 def is_cached(link: Path) -> bool:
-    """Whether a link is one of the hub's cache: `models--NAME/snapshots/HASH/FILE`, to `models--NAME/blobs/SHA`."""
+    """Whether a link is a file of the hub's cache: `models--NAME/snapshots/HASH/FILE`, to `models--NAME/blobs/SHA`."""
     target = Path(os.path.realpath(link))
     folder = Path(os.path.realpath(link.parent))
     owners = [above.parent for above in folder.parents if above.name == "snapshots"]
@@ -203,7 +204,7 @@ def check_name(name: object) -> str:
         LoopQError: it is a path, hidden, or has characters that file systems treat specially.
     """
     if not _is_plain(name):
-        raise LoopQError(f"{_short(name)} is no plain file name; a program lists files of its own folder alone.")
+        raise LoopQError(f"{_short(name)} is not a plain file name; a program lists only files of its own folder.")
     return str(name)
 
 

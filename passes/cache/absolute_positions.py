@@ -22,7 +22,7 @@ from loopq_compile.passes.cache.last_rows import LastRows
 _aten = torch.ops.aten
 _LENGTHS = (5, 7)
 _LARGEST_TURN = 4.0
-"""Upper bound of values in rotary tables: cosines and sines, perhaps scaled a little."""
+"""Largest value in rotary tables, which hold cosines and sines, perhaps scaled a little."""
 _JOINS = {_aten.add.Tensor, _aten.sub.Tensor, _aten.rsub.Tensor, _aten.cat.default, _aten.stack.default}
 Meeting = tuple[fx.Node, fx.Node]
 

@@ -37,12 +37,11 @@ class AddCache(Pass):
     """Gives a causal language model a key-value cache; runs on packed programs, before `roll-loops`.
 
     Before: `(input_ids [batch, sequence], attention_mask?) -> (logits, ...)`. After: `(input_ids [batch, sequence],
-    attention_mask [batch, past + sequence], past_key_values.N.key, .value, ...) -> {logits, ..., present.N.key,
-    .value, ...}`: one pair for every attention that runs, that is for every loop and layer, `[batch, heads, past,
-    size]`. The new keys and values are appended to the past ones where they are computed. What depends only on
-    positions (masks, rotary tables, learned positions) is computed for past and new tokens, and the new tokens' share
-    is taken. An attention that reads keys of several passes reads the cache of each.
-    A call with `past` = 0 reads a prompt.
+    attention_mask [batch, past + sequence], past_key_values.N.key, .value, ...) -> {logits, ..., present.N.key, .value,
+    ...}`: one pair for every attention that runs, that is for every loop and layer, `[batch, heads, past, size]`. The
+    new keys and values are appended to the past ones where they are computed. What depends only on positions (masks,
+    rotary tables, learned positions) is computed for past and new tokens, and the new tokens' share is taken. An
+    attention that reads keys of several passes reads the cache of each. A call with `past` = 0 reads a prompt.
 
     A model without a mask gets one: padding, which is on the left, is not attended to. Positions that are added to
     tokens, multiplied or joined with them count real tokens, as Hugging Face's `generate` does. Keys and values are

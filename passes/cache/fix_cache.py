@@ -22,10 +22,9 @@ class FixCache(Pass):
 
     Before: a program with a cache that grows: `cat(past, new)`, and rows `past ... past + new` of what is computed from
     positions. After: there is a last input `position`. The new token is written into the cache in place at that column,
-    and
-        takes that row. Cache and attention mask have one length, that of the longest text. Columns after the position
-        may hold anything: causal masks hide them, and attention on a cache of integers does not read them. A position
-        is a tensor, so a CUDA graph reads it again in every step.
+    and takes that row. Cache and attention mask have one length, that of the longest text. Columns after the position
+    may hold anything: causal masks hide them, and attention on a cache of integers does not read them. A position is a
+    tensor, so a CUDA graph reads it again in every step.
 
     The signature stays that of the program. Does nothing to a graph that already has the input.
 

@@ -26,7 +26,7 @@ class LastRows:
 
     Args:
         regions: regions of the graph before it was changed: their shapes tell which axes run over the sequence.
-            past, new, total: nodes that hold the number of past, new and all tokens. The nodes of the region must
+        past, new, total: nodes that hold the number of past, new and all tokens. The nodes of the region must
             already be computed for `total` tokens.
     """
 

@@ -174,8 +174,8 @@ def _key(linears: list[fx.Node]) -> tuple[Any, ...]:
 
 
 def _launches(uses: list[_Use]) -> list[tuple[_Use, list[list[fx.Node]]]]:
-    """The linears of each use, grouped by launch. A weight belongs to one launch only: a linear is launched by itself
-    if its weight occurs together with different weights elsewhere."""
+    """The linears of each use, grouped by launch. A weight belongs to one launch only: the linears of a use are
+    launched separately if a weight of theirs occurs with other weights elsewhere."""
     company: dict[str, set[tuple[_Weight | None, ...]]] = defaultdict(set)
     for use in uses:
         together = tuple(map(_weight, use.linears))

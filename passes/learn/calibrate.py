@@ -41,8 +41,8 @@ class Calibrate(Pass):
     """Learns what earlier passes inserted: transforms, ranges and clip ratios, rounding, adapters.
 
     Before: a program that runs, with tables, offsets and adapters at their starting values. After: the same graph with
-        learned values: the best on held-out batches, starting values included. The teacher is the captured model;
-        labels are not used.
+    learned values: the best on held-out batches, starting values included. The teacher is the captured model;
+    labels are not used.
 
     Does nothing if there is nothing to learn.
 

@@ -30,16 +30,15 @@ class ExitEarly(Pass):
     """Lets the main loop of a rolled program stop early; runs after `roll-loops`.
 
     Before: `loop_0([state], [shared])` runs all iterations and returns, among other things, the logit of an exit gate,
-        a linear with one output per token. After: the loop also carries every token's probability of having passed all
-        gates so far. It stops after the first iteration in which, for all new tokens of the call, the probability of
-        having stopped reaches `exit_threshold` (Ouro, arXiv 2510.25741: the cumulative exit probability
-        `1 - prod(1 - sigmoid)`). From 1 on all iterations run, with bit-identical results. The program returns a dict,
-        with `loops_spent`.
+    a linear with one output per token. After: the loop also carries every token's probability of having passed all
+    gates so far. It stops after the first iteration in which, for all new tokens of the call, the probability of having
+    stopped reaches `exit_threshold` (Ouro, arXiv 2510.25741: the cumulative exit probability `1 - prod(1 - sigmoid)`).
+    From 1 on all iterations run, with bit-identical results. The program returns a dict, with `loops_spent`.
 
-        The head reads the state after the last iteration that ran. For iterations that did not run, everything else
-        that the loop returns is what the last one that ran returned. Keys and values of the new tokens that a cache
-        would lack are therefore those of the last computed loop, as in Ouro's sharing of the last loop's cache. Padding
-        does not delay a stop, if the program has an attention mask.
+    The head reads the state after the last iteration that ran. For iterations that did not run, everything else
+    that the loop returns is what the last one that ran returned. Keys and values of the new tokens that a cache
+    would lack are therefore those of the last computed loop, as in Ouro's sharing of the last loop's cache. Padding
+    does not delay a stop, if the program has an attention mask.
 
     Does nothing to a program that can already stop early.
 

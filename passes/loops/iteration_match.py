@@ -87,7 +87,7 @@ class Match:
 def match_iterations(graph_module: fx.GraphModule, number: int, skipped: int, hoisted: bool = False) -> Match:
     """Matches the iterations of top-level loop `number`, without the first `skipped`.
 
-    The graph stays as it is. `hoisted` leaves out of the iterations what no input of the graph can change.
+    The graph is not changed. `hoisted` excludes from the iterations what no input of the graph can change.
 
     Raises:
         LoopQError: the iterations differ; the message names the node and its loop.

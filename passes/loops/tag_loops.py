@@ -24,9 +24,8 @@ class TagLoops(Pass):
     computes something inside a loop has a `LoopTag`. Weights, inputs, prelude and coda have none.
 
     A node belongs to iteration `t` if it lies, in program order, between matrix products of iteration `t`, or in a
-    module call that holds only such products. `loopq_compile.graph.iterations` assigns the rest, which lies between
-    two iterations.
-    Layers with weights of their own between two calls of a shared block (Zamba) stay outside.
+    module call that holds only such products. `loopq_compile.graph.iterations` assigns the rest, which lies between two
+    iterations. Layers with weights of their own between two calls of a shared block (Zamba) stay outside.
 
     Does nothing to a graph without repeated weights, and to one that is already tagged.
     """

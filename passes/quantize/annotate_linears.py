@@ -28,8 +28,8 @@ class AnnotateLinears(Pass):
     """Lists the linears in `state.sites` and marks their nodes with `node.meta[SITE]`.
 
     Before: linears are `aten.linear` with a weight as second argument. After: the same graph; every weight of a linear
-        has a `Site`, which is quantized or has a reason why not. It belongs to a transform-weight group: the linears
-        that read the same tensor.
+    has a `Site`, which is quantized or has a reason why not. It belongs to a transform-weight group: the linears
+    that read the same tensor.
 
     Left in floating point by default: language-model heads (tied to an embedding, or with as many outputs as an
     embedding has rows and no product after them), gates, and linears that do not depend on the input tokens (time

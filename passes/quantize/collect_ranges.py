@@ -24,7 +24,7 @@ class CollectRanges(Pass):
     """Fills `state.run.statistics[group][row]` with statistics of the activations each group reads in each loop.
 
     Before: linears are annotated. After: the same graph; statistics are measured in one pass over the calibration
-        batches. Memory depends on the model, not on the number of batches. Rows are loop iterations, 0 outside loops.
+    batches. Memory depends on the model, not on the number of batches. Rows are loop iterations, 0 outside loops.
 
     Does nothing for weight-only schemes, nor for dynamic scales without calibration data (their clip ratios stay 1).
 

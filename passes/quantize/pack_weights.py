@@ -20,7 +20,7 @@ class PackWeights(Pass):
     """Folds the constants before a linear into an integer weight and its scales.
 
     Before: `dequantize(quantize(chain, scale), scale)`, where `chain` and `scale` depend only on stored tensors: a
-        weight, or the result of inverse transforms, rounding offsets and learned clip ratios. After: `dequantize(codes,
+    weight, or the result of inverse transforms, rounding offsets and learned clip ratios. After: `dequantize(codes,
     scale)` with constants `<weight>_codes` (int8) and `<weight>_scale`, or `<weight>_loop<row>_codes` for a weight with
     a transform per loop. The floating-point weight, and all else that nothing reads any more, is removed.
 

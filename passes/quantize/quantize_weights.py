@@ -24,10 +24,9 @@ class QuantizeWeights(Pass):
     """Rounds weights to nearest.
 
     Before: `linear(x, weight)` in every loop, with or without a chain of constant nodes (an inverse transform) between
-        weight and linear. After: `linear(x, dequantize(quantize(weight, scale), scale))` with one pair and one table of
-        scales
-    `[outputs, inputs / group_size]` per chain, read by all loops that read the chain. `pack-weights` later replaces
-    the weight by its integers.
+    weight and linear. After: `linear(x, dequantize(quantize(weight, scale), scale))` with one pair and one table of
+    scales `[outputs, inputs / group_size]` per chain, read by all loops that read the chain. `pack-weights` later
+    replaces the weight by its integers.
 
     Does nothing to linears that `annotate-linears` left in floating point, and to weights that are already quantized.
 

@@ -18,7 +18,7 @@ class SetRanges(Pass):
     """Fills the tables of activation scales and clip ratios.
 
     Before: tables of ones, and statistics of every group and loop. After: row `t` is the range of loop `t`; a table
-        with one row covers the statistics of all loops together.
+    with one row covers the statistics of all loops together.
 
     Does nothing for dynamic scales without statistics: clip ratios stay 1.
     """

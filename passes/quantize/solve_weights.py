@@ -43,8 +43,8 @@ class SolveWeights(Pass):
     """Chooses the integers of quantized weights by their effect on outputs on the calibration data.
 
     Before: `dequantize(quantize(W', scale), scale)` before linears, with W' the (transformed) weight. After:
-        `dequantize(quantize(W' + rounding, scale), scale)`. The constant `rounding` makes the integers equal to the
-        solver's; scales (or the clip ratios they are computed from) fit them. `pack-weights` stores the integers.
+    `dequantize(quantize(W' + rounding, scale), scale)`. The constant `rounding` makes the integers equal to the
+    solver's; scales (or the clip ratios they are computed from) fit them. `pack-weights` stores the integers.
 
     A weight that T loops use is solved once, for the sum of the statistics of all T (see `loopq_compile.solvers.loaq`);
     one with a chain for every loop is solved separately for each loop.

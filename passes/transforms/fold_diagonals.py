@@ -48,7 +48,7 @@ class FoldDiagonals(Pass):
                 kept.setdefault(reason, []).append(group)
         if folded:
             graph_module.graph.eliminate_dead_code()
-            state.note(f"{len(folded)} diagonals became part of the gain in front of them")
+            state.note(f"{len(folded)} diagonals became part of the gain before them")
         for reason, groups in kept.items():
             state.note(f"the diagonals of {', '.join(groups)} stay in the program: {reason}")
         return PassResult(graph_module, bool(folded))

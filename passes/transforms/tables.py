@@ -129,9 +129,7 @@ def _insert(
     """Puts `apply` before each use, and `operator(weight, *inverse)` after each weight, once per row of the tables."""
     graph, loops = graph_module.graph, get_state(graph_module).loops
     rows = get_tensor(graph_module, str(tables[0].target)).shape[0]
-    standing = (
-        node for node in graph.nodes if node in tables
-    )  # these are at the top of the graph, so only a part of it is read
+    standing = (node for node in graph.nodes if node in tables)  # tables are at the top, so reading stops early
     *_, last = islice(standing, len(tables))
     behind: dict[tuple[fx.Node, int], fx.Node] = {}
     for use in uses:

@@ -1,4 +1,4 @@
-"""The page to browse a program in: complete, escaped, and quick to search."""
+"""The page for browsing a program: complete, escaped, and quick to search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `inspect` says of a model before anything is compiled."""
+"""What `inspect` reports about a model before anything is compiled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_model_that_works() -> None:
 
 
 class Backwards(nn.Module):
-    """Mixes tokens, and each loop does something else."""
+    """Mixes tokens, and each loop does something different."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ VOID = {"meta", "br", "rect", "line", "link", "img", "input", "polyline"}
 
 
 class Page(HTMLParser):
-    """Checks that tags are balanced, and notes tables, headings and everything that could reach outside."""
+    """Checks that tags are balanced; collects tables, headings and everything that could access the network."""
 
     def __init__(self, text):
         super().__init__()
@@ -80,7 +80,7 @@ def test_the_page_has_every_part_for_every_program(written):
 
 @pytest.fixture(scope="module")
 def full():
-    """Numbers of two programs, one of which shows all that calibration leaves behind."""
+    """Numbers of two programs, one of which shows everything that calibration stores."""
     program, model = tiny_program("w4a4", "las", "static"), tiny_model()
     found = measure(program, model, [tokens(5, 1, 12)])
     curve = [{"step": 10 * i, "validation": 0.3 / (i + 1)} for i in range(30)]
@@ -175,7 +175,7 @@ def test_axes_have_a_few_ticks_inside_the_frame_and_in_order(values, log):
     ticks = [(tick["y"], float(tick["text"])) for tick in drawn["ticks"]]
     assert 2 <= len(ticks) <= 6 and ticks == sorted(ticks, key=lambda tick: -tick[0])
     assert all(4 <= y <= drawn["bottom"] for y, _ in ticks)
-    assert all(len(tick["text"]) <= 7 for tick in drawn["ticks"]), "labels fit in front of the frame"
+    assert all(len(tick["text"]) <= 7 for tick in drawn["ticks"]), "labels fit before the frame"
     xs = [float(point.split(",")[0]) for point in drawn["lines"][0]["points"].split()]
     assert xs == sorted(xs) and drawn["left"] <= xs[0] <= xs[-1] <= drawn["width"]
 
@@ -201,7 +201,7 @@ def test_the_trajectory_alone_is_a_picture(full, tmp_path):
     file = write_page(tmp_path / "t.svg", trajectory_svg(full))
     root = ET.fromstring(file.read_text())
     lines = root.iter("{http://www.w3.org/2000/svg}polyline")
-    shown = sum(point["error"] > 0 for point in full["other"]["points"])  # the logarithm of zero is nowhere
+    shown = sum(point["error"] > 0 for point in full["other"]["points"])  # zero has no logarithm
     assert [len(line.get("points").split()) for line in lines] == [shown] * 2 and shown > 6
     with browser(tmp_path / "profile") as page:
         page.window(720, dark=True)

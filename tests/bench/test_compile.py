@@ -1,4 +1,4 @@
-"""`bench compile`: what passes cost by number of layer calls, and helpers that must not look at the whole graph."""
+"""`bench compile`: the cost of passes by number of layer calls, and helpers that must not read the whole graph."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_exponent_is_that_of_the_last_two_sizes() -> None:
 
 
 def chain(length: int) -> fx.Graph:
-    """`relu` that often."""
+    """Applies `relu` this many times."""
     graph = fx.Graph()
     node = graph.placeholder("x")
     for _ in range(length):
@@ -57,7 +57,7 @@ def chain(length: int) -> fx.Graph:
 
 
 def test_a_block_of_new_nodes_costs_the_same_in_large_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted in nodes looked at; there are a thousand."""
+    """Counted in nodes read; there are a thousand."""
     graph = chain(1000)
     nodes = list(graph.nodes)
     looked_at: list[fx.Node] = []

@@ -103,7 +103,7 @@ def test_fewer_groups_are_less_to_scale():
 
 
 class Clock:
-    """A timer that runs what it is given and counts; the n-th time is n milliseconds."""
+    """A timer that runs its function and counts; the n-th time is n milliseconds."""
 
     def __init__(self):
         self.calls = 0
@@ -237,7 +237,7 @@ def made(architecture=90, registers=128, shared=8192, warps=4, **options):
     ],
 )
 def test_programs_of_a_multiprocessor(compiled, programs):
-    """By registers (in eighths), shared memory, and warps."""
+    """Limited by registers (in eighths), shared memory, and warps."""
     assert resident(compiled) == programs
 
 
@@ -267,7 +267,7 @@ def test_what_the_compiler_cannot_do_is_reported(monkeypatch):
 
 @pytest.mark.parametrize("kv_bits", [None, 8])
 def test_tokens_per_second_of_a_program(kv_bits):
-    """The step runs far more often than the cache has room for tokens, as timers do."""
+    """The step runs far more often than the cache has room for tokens, as with timers."""
 
     def often(step):
         for _ in range(12):

@@ -1,4 +1,4 @@
-"""`bench loops`: what exported files cost, by number of loops."""
+"""`bench loops`: the cost of exported files by number of loops."""
 
 from __future__ import annotations
 

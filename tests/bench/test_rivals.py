@@ -1,4 +1,4 @@
-"""The methods without learning that LoopQ is compared with: what each changes, end to end."""
+"""The methods without learning to which LoopQ is compared: what each changes, end to end."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The training script: its batches, its objective, and that a stopped run goes on as if it had not stopped."""
+"""The training script: its batches, its objective, and that a stopped run continues as if it had not stopped."""
 
 import importlib.util
 import sys
@@ -84,6 +84,6 @@ def test_training_lowers_the_loss_of_every_loop(script):
 def test_the_objective_is_the_stated_mix(script):
     run, mix = make_run(script), script.Mix(expected=0.3, power=1, entropy=0.1)
     loss, losses = script.looped_loss(run.model, script.head_loss, batch(0), 2, mix)
-    # The fresh gate is undecided: half stop after loop 1 and the rest after loop 2.
+    # The new gate is undecided: half stop after loop 1 and the rest after loop 2.
     mean, expected, entropy = (losses[0] + 2 * losses[1]) / 3, losses.mean(), np.log(2)
     assert loss.item() == pytest.approx((0.7 * mean + 0.3 * expected).item() - 0.1 * entropy, abs=1e-4)

@@ -1,7 +1,7 @@
-"""`python -m tests.calibration.memory [LOOPS ...]`: what a step of calibration holds, by number of loops.
+"""`python -m tests.calibration.memory [LOOPS ...]`: memory of a calibration step, by number of loops.
 
-For each number of loops a process of its own does two steps of the tiny model (8 x 256 tokens) with and without
-recomputation. Printed are the bytes that the forward pass keeps for the backward pass, and the peak of resident memory.
+For each number of loops, a separate process does two steps of the tiny model (8 x 256 tokens) with and without
+recomputation. It prints the bytes that the forward pass keeps for the backward pass, and the peak of resident memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.tiny import tokens
 
 
 def saved_bytes(graph_module: fx.GraphModule, inputs: Tensor, recompute: bool) -> int:
-    """Bytes of different tensors that one forward pass keeps for its backward pass, constants aside."""
+    """Bytes of distinct tensors that one forward pass keeps for its backward pass, without constants."""
     student = Student(graph_module, [], recompute)
     leaves = {name: tensor.requires_grad_() for name, tensor in learned_tensors(graph_module).items()}
     alive: dict[int, int] = {}

@@ -1,6 +1,6 @@
-"""`python -m tests.calibration.once OUT OPTIONS`: one calibration of the tiny model in a process of its own.
+"""`python -m tests.calibration.once OUT OPTIONS`: one calibration of the tiny model in a separate process.
 
-OUT gets everything that was learned as safetensors. OPTIONS is JSON: fields of `CalibrationOptions`.
+Everything that was learned goes to OUT as safetensors. OPTIONS is JSON: fields of `CalibrationOptions`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a program is cut into blocks: at the residual stream, and alike in every loop."""
+"""Where a program is cut into blocks: at the residual stream, and at the same places in every loop."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def blocks_of(graph_module):
 
 
 def edges(blocks):
-    """By block, inputs (sizes aside) and outputs of its calls."""
+    """By block, inputs (without sizes) and outputs of its calls."""
     return [
         [
             ([name for name in call.inputs if not name.startswith("sym_size")], list(call.outputs))
@@ -43,7 +43,7 @@ def test_a_block_is_one_layer_in_all_loops():
 
 
 def test_the_blocks_together_are_the_program():
-    """Run one after the other on their own results, blocks give what the program gives."""
+    """Blocks, run one after the other on their own results, give the program's results."""
     graph_module = prepared(loops=2, layers=2, adapters=False)
     blocks = blocks_of(graph_module)
     known = {"input_ids": tokens(5), "sym_size": 2, "sym_size_1": 16}

@@ -1,4 +1,4 @@
-"""A calibration that was killed goes on with the same numbers; a file that is damaged or another's is refused."""
+"""A killed calibration continues with the same numbers; a damaged file, or one of another calibration, is refused."""
 
 import os
 
@@ -19,11 +19,11 @@ OPTIONS = {"steps": 6, "evaluate_every": 2, "checkpoint_every": 2, "refresh": 3}
 
 
 class KilledError(BaseException):
-    """Stands for a kill: nothing in between catches it."""
+    """Simulates a kill: nothing in between catches it."""
 
 
 def killed_at(monkeypatch, cls, method, call):
-    """The `call`-th call of a method does not come back."""
+    """The `call`-th call of a method does not return."""
     original, calls = getattr(cls, method), []
 
     def wrapped(self, *args):

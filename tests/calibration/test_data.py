@@ -1,4 +1,4 @@
-"""Batches for calibration, and what the teacher says of them."""
+"""Batches for calibration, and the teacher's targets for them."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def padded(seed, filler):
 
 
 def test_what_stands_in_masked_places_does_not_matter():
-    """Neither to the loss nor to what is learned."""
+    """Padding counts neither in the loss nor in what is learned."""
     torch.manual_seed(0)
     model = Masked().eval()
     results = []
@@ -107,7 +107,7 @@ def test_what_stands_in_masked_places_does_not_matter():
 
 @pytest.mark.parametrize("solver", ["gptq", "loaq"])
 def test_statistics_leave_masked_places_out(solver):
-    """Smoothing factors, ranges and solved weights are those of the real tokens alone."""
+    """Smoothing factors, ranges and solved weights are those of only the real tokens."""
     torch.manual_seed(0)
     model = Masked().eval()
     options = {"scheme": "w4a4", "activation": "static", "method": "smoothquant", "group_size": 16}

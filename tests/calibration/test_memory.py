@@ -1,4 +1,4 @@
-"""What calibration keeps while it goes through many loops. `python -m tests.calibration.memory` measures processes."""
+"""What calibration keeps while it runs through many loops. `python -m tests.calibration.memory` measures processes."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Calibrations in processes of their own: one that the system kills, and two that share the work."""
+"""Calibrations in separate processes: one that the system kills, and two that share the work."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_a_process_killed_by_the_system_goes_on_with_the_same_numbers(tmp_path, 
 
 
 def test_two_processes_learn_what_one_learns(tmp_path):
-    """With activations as they are: a last bit that differs moves four-bit codes, and these all later steps."""
+    """With unquantized activations: a different last bit would change four-bit codes, and these all later steps."""
     options, out = {**OPTIONS, "scheme": "w3a16"}, tmp_path / "out.safetensors"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -53,7 +53,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     shared = load_file(out)
     assert shared.keys() == one.keys()
     differences = torch.cat([(tensor - shared[name]).abs().flatten() for name, tensor in one.items()])
-    # A row whose true gradient is zero gets a step out of rounding noise from Adam; all else agrees.
+    # For a row whose true gradient is zero, Adam makes a step from rounding noise; all else agrees.
     assert float((differences > 1e-5).float().mean()) < 1e-3 and float(differences.max()) < 0.02
     start = learned_tensors(prepared(scheme="w3a16"))
     changed = torch.cat([(tensor - start[name]).abs().flatten() for name, tensor in one.items()])

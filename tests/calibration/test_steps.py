@@ -1,4 +1,4 @@
-"""What is kept, when it stops, and what happens when numbers go wrong."""
+"""What is kept, when calibration stops, and what happens when numbers go wrong."""
 
 import math
 

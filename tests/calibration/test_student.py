@@ -70,7 +70,7 @@ def test_recomputation_and_cuts_do_not_change_gradients(program):
 
 
 def test_gradients_of_shared_tables_are_the_sum_over_loops():
-    """One leaf for all loops gets what its copies, one for each loop, get together."""
+    """The gradient of one leaf for all loops is the sum of those of its copies, one for each loop."""
     shared, relaxed = prepared(loops=3), prepared(loops=3)
     group = "layers.0.gate+up"
     assert group in loop_groups(relaxed)

@@ -1,4 +1,4 @@
-"""Programs to calibrate: the tiny looped model behind the passes of a learned method, without the calibration."""
+"""Programs to calibrate: the tiny looped model after the passes of a learned method, without the calibration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Capture: a program computes what its model computes, for every batch and length, and says no clearly."""
+"""Capture: a program computes what its model computes, for every batch and length, and refuses clearly."""
 
 import copy
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a model keeps between calls: it does not hide from capture how it is computed, and is left as it was."""
+"""What a model keeps between calls: it does not hide from capture how it is computed, and is left unchanged."""
 
 import functools
 from typing import Any

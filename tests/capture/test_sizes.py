@@ -64,7 +64,7 @@ def test_a_program_refuses_sizes_at_which_the_model_takes_another_way(kind: str)
         with pytest.raises(LoopQError, match="takes another way where") as error:
             program(ids(*size))
         assert condition in str(error.value)
-        assert "test_capture_sizes.py" in str(error.value)
+        assert "test_sizes.py" in str(error.value)
 
 
 HARMLESS = {
@@ -113,7 +113,7 @@ def test_saved_programs_and_onnx_files_check_sizes(tmp_path) -> None:
 
 
 class Scored(Small):
-    """A model that returns its loss where it is given targets."""
+    """A model that returns its loss if it is given targets."""
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         logits = self.lm_head(self.linear(self.embed(idx)))

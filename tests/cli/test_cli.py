@@ -1,4 +1,4 @@
-"""The command line, with a tiny untrained model in place of the bundled one."""
+"""The command line, with a tiny untrained model instead of the bundled one."""
 
 from __future__ import annotations
 
@@ -405,7 +405,7 @@ def test_outputs_that_cannot_be_written(program: Path, tmp_path: Path) -> None:
 def test_commands_refuse_the_wrong_kind_of_model(program: Path, exported: Path, tmp_path: Path) -> None:
     assert "quantized already" in fails("compile", program, "--out", tmp_path / "p")
     assert "quantized already" in fails("bench", "quality", program)
-    assert "no compiled program" in fails("export", "bundled", "--out", tmp_path / "p")
+    assert "not a compiled program" in fails("export", "bundled", "--out", tmp_path / "p")
     assert "Netron" in fails("inspect", exported)
     assert "Did you mean 'rolled'" in fails("export", program, "--out", tmp_path / "p", "--form", "roled")
     assert "no loop 2" in run("inspect", program, "--loop", 2, "--code", status=1).stderr

@@ -110,7 +110,7 @@ def harness(request: pytest.FixtureRequest, case: Case, tmp_path_factory: pytest
         else:
             program.export_onnx(path)
             save_beside(loaded, path)
-        if case.model.config.model_type == "llama":  # to GPT-2's, transformers adds a post-processor of its own
+        if case.model.config.model_type == "llama":  # transformers adds its own post-processor to GPT-2's
             assert (path / "tokenizer.json").read_bytes() == (case.folder / "tokenizer.json").read_bytes()
     return LanguageModel(path=str(path), batch_size=3)
 
@@ -130,7 +130,7 @@ def test_settings_are_those_of_the_reference(case: Case, harness: LanguageModel)
 
 
 def test_log_likelihoods(case: Case, harness: LanguageModel) -> None:
-    # the last pair has a prefix token and nothing else where `<s>` is one: the reference scores what follows it
+    # if `<s>` is a token, the last pair has only a prefix token: the reference scores what follows it
     requests = instances("loglikelihood", PAIRS)
     expected = case.reference.loglikelihood(requests, disable_tqdm=True)
     found = harness.loglikelihood(requests, disable_tqdm=True)
@@ -145,7 +145,7 @@ def test_rolling_log_likelihoods(case: Case, harness: LanguageModel) -> None:
 
 
 def test_answers(case: Case, harness: LanguageModel) -> None:
-    for question in QUESTIONS:  # one at a time: the reference goes on with a row until the last of its batch has ended
+    for question in QUESTIONS:  # one at a time: the reference continues a row until the last row of its batch has ended
         requests = instances("generate_until", [question])
         expected = case.reference.generate_until(requests, disable_tqdm=True)
         assert harness.generate_until(requests, disable_tqdm=True) == expected, question

@@ -1,4 +1,4 @@
-"""Token ids are enough to measure and calibrate a program, also one that takes a mask, positions or token types."""
+"""Token ids are enough to measure and calibrate a program, even one that takes a mask, positions or token types."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BESIDE: dict[str, Callable[[Tensor], Tensor]] = {
     "position_ids": lambda ids: torch.arange(ids.shape[1]).expand_as(ids),
     "token_type_ids": torch.zeros_like,
 }
-"""What stands beside a text without padding."""
+"""The other inputs for a text without padding."""
 SIZES: dict[str, Any] = {"length": 16, "stride": 8, "batch": 2}
 
 
@@ -59,7 +59,7 @@ def ids(batch: int, length: int) -> Tensor:
 
 
 def called(beside: list[str], tokens: Tensor) -> dict[str, Tensor]:
-    """`tokens` and what stands beside them, by name."""
+    """`tokens` and the other inputs, by name."""
     return {"input_ids": tokens} | {name: BESIDE[name](tokens) for name in beside}
 
 

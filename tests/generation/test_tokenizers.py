@@ -1,4 +1,4 @@
-"""What tokenizers bring along: stored limits do not apply, and texts are what their tokens say."""
+"""Properties of tokenizers: stored limits do not apply, and texts are those of their tokens."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ NEW = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token
 
 @pytest.fixture(scope="module")
 def llama() -> tuple[Any, Program]:
-    """A Llama with its first layer run twice, and its program at full precision, taken with a mask."""
+    """A Llama with its first layer run twice, and its full-precision program, captured with a mask."""
     model = repeat_layers(tiny_llama(), 0, 0, 2)
     example = {"input_ids": ids(), "attention_mask": torch.ones_like(ids())}
     return model, Program(capture(model, example))

@@ -1,4 +1,4 @@
-"""What a model computes from its parameters alone becomes a plain weight, in loops, saved files and ONNX."""
+"""What a model computes only from its parameters becomes a plain weight, in loops, saved files and ONNX."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Names that Python, PyTorch or the compiler itself use: a model may have them all, and they read as its own."""
+"""Names that Python, PyTorch or the compiler itself use: a model may have them all, and sees its own names."""
 
 import json
 import math
@@ -24,7 +24,7 @@ ROOT = ["graph", "lambda", "loop_0", "transform", "loopq_in"]
 
 
 class Odd(nn.Module):
-    """A loop of linears with odd names: in a dict, at the root, as parameters of its own, beside names like ours."""
+    """A loop of linears with odd names: in a dict, at the root, as separate parameters, next to names like ours."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Loops found in graphs written as words: each letter is a linear layer, `3(ab2(c))` is a loop with a loop in it."""
+"""Finds loops in graphs written as words: each letter is a linear layer, `3(ab2(c))` is a loop with a loop in it."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_words_have_the_structure_they_are_written_with(word):
         ("aba", "2 x (a)"),
         ("abaca", "3 x (a)"),
         ("aabaab", "2 x (b, 2 x (a))"),
-        ("abaab", "3 x (a, b)"),  # no period: the weight with most work counts, the other stands between
+        ("abaab", "3 x (a, b)"),  # no period: the weight with most work counts, the other is between
         ("ababa", "3 x (a, b)"),
     ],
 )
@@ -158,7 +158,7 @@ def test_layers_of_their_own_between_two_calls_stay_outside():
 
 @st.composite
 def words(draw, letters: list[str], depth: int = 2) -> str:
-    """Random nestings in which every loop has a letter of its own, so that the structure is unique."""
+    """Random nestings in which every loop has its own letter, so that the structure is unique."""
     own = letters.pop()
     body = own.upper() if draw(st.booleans()) else own
     for _ in range(draw(st.integers(0, 2))):
@@ -221,7 +221,7 @@ def test_a_norm_alone_is_no_loop():
 
 
 def test_a_weight_whose_uses_lie_across_each_other_is_left_out():
-    """A weight that also reads positions, in every loop: such uses do not depend on one another."""
+    """A weight that also reads positions in every loop: such uses do not depend on each other."""
     graph = fx.Graph()
     shared, own, x, positions = graph.get_attr("a"), graph.get_attr("b"), *map(graph.placeholder, ("x", "positions"))
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""The verifier finds every way of losing a loop tag, and the pipeline says which pass did it."""
+"""The verifier finds every way of losing a loop tag, and the pipeline names the pass that did it."""
 
 import copy
 
@@ -127,7 +127,7 @@ class LoseTags(Pass):
 
 
 class NegateTwice(Pass):
-    """Puts two untagged nodes behind the first SiLU."""
+    """Puts two untagged nodes after the first SiLU."""
 
     def call(self, graph_module):
         silu = next(node for node in graph_module.graph.nodes if node.target is torch.ops.aten.silu.default)

@@ -21,7 +21,7 @@ def rms(x: Tensor, eps: float, gain: Tensor | float = 1.0) -> Tensor:
 
 
 def turned(x: Tensor, theta: float) -> Tensor:
-    """Neighbouring channels of `[batch, seq, heads, size]` as complex numbers, turned by their position."""
+    """Neighbouring channels of `[batch, seq, heads, size]` as complex numbers, rotated by their position."""
     size = x.shape[-1]
     angles = torch.arange(x.shape[1])[:, None, None] * theta ** (-torch.arange(0, size, 2).double() / size)
     numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
@@ -29,7 +29,8 @@ def turned(x: Tensor, theta: float) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax over earlier positions, one query position at a time; `[batch, seq, heads, size]`, heads side by side."""
+    """Softmax over earlier positions, one query position at a time; `[batch, seq, heads, size]`, with heads
+    adjacent."""
     rows = []
     for position in range(query.shape[1]):
         scores = torch.einsum("bhd,bkhd->bhk", query[:, position], key[:, : position + 1]) / math.sqrt(query.shape[-1])

@@ -42,7 +42,7 @@ def ids(batch: int, length: int) -> Tensor:
 
 
 def logits(output: object) -> Tensor:
-    """The logits of a model that returns them bare or beside others."""
+    """The logits of a model that returns them alone or with other results."""
     return output if isinstance(output, Tensor) else output.logits  # type: ignore[attr-defined]
 
 
@@ -74,7 +74,7 @@ def test_the_w4a4_program_has_the_loop_and_its_onnx_files_agree(model: tuple[str
         expected = logits(program(ids(batch, length)))
         with torch.no_grad():
             exact = logits(module(ids(batch, length)))
-        assert 1e-3 < (expected - exact).abs().mean() / exact.abs().mean() < 1  # it is quantized, and not noise
+        assert 1e-3 < (expected - exact).abs().mean() / exact.abs().mean() < 1  # it is quantized, but not noise
         for form, run in runs.items():
             difference = (logits(run(ids(batch, length))) - expected).abs()
             assert difference.max() < 3e-2 * expected.abs().max(), form

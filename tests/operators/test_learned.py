@@ -41,7 +41,7 @@ def test_kronecker_gives_the_gradients_that_are_asked_for(needs):
 
 
 def test_kronecker_undoes_itself_on_the_weight_side():
-    """What the convention rests on: `(x P) (W P^-T)^T = x W^T`."""
+    """The basis of the convention: `(x P) (W P^-T)^T = x W^T`."""
     x, weight = random(5, 24), random(7, 24, seed=1)
     left, right = random(4, 4, seed=2), random(6, 6, seed=3)
     inverse = ops.kronecker(weight, torch.linalg.inv(left).t(), torch.linalg.inv(right).t())

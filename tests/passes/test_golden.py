@@ -1,7 +1,7 @@
-"""What the passes make of a loop transition, against the text kept beside this test.
+"""The result of the passes on a loop transition, compared with the text stored next to this test.
 
-The text is exact for the PyTorch release it was made with; with others the operators, loops and sites are compared.
-After a deliberate change: `python -m tests.passes.test_golden` writes it anew.
+The text is exact for the PyTorch release it was made with; with others, the operators, loops and sites are compared.
+After a deliberate change, `python -m tests.passes.test_golden` writes it again.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Pattern rewriting: what matches, what does not and why, and that loops stay what they are."""
+"""Pattern rewriting: what matches, what does not and why, and that loops do not change."""
 
 import re
 
@@ -103,7 +103,7 @@ def test_a_miss_says_where_and_why(variant, reason):
 
 def test_check_keeps_what_it_has_a_reason_for():
     class NotFirst(FuseSwish):
-        """Leaves loop 0 alone."""
+        """Does not rewrite loop 0."""
 
         def check(self, match):
             return "the first loop stays" if match.tag.index == (0,) else ""
@@ -146,14 +146,14 @@ def test_numbers_are_compared_and_defaults_do_not_matter():
 
 
 class Method(FuseSwish):
-    """Its pattern is no static method."""
+    """Its pattern is not a static method."""
 
     def pattern(self, x):
         return aten.silu.default(x)
 
 
 class OtherParameters(FuseSwish):
-    """Its replacement takes something else."""
+    """Its replacement takes other parameters."""
 
     @staticmethod
     def replacement(y):

@@ -1,4 +1,4 @@
-"""Weight solvers against what is known of them: bounds, special cases, and brute force."""
+"""Weight solvers against known facts: bounds, special cases, and brute force."""
 
 import itertools
 
@@ -52,7 +52,7 @@ def test_width_beyond_one_block_gives_what_column_by_column_gives():
         miss = (rows[:, j] - expected[-1] * steps[:, j]) / upper[j, j]
         rows[:, j:] -= miss.unsqueeze(1) * upper[j, j:]
     same = (gptq(weight, curvature, grid) == torch.stack(expected, 1)).double().mean()
-    assert same > 0.99  # the rest are ties up to single precision, and what follows from them
+    assert same > 0.99  # the rest are ties up to single precision, and their consequences
 
 
 def test_brute_force_bounds_every_solver_and_refinement_closes_in():

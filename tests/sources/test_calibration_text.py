@@ -1,4 +1,4 @@
-"""Texts as they come: every kind of file gives its text and nothing else, or one line that says what to do."""
+"""Texts from files: every kind of file gives exactly its text, or one line that says what to do."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_pile_in_several_frames(tmp_path: Path) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The library `datasets`, with nothing that it may read from the network or write beside the data."""
+    """The library `datasets`, prevented from reading the network and from writing next to the data."""
     library = pytest.importorskip("datasets", reason="needs the extra data")
 
     def refused(*_: object) -> None:
@@ -202,7 +202,7 @@ def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """How many records are asked for."""
+    """How many records are requested."""
     seen = 0
     parsed = calibration_text._parsed
 
@@ -230,7 +230,7 @@ def test_samples_come_from_the_texts_and_no_more_is_read_than_they_need(
     rows = torch.cat(calibration_data(str(file), None, words(), 4, 10))
     assert rows.shape == (4, 10) and (rows > 0).all() and (rows.diff() == 1).all()
     assert seen() < 50
-    sparse = put(tmp_path / "sparse.txt", ("w1" + " " * 1000) * 40)  # many characters a token
+    sparse = put(tmp_path / "sparse.txt", ("w1" + " " * 1000) * 40)  # many characters per token
     assert torch.cat(calibration_data(str(sparse), None, words(), 2, 20)).eq(2).all()
     with pytest.raises(LoopQError, match="has 40 tokens, fewer than one sample of length 41"):
         calibration_data(str(sparse), None, words(), 1, 41)

@@ -1,4 +1,4 @@
-"""Models, programs and exports as the Hugging Face hub's cache keeps them: links into `blobs`; and with hard links."""
+"""Models, programs and exports as the Hugging Face hub's cache stores them: links into `blobs`; and with hard links."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.tiny import tiny_program, tokens
 
 
 def cache(source: Path, home: Path, name: str) -> Path:
-    """Puts a folder into a cache of the hub, as a download leaves it, and returns its snapshot."""
+    """Puts a folder into a cache of the hub, as a download would, and returns its snapshot."""
     owner = home / "hub" / f"models--org--{name}"
     snapshot = owner / "snapshots" / "0123abc"
     for folder in (owner / "blobs", owner / "refs", snapshot):
@@ -40,7 +40,7 @@ def cache(source: Path, home: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A program, an export with weights in a file of their own, and a Hugging Face model."""
+    """A program, an export with weights in a separate file, and a Hugging Face model."""
     folder = tmp_path_factory.mktemp("outputs")
     program = tiny_program("w4a8", "symmetric")
     save(program.graph_module, folder / "program", {"tokenizer.json": tokenizer().to_str()})
@@ -61,7 +61,7 @@ def snapshot(home: Path, name: str) -> Path:
 
 
 def check(name: str, folder: Path) -> None:
-    """Reads an output in every way there is."""
+    """Reads an output in every possible way."""
     if name == "program":
         assert lq.load(folder).scheme.name == "w4a8" and load_model(folder).tokenizer is not None
     elif name == "onnx":
@@ -163,4 +163,4 @@ def test_ids_are_found_in_the_cache_without_a_network(home: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     kinds, error = done.stdout.splitlines()
     assert json.loads(kinds) == {"program": "program", "onnx": "onnx", "llama": "model"}
-    assert error.startswith("LoopQError 'org/none' is no file or folder here")
+    assert error.startswith("LoopQError 'org/none' is not a file or folder here")

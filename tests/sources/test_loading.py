@@ -169,9 +169,9 @@ print((peak - before) / size)
 def test_loading_and_packing_stay_near_one_copy(folder: Path, tmp_path: Path) -> None:
     """A model of 25 million parameters, stored in bfloat16, loaded in float32: about one copy, 109 MB.
 
-    glibc's allocator raises the size from which it gives memory back at once whenever such memory is freed, and then
+    Whenever large memory is freed, glibc's allocator raises the size from which it returns memory at once. It then
     leaves holes that depend on the order of threads: the same run measured 1.20 to 1.37 copies. With that size fixed,
-    what is measured is what the compiler holds: 1.15 to 1.18 copies in twenty runs on a busy machine.
+    the test measures what the compiler holds: 1.15 to 1.18 copies in twenty runs on a busy machine.
     """
     config = transformers.LlamaConfig(
         vocab_size=2048, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8

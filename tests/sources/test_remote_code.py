@@ -1,4 +1,4 @@
-"""A folder as the hub has Ouro: remote code of its own, safetensors, tokenizer. One command compiles it, if trusted."""
+"""A folder like the hub's Ouro: its own remote code, safetensors, tokenizer. One command compiles it, if trusted."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ COMMAND = ["--scheme", "w4a4", "--steps", "2", "--samples", "8", "--length", "16
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`config.json` names the code as the hub's repositories do; weights were saved by that very code."""
+    """`config.json` names the code as the hub's repositories do; weights were saved by the same code."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     path = tmp_path / "Looped-1.4B"
     path.mkdir()

@@ -17,7 +17,7 @@ from tests.cli_models import TEXT, tiny_llama, tiny_ouro, tokenizer
 
 
 class Counter(nn.Module):
-    """Knows that after token n comes n + 1; counts how often it was asked."""
+    """Predicts n + 1 after token n; counts how often it was called."""
 
     def __init__(self, vocabulary: int = 12) -> None:
         super().__init__()

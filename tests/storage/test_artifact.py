@@ -1,4 +1,4 @@
-"""Saved programs that were damaged by accident or on purpose, disks that are full, folders that cannot be written."""
+"""Saved programs damaged by accident or on purpose, full disks, folders that cannot be written."""
 
 import json
 import os
@@ -29,7 +29,7 @@ FILES = ("program.json", "tensors.safetensors", "manifest.json")
 
 
 class Little(nn.Module):
-    """The smallest looped model that has something of everything."""
+    """The smallest looped model that has every kind of content."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ def edit(folder, change, name="program.json", seal=True):
 
 
 def edit_tensors(folder, change):
-    """Changes tensors the way someone would who wants the change to pass: all hashes fit."""
+    """Changes tensors as an attacker would: all hashes fit."""
     tensors = load_file(folder / "tensors.safetensors")
     change(tensors)
     save_file(tensors, folder / "tensors.safetensors")
@@ -130,9 +130,9 @@ def drop_tag(data):
 ENUM = {"type": "builtins.list", "context": json.dumps({"__enum__": True, "fqn": "antigravity:x", "name": "y"})}
 FACTORY = {"default_factory_module": "antigravity", "default_factory_name": "fly", "dict_context": []}
 DAMAGES = {
-    "a path in the manifest": (rename_in_manifest("../secret"), "no plain file name"),
-    "an absolute path": (rename_in_manifest("/etc/passwd"), "no plain file name"),
-    "a hidden file": (rename_in_manifest(".profile"), "no plain file name"),
+    "a path in the manifest": (rename_in_manifest("../secret"), "not a plain file name"),
+    "an absolute path": (rename_in_manifest("/etc/passwd"), "not a plain file name"),
+    "a hidden file": (rename_in_manifest(".profile"), "not a plain file name"),
     "a link to somewhere else": (replace_by_link, "is a link"),
     "a pipe that never ends": (replace_by_pipe, "not a regular file"),
     "a file that is missing": (lambda f: os.remove(f / "tokenizer.json"), "cannot be read"),

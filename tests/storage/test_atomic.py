@@ -1,4 +1,4 @@
-"""Output folders: whole or not there, whatever kills the process, and never at the cost of what others put there."""
+"""Output folders: complete or absent, whatever kills the process, and files of others are never lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def put(directory: Path | str, kind: ManifestKind = PROGRAM, /, *, add: bool = F
 
 
 def texts(folder: Path) -> dict[str, str]:
-    """What is in a folder, apart from manifests; below it, too."""
+    """The files in a folder and below, without manifests."""
     return {
         str(path.relative_to(folder)): path.read_text()
         for path in sorted(folder.rglob("*"))
@@ -133,11 +133,12 @@ def test_an_error_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """In place of SIGKILL: nothing after it happens."""
+    """Instead of SIGKILL: nothing after it happens."""
 
 
 def steps_of_moving(folder: Path, monkeypatch: pytest.MonkeyPatch, *, kill_at: int) -> bool:
-    """Writes b and c over a and b, killed before a step that changes names on the disk; whether it came that far."""
+    """Writes b and c over a and b, and is killed before a step that changes names on the disk; returns whether it got
+    there."""
     left = kill_at
 
     def counted(do):

@@ -2,10 +2,11 @@
 
 CHECKOUT is a clone of LoopedLMs/ouro_rl (needs transformers 4.57.6), armenjeddi/loopformer, sandyresearch/parcae or
 seal-rg/recurrent-pretraining (Huginn; needs transformers 4.57.6). A tiny model with random weights is captured (logits
-equal those of the code), its loop is found, it is compiled to w8a8 (near the code's logits) and w4a4 (a random model is
-far off: a figure, not a check), and the w4a4 program is compared with its ONNX files, unrolled and rolled. Every way of
-calling the code that it has is captured and compared, and decoding with a key-value cache is compared with the code on
-all tokens. The status is 1 if anything is off by more than stated. The last results: loopq_compile/bench/README.md.
+equal those of the code), its loop is found, it is compiled to w8a8 (close to the code's logits) and w4a4 (a random
+model is far off: a figure, not a check), and the w4a4 program is compared with its ONNX files, unrolled and rolled.
+Every way of calling the code that it has is captured and compared, and decoding with a key-value cache is compared with
+the code on all tokens. The status is 1 if anything is off by more than stated. The last results:
+loopq_compile/bench/README.md.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ Inputs = Callable[[nn.Module, Tensor], dict[str, Any]]
 
 
 class Upstream(NamedTuple):
-    """A public model: a file by which its checkout is known, how a tiny one is made, and what is expected.
+    """A public model: a file that identifies its checkout, how a tiny one is made, and what is expected.
 
-    `forms` are arguments by which its code is also called, beside those of `inputs`.
+    `forms` are arguments with which its code is also called, in addition to those of `inputs`.
     """
 
     marker: str
@@ -173,7 +174,7 @@ UPSTREAMS = {
 
 
 class OfTokens(nn.Module):
-    """A public model as a function of token ids alone, which is what a key-value cache can be added to."""
+    """A public model as a function of only token ids, to which a key-value cache can be added."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()

@@ -161,9 +161,9 @@ def attention_kernel(
 
     For each query, writes `sums` `[parts, batch * heads, repeat * rows, VALUE_SIZE]`, the values weighted by
     `exp(score - largest)`, and `weights` `[2, parts, batch * heads, repeat * rows]`, the largest score and the sum of
-    these weights; a part without columns has a largest score of minus infinity. Parts are whole
-    tiles. Their number is that of programs, so one compiled kernel serves all lengths. If `last [1]` is given, columns
-    after it are not read, and the parts share the columns up to it.
+    these weights; a part without columns has a largest score of minus infinity. Parts are whole tiles. Their number is
+    that of programs, so one compiled kernel serves all lengths. If `last [1]` is given, columns after it are not read,
+    and the parts share the columns up to it.
     """
     scale = in_float32(scale)
     cache, part = tl.program_id(0), tl.program_id(2)

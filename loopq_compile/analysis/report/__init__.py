@@ -1,4 +1,4 @@
-"""Pages that need no network: a report on what quantization did to every loop, and a whole program to browse."""
+"""Pages that need no network: a report on the effect of quantization on every loop, and a whole program to browse."""
 
 from loopq_compile.analysis.report.browse import browse
 from loopq_compile.analysis.report.measure import measure

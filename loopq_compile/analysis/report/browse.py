@@ -1,7 +1,7 @@
-"""A whole program as one page to search in: every node with its code, loop, module, type, pass, inputs and users.
+"""A whole program as one searchable page: every node with its code, loop, module, type, pass, inputs and users.
 
-The list stands in the HTML itself, so the browser's own search works too; a few lines of script inside the file hide
-what a filter leaves out. Nothing is loaded from anywhere.
+The list is in the HTML itself, so the browser's own search works too. A few lines of script inside the file hide
+entries that a filter leaves out. Nothing is loaded from elsewhere.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loopq_compile.graph.shapes import type_of
 from loopq_compile.graph.state import get_state
 
 SHOWN_USERS = 12
-"""Users that a node shows at once; more are behind a click."""
+"""How many users a node shows at once; a click shows more."""
 Values = dict[str, Any]
 
 
@@ -31,7 +31,7 @@ def browse(graph_module: fx.GraphModule) -> str:
     """The page.
 
     Args:
-        graph_module: a program, captured, quantized or rolled.
+        graph_module: a captured, quantized or rolled program.
     """
     state = get_state(graph_module)
     parts = [("", graph_module.graph)]
@@ -54,7 +54,7 @@ def browse(graph_module: fx.GraphModule) -> str:
 
 
 def _sections(prefix: str, graph: fx.Graph) -> Iterator[Values]:
-    """Stretches of one loop tag, in program order; inputs and weights, which come first, have one of their own."""
+    """Stretches of one loop tag, in program order; inputs and weights, which come first, have a separate one."""
     current: Values | None = None
     for node in graph.nodes:
         loop = str(get_tag(node) or "")

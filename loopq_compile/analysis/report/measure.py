@@ -1,4 +1,4 @@
-"""The numbers of a report, as plain values: from the program alone, and, beside its model, from held-out tokens."""
+"""The numbers of a report, as plain values: from the program only, and from its model and held-out tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from loopq_compile.graph.weights import site_calls
 WORST = 12
 CONTEXT = 8
 PEAK = 0.999
-"""Share of entries below what counts as a group's range."""
+"""Share of entries inside what counts as a group's range."""
 Values = dict[str, Any]
 
 
@@ -48,14 +48,14 @@ def measure(
         program: the quantized program.
         model: the model it was compiled from. Without it, or without tokens, errors are left out.
         tokens: held-out token ids, `[batch, sequence]` each; a few hundred are enough.
-        tokenizer: of the `tokenizers` library, to show text in place of token ids.
-        samples: continuations to show, of the model and of the program; 0 for none.
+        tokenizer: tokenizer of the `tokenizers` library, to show text instead of token ids.
+        samples: how many continuations of the model and of the program to show; 0 for none.
 
     Returns:
         Plain values by topic, for `render`.
 
     Raises:
-        LoopQError: the program does not take token ids alone, or they do not fit.
+        LoopQError: the program takes more than token ids, or they do not fit.
     """
     state = get_state(program.graph_module)
     known = {group: rows.tolist() for group, rows in activation_rows(program.graph_module).items()}
@@ -105,10 +105,10 @@ def _compare(program: TextProgram, captured: fx.GraphModule, tokens: Sequence[Te
 
 
 def carry(reference: fx.GraphModule, program: fx.GraphModule, batch: Tensor) -> list[Values]:
-    """How faithful the state is that every loop hands to the next, and where its error comes from (proposition 2).
+    """The error of the state that every loop passes to the next, and where it comes from (proposition 2).
 
-    The program runs twice: freely, and with the model's own state put in at every loop transition. What the second run
-    gets wrong at the end of loop t is made in loop t; what the first differs from the second was inherited.
+    The program runs twice: freely, and with the model's own state inserted at every loop transition. The error of the
+    second run at the end of loop t is made in loop t; the difference between the two runs is inherited.
 
     Args:
         reference: the model's graph with loop tags; node names are those of the program.
@@ -117,7 +117,7 @@ def carry(reference: fx.GraphModule, program: fx.GraphModule, batch: Tensor) -> 
 
     Returns:
         By transition `{"loop", "cosine", "total", "local", "inherited"}`, errors relative to the norm of the state;
-        empty where the program has no transitions, or other nodes there.
+        empty if the program has no transitions, or has other nodes there.
     """
     edges = get_state(reference).loops.boundaries
     names = [edge.state[-1] for edge in edges]
@@ -139,7 +139,7 @@ def carry(reference: fx.GraphModule, program: fx.GraphModule, batch: Tensor) -> 
 
 
 def drift(reference: fx.GraphModule, batch: Tensor) -> dict[str, Values]:
-    """How what a group reads changes from loop to loop, in full precision (proposition 1).
+    """How the input of a group changes from loop to loop, in full precision (proposition 1).
 
     Args:
         reference: the model's graph with loops and linears.
@@ -184,7 +184,7 @@ def _rows(tokens: Sequence[Tensor]) -> list[Tensor]:
 def _predictions(
     program: TextProgram, model: nn.Module, tokens: Sequence[Tensor], tokenizer: Any
 ) -> tuple[Values, list[Values]]:
-    """How far predictions moved, over all tokens, and the tokens at which they moved most (KL divergence, in nats)."""
+    """How far predictions moved, over all tokens, and the tokens where they moved most (KL divergence, in nats)."""
     found: list[Values] = []
     total, agreed, count = 0.0, 0, 0
     exact, quantized = logits_caller(model), logits_caller(program)
@@ -220,7 +220,7 @@ def _text(ids: Tensor, tokenizer: Any) -> str:
 
 
 def _curve(results: Values) -> list[list[Values]]:
-    """By phase of calibration, steps and the divergence on held-out batches."""
+    """By phase of calibration, the steps and the divergence on held-out batches."""
     phases = [phase.get("curve", []) for phase in results.get("calibration", [])]
     return [
         [{"step": entry["step"], "validation": entry.get("validation")} for entry in phase if "step" in entry]
@@ -238,7 +238,7 @@ def check_names(programs: Sequence[str]) -> None:
     """Refuses two programs of one name.
 
     Raises:
-        LoopQError: names it.
+        LoopQError: two have one name; the message gives it.
     """
     for name in programs:
         if list(programs).count(name) > 1:

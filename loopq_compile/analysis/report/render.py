@@ -17,7 +17,7 @@ from loopq_compile.errors import LoopQError
 from loopq_compile.storage.atomic import write_text
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 720, 260, 48, 232
-"""Of plots, in units of their view box: whole, and where the frame begins and ends."""
+"""Sizes of plots, in units of their view box: total, and where the frame begins and ends."""
 
 
 def render(programs: Mapping[str, Values], title: str = "loopq_compile report") -> str:
@@ -25,17 +25,17 @@ def render(programs: Mapping[str, Values], title: str = "loopq_compile report") 
 
     Args:
         programs: what `measure` found, by the name to show.
-        title: of the page.
+        title: title of the page.
     """
     helpers = {"along": along, "cells": cells, "curves": curves, "plot": plot, "selection": selection}
     return fill("report.html.jinja", programs=programs, title=title, **helpers)
 
 
 def trajectory(programs: Mapping[str, Values]) -> str:
-    """The error along the trajectory alone, as an SVG picture.
+    """Only the error along the trajectory, as an SVG picture.
 
     Args:
-        programs: what `measure` found beside the model, by the name to show.
+        programs: what `measure` found with the model, by the name to show.
 
     Raises:
         LoopQError: nothing was measured.
@@ -52,7 +52,7 @@ def trajectory(programs: Mapping[str, Values]) -> str:
 
 
 def fill(template: str, **values: object) -> str:
-    """A template of this folder with its values; everything from outside is escaped."""
+    """Fills a template of this folder with values; all values are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("loopq_compile.analysis.report", "."),
         autoescape=True,
@@ -70,7 +70,7 @@ def write(file: str | os.PathLike[str], programs: Mapping[str, Values], title: s
 
 
 def write_page(file: str | os.PathLike[str], text: str) -> Path:
-    """Writes a page; a file that is there stays until the new one is complete.
+    """Writes a page; an existing file stays until the new one is complete.
 
     Raises:
         LoopQError: the file cannot be written.
@@ -88,11 +88,11 @@ def cells(rows: Mapping[str, Sequence[float | None]], relative: bool = False) ->
 
     Args:
         rows: values by module or group.
-        relative: shade a row by its own largest value rather than by that of the table.
+        relative: whether to shade a row by its own largest value instead of the table's.
 
     Returns:
         `{"rows": [{"name", "short", "cells": [{"text", "shade"}]}], "top", "relative"}`; shades are percents of the
-        accent colour, 85 for the largest value, which is `top`, as text; rows of one value hold for all loops.
+        accent colour, 85 for the largest value, which `top` gives as text. A row with one value holds for all loops.
     """
     top = max((abs(v) for values in rows.values() for v in values if _known(v)), default=0.0)
     made = []
@@ -106,7 +106,7 @@ def cells(rows: Mapping[str, Sequence[float | None]], relative: bool = False) ->
 
 
 def selection(rounds: Sequence[Mapping[str, float]], selected: Sequence[str]) -> Values:
-    """The heat map of scores by which groups were chosen, a column a round, and which were (figure 3)."""
+    """The heat map of scores by which groups were chosen, one column per round, and the chosen groups (figure 3)."""
     groups = dict.fromkeys([*(group for scores in rounds for group in scores), *selected])
     heat = cells({group: [scores.get(group) for scores in rounds] for group in groups})
     for row in heat["rows"]:
@@ -115,7 +115,7 @@ def selection(rounds: Sequence[Mapping[str, float]], selected: Sequence[str]) ->
 
 
 def curves(phases: Sequence[Sequence[Values]]) -> Values:
-    """The plot of a calibration: divergence on held-out text by step, phase behind phase, a line each."""
+    """The plot of a calibration: divergence on held-out text by step, phases one after the other, one line each."""
     at: list[float] = []
     series: dict[str, list[float | None]] = {}
     labels: dict[float, str] = {}
@@ -137,11 +137,11 @@ def plot(
     """Lines in a plot of `WIDTH` x `HEIGHT`.
 
     Args:
-        series: values by name; None and numbers that a logarithm lacks leave gaps.
+        series: values by name; None and numbers without a logarithm leave gaps.
         marks: positions of dotted verticals, such as loop transitions.
         log: logarithmic vertical axis.
         at: positions of values, by default 0, 1, 2, ...
-        labels: what to write under the plot, by position.
+        labels: texts below the plot, by position.
 
     Returns:
         `{"lines": [{"name", "points", "dots": [{"x", "y", "text"}], "colour", "dashed"}], "marks": [x], "ticks": [{"y",
@@ -177,7 +177,7 @@ def plot(
 
 
 def along(points: Sequence[Values]) -> Values:
-    """Where loops begin and end among points of a trajectory, as `marks` and `labels` of a plot."""
+    """Where loops begin and end along a trajectory, as `marks` and `labels` of a plot."""
     marks: list[float] = [i - 0.5 for i, (a, b) in enumerate(itertools.pairwise(points), 1) if a["loop"] != b["loop"]]
     edges = [-0.5, *marks, len(points) - 0.5]
     labels = {}
@@ -189,7 +189,7 @@ def along(points: Sequence[Values]) -> Values:
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
-    """Round numbers between `low` and `high`: at most about six, at least the two ends."""
+    """Round numbers between `low` and `high`: at most about six, and at least both ends."""
     step = 10.0 ** math.floor(math.log10(high - low)) if high > low else abs(high) or 1.0
     sizes = [step * m for m in (0.25, 0.5, 1, 2)]
     choices = [[size * (math.ceil(low / size) + i) for i in range(12)] for size in sizes]

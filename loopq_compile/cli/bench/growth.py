@@ -1,4 +1,5 @@
-"""`loopq-compile bench loops`, `bench exit` and `bench compile`: what more loops and layers cost, and fewer save."""
+"""`loopq-compile bench loops`, `bench exit` and `bench compile`: what more loops and layers cost, and what fewer
+save."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def kernels_command(
 ) -> None:
     """The Triton kernels: timed on a GPU; or, with --static, what each architecture needs, and an estimate.
 
-    Timed against cuBLAS in bfloat16, torch._int_mm and, where it is installed, torchao. With --out, a run that was cut
-    off goes on with the same command. --static exits with status 1 if a kernel spills registers, does not fit, or
+    Timed against cuBLAS in bfloat16, torch._int_mm and, where it is installed, torchao. With --out, the same command
+    continues an interrupted run. --static exits with status 1 if a kernel spills registers, does not fit, or
     misses its tensor-core instruction.
     """
     if static and tune:
@@ -116,7 +116,7 @@ def _timed(
     if program is not None:
         loaded = load(program)
         if loaded.kind != "program":
-            raise LoopQError(f"{program} is no compiled program; run `loopq-compile compile` first.")
+            raise LoopQError(f"{program} is not a compiled program; run `loopq-compile compile` first.")
         lines = [
             kernel_times.time_decoding(loaded.model, batch=batch, kv_bits=bits or None)
             for bits in caches

@@ -1,4 +1,4 @@
-"""What the bench commands share: options, models to measure, and how a report is shown."""
+"""Shared by the bench commands: options, models to measure, and how a report is shown."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Numbers = Annotated[
 
 
 def _check_out(context: typer.Context, out: Path | None) -> Path | None:
-    """Refuses a folder for results before hours of measuring; a command's files are called like the command."""
+    """Checks a folder for results before hours of measuring; a command's files are named after the command."""
     from loopq_compile.storage.atomic import check_folder
     from loopq_compile.storage.manifest import RESULTS
 
@@ -59,7 +59,7 @@ Out = Annotated[
         "-o",
         metavar="DIR",
         callback=_check_out,
-        help="Folder for JSON, Markdown, PNG, and for finished cells; what else is in it stays.",
+        help="Folder for JSON, Markdown, PNG, and for finished cells; other files in it stay.",
     ),
 ]
 Fresh = Annotated[
@@ -90,7 +90,7 @@ def load_model(
     dtype: str = "float32",
     device: str = "cpu",
 ) -> Loaded:
-    """A model in floating point, on `device`; what is quantized already is refused."""
+    """Loads a floating-point model onto `device`; refuses what is already quantized."""
     loaded = load(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype, device)
     if loaded.kind != "model":
         raise LoopQError(f"{model} is quantized already; bench takes a model in floating point.")
@@ -98,7 +98,7 @@ def load_model(
 
 
 def text_tokens(loaded: Loaded, file: str | None, count: int) -> tuple[Tensor, str]:
-    """The first `count` token ids `[n]` of the text to score (0: all), and a sentence about where it is from."""
+    """The first `count` token ids `[n]` of the text to score (0: all), and a sentence about its source."""
     from loopq_compile.generation.tokenizer import tokenize
 
     content, source = text_source(file, count)

@@ -72,7 +72,7 @@ def quality_command(
 
     say = note(json)
     runs = bench.variants(names(methods), names(schemes), names(activations), group_size=group_size)
-    CalibrationOptions(seed=seed)  # refused before a model is loaded
+    CalibrationOptions(seed=seed)  # refuses bad values before a model is loaded
     check_text(text, calibration)
     loaded = load_model(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype, device)
     tokens, source = text_tokens(loaded, text, max_tokens)

@@ -51,8 +51,8 @@ def speed_command(
 ) -> None:
     """Tokens a second for prompts and for decoding: PyTorch, ONNX Runtime in full precision, and quantized files.
 
-    All with a key-value cache, in one thread, each in a process of its own. ouro-1.4b and ouro-2.6b are models of
-    published size with random weights. With --out, finished rows are kept: a run that was cut off goes on.
+    All with a key-value cache, in one thread, each in a separate process. ouro-1.4b and ouro-2.6b are models of
+    published size with random weights. With --out, finished rows are kept, and an interrupted run continues.
 
     Example: loopq-compile bench speed smollm2 --repeat 12-15x3
     """
@@ -66,7 +66,9 @@ def speed_command(
     if model in SIZES and repeat is not None:
         raise LoopQError(f"--repeat is for Hugging Face models; {model} has loops.")
     if model not in SIZES:
-        load_model(model, None, trust_remote_code, repeat, allow_pickle)  # refused now if at all, and let go again
+        load_model(
+            model, None, trust_remote_code, repeat, allow_pickle
+        )  # refuses a bad model now; the model is released again
     job = Job(
         f"{model}@{repeat}" if repeat else model,
         config=sized(model, layers).to_dict() if model in SIZES else None,

@@ -63,7 +63,7 @@ REPORTS = {
     ),
     "table5": ("Parameters and memory by part; what differs from loop to loop.", (_E2E, "w4a4", _DYNAMIC)),
     "solvers": (
-        "Ways to choose the integers of weights, without and behind transforms.",
+        "Ways to choose the integers of weights, without and after transforms.",
         ("symmetric,loopq", "w4a8", _DYNAMIC),
     ),
     "fig1": ("Activation ranges by loop; how errors grow along the trajectory.", ("symmetric", "w4a4", _BOTH)),
@@ -119,7 +119,7 @@ def _command(name: str, about: str, own_methods: str, own_schemes: str, own_acti
         kinds = variants(["symmetric"], names(schemes), names(activations), group_size=group_size)
         drawn = whole_numbers("--seeds", seeds) or [0]
         for seed in drawn:
-            CalibrationOptions(seed=seed)  # refused before a model is loaded
+            CalibrationOptions(seed=seed)  # refuses bad values before a model is loaded
         check_text(None, calibration)
         content, source = text_source(text, max_tokens)
         settings = Settings(
@@ -142,14 +142,12 @@ def _command(name: str, about: str, own_methods: str, own_schemes: str, own_acti
         loaded = load_model(model, tokenizer, trust_remote_code, repeat, allow_pickle, dtype, device)
         _measure(name, loaded, selection, settings, (content, max_tokens), out, fresh, json)
 
-    command.__doc__ = (
-        f"{about}\n\n    With --out, finished cells are kept: a run that was cut off goes on where it stood."
-    )
+    command.__doc__ = f"{about}\n\n    With --out, finished cells are kept, and an interrupted run continues."
     return command
 
 
 def _learning(batch_rows: int, precision: str, steps: int | None, weight_solver: str | None) -> dict[str, Any]:
-    """Options of calibration that the user gave; the others are each method's own."""
+    """Options of calibration that the user gave; others have each method's default."""
     given = {"steps": steps, "weight_solver": weight_solver}
     return {"batch_rows": batch_rows, "precision": precision, **{key: value for key, value in given.items() if value}}
 

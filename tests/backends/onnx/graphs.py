@@ -1,6 +1,6 @@
 """Small looped models and hand-made quantized graphs for the tests of the ONNX backend.
 
-The nodes are inserted here, not by passes, so that these tests say what the backend accepts.
+The nodes are inserted here, not by passes, so that these tests define what the backend accepts.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _quantize_site(
 
 
 def in_float32(path: Path) -> Path:
-    """The same file, told to multiply in float32 what ONNX Runtime would round to 8 bits first."""
+    """The same file, changed to multiply in float32 where ONNX Runtime would first round to 8 bits."""
     model = onnx.load(path)
     graphs = [model.graph]
     for graph in graphs:

@@ -1,4 +1,4 @@
-"""Attention in target `onnxruntime` is one node, and the file computes what it computed without."""
+"""Attention in target `onnxruntime` is one node, and the file's results stay the same."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def attentions(path) -> list[onnx.NodeProto]:  # type: ignore[no-untyped-def]
 
 
 def shape(node: onnx.NodeProto) -> tuple[int, int] | None:
-    """Heads of queries and of keys, where they lie side by side."""
+    """Heads of queries and of keys, if they are adjacent in memory."""
     given = {attribute.name: attribute.i for attribute in node.attribute}
     return (given["q_num_heads"], given["kv_num_heads"]) if "q_num_heads" in given else None
 
 
 def test_attention_on_an_integer_cache_keeps_its_shape(tmp_path, monkeypatch) -> None:
-    """Keys and values are dequantized `[batch, heads, total, size]`: nothing lies side by side."""
+    """Keys and values are dequantized `[batch, heads, total, size]`: heads are not adjacent in memory."""
     graph_module = captured("ouro-mask")[1].graph_module
     fused = export(graph_module, tmp_path, target="onnxruntime", cache=True, kv_bits=8)
     assert {shape(node) for node in attentions(fused.path)} == {None}
@@ -58,7 +58,7 @@ def test_every_row_of_every_result_is_what_it_was(form: str, tmp_path, monkeypat
     assert fused.nodes["Attention"] == (6 if form == "unrolled" else 2)  # two layers, three times
     assert "Softmax" not in fused.nodes
     assert fused.opset == attention.OPSET
-    # Heads side by side, as products give them; where a loop joins caches itself they have a shape of their own.
+    # Heads are adjacent, as products return them; if a loop joins caches itself, they have another shape.
     assert {shape(node) for node in attentions(fused.path)} == {(4, 2) if form == "unrolled" else None}
     with monkeypatch.context() as patch:
         patch.setattr(attention, "fuse_attention", lambda graph: 0)

@@ -1,8 +1,9 @@
-"""The exported file beside the program on the trained model.
+"""The exported file compared with the program, on the trained model.
 
-A sum that differs in its last bit can round a code the other way, and later loops carry it on. With 4-bit activations
-few codes flip and each moves much: some inputs agree to the last bits, others drift, as the program itself does under
-noise of 1e-6 on the embeddings. With 8 bits codes flip on nearly every input and move little.
+A sum that differs in its last bit can round a code the other way, and later loops propagate this. With 4-bit
+activations, few codes flip and each has a large effect: some inputs agree to the last bits, others drift, as the
+program itself does under noise of 1e-6 on the embeddings. With 8 bits, codes flip on nearly every input and have little
+effect.
 """
 
 import pytest

@@ -76,7 +76,7 @@ def test_a_hugging_face_model(tmp_path) -> None:
 
 @pytest.mark.parametrize("form", ["unrolled", "rolled"])
 def test_a_layer_that_views_what_attention_gives(form: str, tmp_path) -> None:
-    """`nn.TransformerEncoderLayer` relies on the layout in memory that the fused operator leaves."""
+    """`nn.TransformerEncoderLayer` relies on the memory layout of the fused operator's result."""
     model, program = captured("encoder-layer")
     report = export(program.graph_module, tmp_path, target="onnxruntime", form=form, cache=True)
     run = OnnxExecutable(report.path, threads=1)
@@ -100,7 +100,7 @@ def test_a_step_of_a_file_is_short(tmp_path) -> None:
     options.log_severity_level = 3
     onnxruntime.InferenceSession(str(report.path), options, providers=["CPUExecutionProvider"])
     operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
-    assert operators.count("SimplifiedLayerNormalization") == 9  # 3 loops of 2 norms in the block and one behind it
+    assert operators.count("SimplifiedLayerNormalization") == 9  # 3 loops of 2 norms in the block and one after it
     assert "Reciprocal" not in operators
 
 
@@ -113,7 +113,7 @@ def test_clipped_activations_keep_their_nodes(tmp_path) -> None:
     clip = program.graph_module.get_buffer(name)
     setattr(program.graph_module.get_submodule(owner), leaf, 0.5 * clip)
     report = export(program.graph_module, tmp_path, target="onnxruntime")
-    assert report.nodes["QuantizeLinear"] == 3  # that group's, once a loop
+    assert report.nodes["QuantizeLinear"] == 3  # that group's, once per loop
     run = OnnxExecutable(report.path, threads=1)
     expected = program(ids())["logits"]
     assert (run(ids())["logits"] - expected).abs().max() < 0.02 * expected.abs().max()
@@ -133,7 +133,7 @@ def test_an_integer_head(tmp_path) -> None:
 
 @pytest.mark.parametrize(("form", "kv_bits"), [("unrolled", None), ("rolled", None), ("unrolled", 8)])
 def test_a_prompt_is_read_in_parts(form: str, kv_bits: int | None, tmp_path) -> None:
-    """With padding that fills the first part of a row, and a last part of its own length."""
+    """With padding that fills the first part of a row, and a last part of a different length."""
     file = export(quantized().graph_module, tmp_path, form=form, cache=True, last_token=True, kv_bits=kv_bits).path
     run = OnnxExecutable(file, threads=1)
     tokens = ids(3, 11)

@@ -21,7 +21,7 @@ from tests.passes.loops.test_exit_early import program
 
 
 def check_condition(path: Path) -> None:
-    """The loop's own condition is computed in its body: a comparison, or else that the threshold allows no stop."""
+    """The body computes the loop's condition: a comparison, or that the threshold allows no stop."""
     loop = next(node for node in onnx.load(path).graph.node if node.op_type == "Loop")
     body = loop.attribute[0].g
     makers = {name: node for node in body.node for name in node.output}
@@ -85,7 +85,7 @@ def test_the_command_line(tmp_path) -> None:
     written = ["--form", "rolled", "--target", "onnxruntime", "--cache", "--early-exit", "--kv-bits", "8", "--json"]
     made = json.loads(run("export", folder, "--out", tmp_path / "onnx", *written))
     assert any(name.startswith("present.0.key: INT8") for name in made["outputs"])
-    # The gate of an untrained model says one half to every token.
+    # The gate of an untrained model gives one half to every token.
     assert json.loads(run("generate", tmp_path / "onnx", "--prompt", "w1 w2", *given))["mean_loops"] == 1
     # Without a threshold the file runs as many loops as it is told to.
     one, four = (

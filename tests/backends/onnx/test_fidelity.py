@@ -1,8 +1,8 @@
 """The exported file computes what the PyTorch graph computes.
 
 Stated tolerance: `max |difference| < 3e-2 * max |logits|`, and `mean |difference| < 3e-3 * mean |logits|`. Sums in
-another order differ by about 1e-7 relative; now and then that moves a value across a rounding boundary, and a whole
-quantization step passes on. Without such an event the difference stays near 1e-7.
+another order differ by about 1e-7 relative. Sometimes this moves a value across a rounding boundary, and a difference
+of a whole quantization step propagates. Otherwise the difference stays near 1e-7.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stands in an exported file, and how it gets there."""
+"""The content of an exported file, and how it gets there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exported folders: a manifest that proves them whole, and hostile ones refused in one line."""
+"""Exported folders: a manifest proves that they are intact; hostile ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.tiny import tiny_program, tokens
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export with its weights in a file of their own."""
+    """An export with its weights in a separate file."""
     folder = tmp_path_factory.mktemp("good") / "onnx"
     export(tiny_program("w4a8", "symmetric").graph_module, folder, external_data_threshold=100)
     assert (folder / "model.onnx.data").is_file()
@@ -51,7 +51,7 @@ def refused(folder: Path, *, opens: bool = False) -> str:
 
 
 def change(folder: Path, edit) -> None:
-    """Edits the model, as a stranger would, who can write a fitting manifest too."""
+    """Edits the model as an attacker would, who can also write a fitting manifest."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     edit(model)
     (folder / "model.onnx").write_bytes(model.SerializeToString())
@@ -63,7 +63,7 @@ def weight(model: onnx.ModelProto) -> onnx.TensorProto:
 
 
 def move(tensor: onnx.TensorProto, location: str) -> None:
-    """Says that a tensor's numbers are in another file."""
+    """Declares that a tensor's numbers are in another file."""
     next(entry for entry in tensor.external_data if entry.key == "location").value = location
 
 
@@ -94,7 +94,7 @@ def test_weights_outside_the_folder_are_refused(folder: Path, name: str) -> None
     (folder.parent / "secret").write_bytes(bytes(1 << 20))
 
     change(folder, lambda model: move(weight(model), name))
-    assert "is no plain file name" in refused(folder)
+    assert "is not a plain file name" in refused(folder)
 
 
 @pytest.mark.parametrize("place", ["attribute", "inner graph", "inner node", "sparse"])
@@ -120,7 +120,7 @@ def test_they_are_found_wherever_a_model_can_hold_them(folder: Path, place: str)
             model.graph.node.append(onnx.helper.make_node("If", ["input_ids"], ["z"], **branches))
 
     change(folder, hide)
-    assert "is no plain file name" in refused(folder)
+    assert "is not a plain file name" in refused(folder)
 
 
 def test_data_that_is_a_link_is_refused(folder: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_manifest_of_a_newer_version_or_with_paths_is_refused(folder: Path) ->
     assert "Update loopq_compile" in refused(folder, opens=True)
     files = manifest["files"] | {"../model.onnx": manifest["files"]["model.onnx"]}
     (folder / KIND.file).write_text(json.dumps(manifest | {"files": files}))
-    assert "is no plain file name" in refused(folder, opens=True)
+    assert "is not a plain file name" in refused(folder, opens=True)
 
 
 def test_a_folder_with_program_and_export_is_verified_whole(tmp_path: Path) -> None:

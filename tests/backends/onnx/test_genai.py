@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generated(folder: Path, prompts: Tensor, new: int, **options: Any) -> list[list[int]]:
-    """What onnxruntime-genai makes of `prompts` `[batch, sequence]`, the prompts included."""
+    """The output of onnxruntime-genai for `prompts` `[batch, sequence]`, prompts included."""
     genai = pytest.importorskip("onnxruntime_genai", reason="needs the extra `genai`")
     model = genai.Model(str(folder))
     parameters = genai.GeneratorParams(model)
@@ -59,7 +59,7 @@ def test_the_bundled_model(folder: Path) -> None:
     prompt = torch.tensor([tokenizer.encode("Return the number of").ids])
     expected = OnnxExecutable(folder).generate(prompt, 24)
     assert generated(folder, prompt, 24) == expected.tolist()
-    assert len(set(expected[0].tolist())) > 8  # not a single token, over and over
+    assert len(set(expected[0].tolist())) > 8  # not a single token repeated
 
 
 def test_two_prompts_in_standard_operators(tmp_path: Path) -> None:

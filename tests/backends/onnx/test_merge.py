@@ -1,4 +1,4 @@
-"""Products that read one tensor are one product in target `onnxruntime`, and the file computes what it computed."""
+"""Products that read one tensor are one product in target `onnxruntime`, and the file's results stay the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.tiny import tiny_program, tokens
 
 
 class Uneven(nn.Module):
-    """`a`, `b` and `c` read one tensor in every loop; `b` then reads another alone."""
+    """`a`, `b` and `c` read one tensor in every loop; `b` then also reads another one."""
 
     def __init__(self, again: bool) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def products(path) -> list[onnx.NodeProto]:  # type: ignore[no-untyped-def]
 def test_the_same_results_from_fewer_products(
     scheme: str, most: float, mean: float, form: str, tmp_path, monkeypatch
 ) -> None:
-    """At w4a4 a product that differs in its last bit rounds a code the other way now and then."""
+    """At w4a4, a product that differs in its last bit sometimes rounds a code the other way."""
     graph_module = tiny_program(scheme).graph_module
     merged = export(graph_module, tmp_path / "merged", target="onnxruntime", form=form)
     plain = without_merging(monkeypatch, graph_module, tmp_path / "plain", form=form)
@@ -78,7 +78,7 @@ def test_biases_and_widths_stay_with_their_own(tmp_path, monkeypatch) -> None:
 
 
 def test_a_weight_that_is_also_read_alone_stays_alone(tmp_path) -> None:
-    """Merged, it would stand in the file twice."""
+    """If merged, it would be in the file twice."""
     graph_module = lq.compile(Uneven(again=True), graphs.tokens(2, 9), scheme="w4a8", method="symmetric").graph_module
     report = export(graph_module, tmp_path, target="onnxruntime")
     assert report.nodes["MatMulNBits"] == 8

@@ -1,4 +1,4 @@
-"""Exported files in OpenVINO, beside ONNX Runtime and the program: another reader of the same operators."""
+"""Exported files in OpenVINO, compared with ONNX Runtime and the program: another reader of the same operators."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ openvino = pytest.importorskip("openvino")
 
 @pytest.mark.parametrize("target", ["onnxruntime", "qdq"])
 def test_logits_are_those_of_the_program(target: str, tmp_path: Path) -> None:
-    """Rotary positions, grouped queries, 4-bit weights; float32, as OpenVINO may else compute in half precision."""
+    """Rotary positions, grouped queries, 4-bit weights; float32, since OpenVINO might otherwise compute in half
+    precision."""
     program = lq.compile(ouro().eval(), ids(2, 6), scheme="w4a16", method="symmetric")
     path, tokens = program.export_onnx(tmp_path, target=target).path, ids(2, 9)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

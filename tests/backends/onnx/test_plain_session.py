@@ -1,6 +1,6 @@
 """A file of target `qdq` is the program in a plain ONNX Runtime session, without options, at every level.
 
-Weights with one reader are what ONNX Runtime fuses: those before and after a loop, or of a model without one.
+ONNX Runtime fuses weights with one reader: those before and after a loop, or of a model without a loop.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.backends.onnx.graphs import captured, quantized, tokens
 
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 FUSED = ("NBits", "Integer", "QLinear", "DynamicQuantize", "QGemm")
-"""Parts of the names of operators that multiply integers, or may."""
+"""Parts of the names of operators that multiply integers, or might."""
 
 
 class PreludeCoreCoda(nn.Module):

@@ -55,7 +55,7 @@ def test_shapes_of_loops(name: str, tmp_path) -> None:
         ("w4a8", "las", "static", 0.03),
         ("w8a8", "las", "dynamic", 1e-5),
         ("w4a16", "symmetric", "dynamic", 1e-5),
-        # 4-bit activations are rounded to 8 bits once more, and that flips codes of later layers.
+        # 4-bit activations are rounded once more, to 8 bits, which flips codes of later layers.
         ("w4a4", "las", "static", 0.15),
     ],
 )
@@ -115,7 +115,7 @@ def test_a_loop_count_beyond_the_calibrated_one_holds_the_last_rows(learned, tmp
 
 
 def test_text_is_generated_with_as_many_loops_as_asked_for(tmp_path) -> None:
-    """A file of three loops gives the text that the program compiled with five gives."""
+    """A file of three loops gives the same text as the program compiled with five."""
 
     def with_loops(count: int) -> Program:
         model = copy.deepcopy(ouro())  # shared with other tests
@@ -155,7 +155,7 @@ def test_packed_weights_stand_in_the_file_once(form: str, tmp_path) -> None:
 
 
 def test_weights_that_do_not_fit_stay_standard(tmp_path) -> None:
-    """Blocks of 24 are none that the operator takes."""
+    """The operator does not support blocks of 24."""
     graph_module = graphs.quantized(graphs.captured(graphs.Recurrent()), group_size=24)
     report = export(graph_module, tmp_path, target="onnxruntime", form="rolled")
     assert "MatMulNBits" not in report.nodes and report.nodes["Loop"] == 1

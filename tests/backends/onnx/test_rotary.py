@@ -1,4 +1,4 @@
-"""Rotary positions in target `onnxruntime` are one node, where the tables allow it."""
+"""Rotary positions in target `onnxruntime` are one node, if the tables allow it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_program_with_a_cache(tmp_path) -> None:
 
 
 def rotary(halves: str) -> ir.Model:
-    """`x * cos + concat(-x2, x1) * sin` with tables made of two angles; `halves` says which are joined."""
+    """`x * cos + concat(-x2, x1) * sin` with tables made of two angles; `halves` selects which are joined."""
 
     def value(name: str, shape: list[int | str]) -> ir.Value:
         return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))

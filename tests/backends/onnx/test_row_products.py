@@ -1,4 +1,5 @@
-"""`products="int8"` of target `onnxruntime`: the products are those of the integers that the module's words define."""
+"""`products="int8"` of target `onnxruntime`: the products are those of the integers that the module's docstring
+defines."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def weight_in_rows(weight: Tensor) -> Tensor:
 
 
 def emulated(graph_module: fx.GraphModule, x: Tensor, *, twice: bool) -> Tensor:
-    """The program, with both sides of quantized products in rows; activations in their groups before, if `twice`."""
+    """The program, with both sides of quantized products rounded in rows; if `twice`, activations first in groups."""
     copied = copy_graph(graph_module)
     for node in copied.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         read, weight, *bias = node.args
@@ -84,7 +85,7 @@ def test_a_model_near_to_its_program(scheme: str, mean: float, form: str, tmp_pa
 
 
 def test_rounding_in_floating_point_is_the_same(tmp_path, monkeypatch) -> None:
-    """Four-bit activations: no integers on the way, and the same results to the last bit."""
+    """Four-bit activations: no integers in between, and bit-identical results."""
     graph_module = tiny_program("w4a4").graph_module
     spelled = export(graph_module, tmp_path / "spelled", target="onnxruntime", products="int8")
     monkeypatch.setattr(qdq, "spell_out_pair", qdq.lower_pair)
@@ -98,12 +99,12 @@ def test_products_of_one_tensor_share_its_integers(tmp_path) -> None:
     report = export(tiny_program("w4a8").graph_module, tmp_path, target="onnxruntime", products="int8", head_bits=8)
     assert report.nodes["QuantizeLinear"] == 4 * 3  # q+k+v, o, gate+up, down
     assert report.nodes[PRODUCT] == 7 * 3 and report.integer_weights == {"INT8": 7}
-    assert report.nodes["MatMulNBits"] == 1  # the head: what it reads has outliers, and is one row of a prompt
+    assert report.nodes["MatMulNBits"] == 1  # the head: its input has outliers, and is one row of a prompt
 
 
 @pytest.mark.parametrize("float_bits", [32, 16])
 def test_both_forms_in_a_file(float_bits: int, tmp_path) -> None:
-    """To the last bit what either gives: packed products for up to three tokens, whole rows for more."""
+    """Bit-identical to the chosen form: packed products for up to three tokens, whole rows for more."""
     options = {"target": "onnxruntime", "cache": True, "float_bits": float_bits, "head_bits": 8}
     runs = {}
     for products in ("packed", "int8", "both"):
@@ -116,7 +117,7 @@ def test_both_forms_in_a_file(float_bits: int, tmp_path) -> None:
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     tensors = [x.raw_data for x in onnx.load(tmp_path / "both" / "model.onnx").graph.initializer]
     large = [data for data in tensors if len(data) > 1024]
-    assert len(large) == len(set(large)) > 7  # what both forms read is there once
+    assert len(large) == len(set(large)) > 7  # tensors of both forms are stored once
     ids = tokens(1, 1, 6)
     assert runs["both"].generate(ids, 4).shape == (1, 10)
 

@@ -12,7 +12,7 @@ from tests.backends.onnx.graphs import captured, quantized
 
 @pytest.fixture(scope="module")
 def llama():
-    """Two Llama layers, run twice: the same modules stand at several positions of the list."""
+    """Two Llama layers, run twice: the same modules are at several positions of the list."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

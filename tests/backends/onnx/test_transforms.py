@@ -50,7 +50,7 @@ def with_moving_parts(graph_module):
 
 
 def compiled(name, activation="dynamic", scheme="w4a8", learnable=False):
-    """Eight bits for activations: a code that rounds the other way moves little."""
+    """Eight bits for activations: a code that rounds the other way has little effect."""
     graph_module = with_moving_parts(prepared(*TRANSFORMS[name], scheme=scheme, activation=activation))
     for item in (
         CollectRanges(),
@@ -87,7 +87,7 @@ def test_quantized_programs(name, activation, tmp_path):
     x = tokens(2, 2, 9)
     with torch.no_grad():
         expected = graph_module(x)[0]
-    # A code that rounds the other way moves its token and those behind it; the others agree to the last digits.
+    # A code that rounds the other way changes its token and later ones; the others agree to the last digits.
     difference = (run(x)["logits"] - expected).abs().amax(-1)
     assert difference.max() < 0.1 * expected.abs().max()
     assert difference.min() < 1e-5 * expected.abs().max()

@@ -1,6 +1,6 @@
-"""Kernels run on the CPU only where Triton was imported with TRITON_INTERPRET=1, and compile only where it was not.
+"""Kernels run on the CPU only if Triton was imported with TRITON_INTERPRET=1, and compile only if it was not.
 
-`test_interpreter.py` starts a process of its own for the folder `interpreted`; to see its tests one by one:
+`test_interpreter.py` starts a separate process for the folder `interpreted`; to see its tests one by one:
 
     TRITON_INTERPRET=1 python -m pytest tests/backends/triton
 """

@@ -42,7 +42,7 @@ def test_the_same_text_as_with_a_cache_that_grows(stacked, capacity):
     program = tiny_program().with_cache(last_token=True, stacked=stacked)
     run = program.lower("triton", fallback=True)
     decoder = StaticDecoder(run, capacity, None)
-    for seed in (3, 8):  # the second text finds the buffers of the first
+    for seed in (3, 8):  # the second text reuses the buffers of the first
         ids = tokens(seed, 3, 6)
         expected = generate(program, ids, 10, attention_mask=mask)
         assert torch.equal(generate(decoder, ids, 10, attention_mask=mask), expected)
@@ -66,7 +66,7 @@ def test_logits_are_those_of_the_growing_cache():
     ],
 )
 def test_positions_are_those_of_the_tokens(name, options, rolled):
-    """Rotary and learned positions, masks of the model, caches of integers, rolled loops: rows that padding shifts."""
+    """Rotary and learned positions, masks of the model, integer caches, rolled loops: rows shifted by padding."""
     program = captured(name)[1].with_cache(last_token=True, **options)
     run = program.lower("triton", fallback=True, rolled=rolled)
     static, growing = StaticDecoder(run, 14, None).decoder(), program.decoder()
@@ -79,7 +79,7 @@ def test_positions_are_those_of_the_tokens(name, options, rolled):
 
 @pytest.mark.parametrize("rolled", [False, True])
 def test_attention_stops_at_the_position(rolled):
-    """In every loop, or in the body: what a static cache has room for is not read before it is written."""
+    """In every loop, or in the body: unused columns of a static cache are not read before they are written."""
     program = captured("ouro-mask")[1].with_cache(last_token=True, kv_bits=8, stacked=True)
     step = static_decoder.step_of(program.lower("triton", fallback=True, rolled=rolled).graph_module)
     graphs = [step.graph, *(loop.body.graph for loop in rolled_loops(step))]
@@ -109,7 +109,7 @@ def test_everything_lies_on_the_gpu(bits):
 
 
 def test_no_step_copies_a_cache():
-    """The graph of a step joins nothing along the sequence, and what it returns as a cache is the buffer itself."""
+    """The graph of a step joins nothing along the sequence, and the cache that it returns is the buffer itself."""
     decoder = StaticDecoder(lowered(), 12, None)
     generate(decoder, tokens(5, 2, 4), 2)
     (step,) = decoder._steps.values()
@@ -119,7 +119,7 @@ def test_no_step_copies_a_cache():
 
 
 def test_warming_up_and_replaying_leave_the_text_as_it_is():
-    """What capturing does around the graph: steps in advance, then their traces are wiped out."""
+    """What capturing does around the graph: steps in advance, whose effects are then removed."""
     replayed = []
 
     def capture(step, state):
@@ -129,7 +129,7 @@ def test_warming_up_and_replaying_leave_the_text_as_it_is():
     decoder = StaticDecoder(lowered(), 20, capture)
     expected = generate(StaticDecoder(lowered(), 20, None), tokens(5, 2, 4), 8)
     assert torch.equal(generate(decoder, tokens(5, 2, 4), 8), expected)
-    assert len(replayed) == 7, "one for each token behind the first"
+    assert len(replayed) == 7, "one for each token after the first"
 
 
 @pytest.mark.parametrize("capacity", [4, 5])
@@ -152,7 +152,7 @@ def test_warming_up_in_a_cache_that_is_full_or_nearly(capacity):
 
 
 def test_a_step_may_run_again():
-    """As often as a benchmark likes: the mask says where it writes."""
+    """A benchmark may repeat a step any number of times: the mask says where it writes."""
     decoder = StaticDecoder(lowered(), 8, None).decoder()
     ids = tokens(5, 2, 5)
     decoder(ids[:, :4], torch.ones(2, 4, dtype=torch.int64))
@@ -220,7 +220,7 @@ def test_torch_compile_takes_the_whole_module():
 
 
 def test_torch_compile_sees_the_kernels(monkeypatch):
-    """On tensors without values and for a GPU that is not there: every launch is a node of the graph to be compiled."""
+    """On tensors without values and for an absent GPU: every launch is a node of the graph to be compiled."""
     run = TritonExecutable(use_kernels(fuse(tiny_program())), torch.device("cpu"), kernels=True)
     targets = []
 

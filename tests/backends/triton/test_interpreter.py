@@ -1,4 +1,4 @@
-"""Runs the tests in `interpreted`, in a process in which Triton interprets kernels."""
+"""Runs the tests in `interpreted`, in a process where Triton interprets kernels."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""`program.lower("triton")` where there is no GPU."""
+"""`program.lower("triton")` without a GPU."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_a_program_that_no_kernel_fits_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("method", ["las", "loopq"])
 def test_a_rolled_graph_computes_the_same_and_does_not_grow(method):
-    """Tables, weights per loop and adapters included: to the last bit."""
+    """Bit-identical, with tables, weights per loop and adapters."""
     options = {"steps": 2} if method == "loopq" else {}
     data = [tokens(seed) for seed in range(3)]
     program = lq.compile(tiny_model(3), tokens(), scheme="w4a4", method=method, calibration=data, **options)

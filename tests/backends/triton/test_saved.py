@@ -1,7 +1,7 @@
 """Lowered programs in folders, and their compiled kernels.
 
-Without a GPU, Triton's own launcher can still be asked what it would compile: a driver that names an architecture, and
-`warmup` in place of launches. Whether it then finds a shipped kernel or compiles, Triton's compilation listener says.
+Without a GPU, Triton's own launcher can still tell what it would compile: a driver names an architecture, and `warmup`
+replaces launches. Triton's compilation listener reports whether it finds a shipped kernel or compiles.
 """
 
 import functools
@@ -48,7 +48,7 @@ def program():
 
 
 class Driver:
-    """What Triton's launcher asks of a GPU before it launches."""
+    """What Triton's launcher asks a GPU before it launches."""
 
     def __init__(self, architecture):
         self.architecture = architecture
@@ -74,7 +74,7 @@ class Pointer:
 
 
 class WarmUp:
-    """Stands in for a kernel: everything that a launch does, up to the launch."""
+    """Replaces a kernel: does everything that a launch does, up to the launch."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -88,7 +88,7 @@ class WarmUp:
 
 
 def ask(monkeypatch, cache, graph_module, architecture, lengths=LENGTHS, loops=1):
-    """`(kernel, whether it was found)` for everything that launches with so many tokens ask Triton for."""
+    """`(kernel, whether it was found)` for everything that launches with this many tokens request from Triton."""
     asked = []
 
     def listen(*, src, metadata, metadata_group, times, cache_hit):
@@ -117,7 +117,7 @@ def test_every_launch_finds_its_kernel_in_the_folder(folder, tmp_path, monkeypat
 
 
 def test_without_the_folder_the_same_launches_compile(folder, tmp_path, monkeypatch):
-    """The test above would also pass if nothing were asked for."""
+    """The test above would also pass if nothing were requested."""
     asked = ask(monkeypatch, tmp_path, use_kernels(read(folder)), 90, lengths=[1])
     assert asked and not any(hit for _, hit in asked)
 
@@ -173,7 +173,7 @@ def test_rolled_programs_and_caches_of_integers_are_found_too(tmp_path, monkeypa
 
 
 def test_stale_kernels_are_left_out(folder, tmp_path, monkeypatch):
-    """What another compiler made would never be found; what bears a wrong name must not replace anything."""
+    """Kernels of another compiler would never be found; kernels with a wrong name must not replace anything."""
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
     copy = copied(folder, tmp_path)
     data = json.loads((copy / saved.CASE_FILE).read_text())
@@ -224,7 +224,7 @@ assert "tests" not in sys.modules and "transformers.modeling_utils" not in sys.m
 
 
 def test_a_lowered_program_is_a_program(folder):
-    """Other tools read it, on the operators' definitions."""
+    """Other tools can run it on the operators' definitions."""
     ids = tokens(5, 1, 4)
     run = load(folder, fallback=True)
     assert torch.equal(lq.load(folder)(ids)["logits"], run(ids)["logits"])

@@ -1,4 +1,4 @@
-"""`add-cache`: decoding with a cache equals reading all again, on models of several shapes; what is refused."""
+"""`add-cache`: decoding with a cache equals reading everything again, on models of several shapes; what is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_decoding_equals_recomputation(name: str, stacked: bool) -> None:
 
 @pytest.mark.parametrize("name", ["ouro", "loopformer", "parcae", "huginn", "nanbeige", "encoder-layer"])
 def test_hugging_faces_generate(name: str) -> None:
-    """The cache brings a mask where the model has none; where row 1 is padded it says what it says alone."""
+    """The cache adds a mask if the model has none; a padded row 1 gives the same as that row by itself."""
     program, given = captured(name)[1], left_padded()
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     found = program.as_hugging_face().generate(**given, **options)
@@ -60,7 +60,7 @@ def test_one_cache_for_every_loop_and_layer_or_stacked_by_loop() -> None:
 
 @pytest.mark.parametrize("name", ["ouro", "llama", "loopformer"])
 def test_a_step_costs_no_square_of_the_context(name: str) -> None:
-    """What is computed from positions is cut to the new tokens where it begins."""
+    """Values computed from positions are cut to the new tokens at their source."""
     _, program = captured(name)
     cached = program.with_cache()
     limit = ["sequence + past, sequence + past", "past + sequence, past + sequence"]
@@ -70,7 +70,7 @@ def test_a_step_costs_no_square_of_the_context(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "counts"), [("ouro", False), ("loopformer", True)])
 def test_only_absolute_positions_are_counted_from_the_mask(name: str, counts: bool) -> None:
-    """Of rotary tables only distances matter, so they stay as the model computes them."""
+    """For rotary tables only distances matter, so they stay as the model computes them."""
     assert ("cumsum" in str(captured(name)[1].with_cache())) == counts
 
 
@@ -91,7 +91,7 @@ def test_logits_of_the_last_token_alone() -> None:
 
 
 def test_a_model_that_gives_the_last_tokens_logits_only() -> None:
-    """`[batch, vocabulary]`: enough to generate, with a cache and without; nothing to score a text with."""
+    """`[batch, vocabulary]`: enough to generate, with a cache and without, but not to score a text."""
     model = Model(end=lambda logits: logits[:, -1]).eval()
     program, tokens = lq.Program(capture(model, ids())), ids()
     assert program.cached() is not None
@@ -129,7 +129,7 @@ def test_sizes_that_disagree() -> None:
 
 
 class Mixing(nn.Module):
-    """Causal attention, and something beside it."""
+    """Causal attention, and something else."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

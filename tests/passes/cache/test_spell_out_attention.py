@@ -1,4 +1,4 @@
-"""`spell-out-attention`: equal results, no copies of the cache, and what it leaves alone."""
+"""`spell-out-attention`: equal results, no copies of the cache, and what it does not change."""
 
 from __future__ import annotations
 

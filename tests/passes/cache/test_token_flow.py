@@ -1,4 +1,4 @@
-"""What mixes tokens is refused by one clear line; what does not gets a cache that changes nothing."""
+"""Models that mix tokens are refused with one clear line; others get a cache that changes nothing."""
 
 from __future__ import annotations
 

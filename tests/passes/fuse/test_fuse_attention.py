@@ -1,4 +1,4 @@
-"""`fuse-attention`: what it changes, leaves alone and says."""
+"""`fuse-attention`: what it changes, does not change, and reports."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests.decoding import captured, decode, ids
 
 def cached(name, **options):
     program = captured(name)[1].with_cache(**options)
-    get_state(program.graph_module).results = {}  # which copies of a program share
+    get_state(program.graph_module).results = {}  # copies of a program share these
     return program
 
 
@@ -32,7 +32,7 @@ def count(graph_module, target):
 
 @pytest.mark.parametrize(("name", "bits"), [("ouro-mask", 8), ("llama", 4)])
 def test_it_reads_the_cache_and_computes_the_same(name, bits):
-    """Fused attention with heads copied, shared, or of their own; masks of the model and of the pass."""
+    """Fused attention with copied, shared or separate heads; masks of the model and of the pass."""
     graph_module, lines = fused(name, bits)
     attention = graph_module.graph.find_nodes(op="call_function", target=ops.cached_attention.default)
     assert lines and all(line["parts"] == (f"dequantize {bits}-bit keys and values", "attention") for line in lines)

@@ -1,4 +1,4 @@
-"""`fuse-linears` and `fuse-adapters`: what they change, what they leave alone, what they say about it."""
+"""`fuse-linears` and `fuse-adapters`: what they change, what they do not change, and what they report."""
 
 import copy
 import functools
@@ -21,7 +21,7 @@ _aten = torch.ops.aten
 
 
 def program(method="las", scheme="w4a4", **options):
-    """A program of its own for every caller, who may change it."""
+    """A separate program for every caller, who may change it."""
     return lq.Program(copy.deepcopy(compiled(method, scheme, **options).graph_module))
 
 

@@ -1,4 +1,4 @@
-"""Activation functions and norms in front of quantization, in the forms in which models write them."""
+"""Activation functions and norms before quantization, in the forms in which models write them."""
 
 import functools
 

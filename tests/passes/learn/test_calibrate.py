@@ -1,4 +1,4 @@
-"""`calibrate`: what it learns, what it reports, and what it leaves alone."""
+"""`calibrate`: what it learns, what it reports, and what it does not change."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`select-transforms` and the widening it rests on."""
+"""`select-transforms` and the widening that it uses."""
 
 import pytest
 import torch

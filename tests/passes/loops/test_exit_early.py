@@ -1,4 +1,4 @@
-"""`exit-early`: when a loop stops, what the program returns then, and what stands in the caches of skipped loops."""
+"""`exit-early`: when a loop stops, what the program then returns, and what the caches of skipped loops hold."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def program(scheme: str = "w4a8", masked: bool = False) -> lq.Program:
 
 
 def cumulative(exit_logits: Tensor) -> Tensor:
-    """Probability to have stopped by each loop, by the sum of `stop here, having come so far`."""
+    """Probability of having stopped by each loop, as the sum of `stop here, having come so far`."""
     stop, reached, total = torch.sigmoid(exit_logits), torch.ones_like(exit_logits[..., 0]), []
     for loop in range(exit_logits.shape[-1]):
         total.append(reached * stop[..., loop])

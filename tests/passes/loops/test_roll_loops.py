@@ -91,7 +91,7 @@ def test_adapters_transforms_and_weights_per_loop(learned: Program) -> None:
 
 
 class Timed(nn.Module):
-    """A block that is told the time, which begins with zero: of shape `[1]`, or `[batch]` as in LoopFormer's code."""
+    """A block that reads the time, which begins with zero: of shape `[1]`, or `[batch]` as in LoopFormer's code."""
 
     def __init__(self, per_row: bool) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Timed(nn.Module):
 
 @pytest.mark.parametrize("per_row", [False, True])
 def test_a_time_that_begins_with_zero_is_a_table(per_row: bool) -> None:
-    """The first time is a constant, the others are sums: iterations differ in nothing but what no input changes."""
+    """The first time is a constant, the others are sums: iterations differ only in what no input changes."""
     model = Timed(per_row)
     before = lq.compile(model, tokens(), scheme="w8a8", method="symmetric")
     after = rolled(before)

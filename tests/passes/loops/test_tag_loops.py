@@ -1,4 +1,4 @@
-"""Every way of looping has the structure that the zoo's table says, and every node the tag its author meant."""
+"""Every way of looping has the structure in the zoo's table, and every node the tag that its author meant."""
 
 import copy
 from collections import Counter
@@ -42,7 +42,7 @@ def test_the_structure_is_found(name):
 def test_every_node_has_the_tag_its_author_meant(name):
     wrong = {}
     for node in tagged(name).graph_module.graph.nodes:
-        # Arithmetic on sizes belongs to whoever needed it first.
+        # Arithmetic on sizes belongs to the node that needed it first.
         if node.op == "call_function" and not isinstance(node.meta["val"], int | float) and not is_size(node):
             tag = get_tag(node)
             if (str(tag) if tag else None) != zoo.meant(node):

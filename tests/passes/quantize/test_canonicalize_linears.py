@@ -1,4 +1,4 @@
-"""`canonicalize-linears`: changes what it should, leaves alone what it should not touch, does nothing twice."""
+"""`canonicalize-linears`: changes what it should, does not touch anything else, does nothing in a second run."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`quantize-weights` behind chains, its learnable form, and `pack-weights`, which folds all of it."""
+"""`quantize-weights` after chains, its learnable form, and `pack-weights`, which folds all of it."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ _aten = torch.ops.aten
 
 
 def with_factor_per_loop(graph_module, site="layers.0.down"):
-    """Multiplies the weight of `site` by a row of a table `[3, 128]`, another one in each loop."""
+    """Multiplies the weight of `site` by a row of a table `[3, 128]`, a different one in each loop."""
     table = add_constant(graph_module, "factors", 1 + torch.rand(3, 128, generator=torch.Generator().manual_seed(0)))
     linears = next(linears for found, linears in site_calls(graph_module) if found.name == site)
     for row, linear in enumerate(linears):

@@ -192,7 +192,7 @@ def test_other_shapes_of_loops(name):
 
 @pytest.mark.parametrize("solver", ["gptq", "loaq"])
 def test_transforms_and_a_weight_for_every_loop(solver, monkeypatch):
-    """Each chain of a group that has its own weights per loop sees the tokens of its loop alone."""
+    """Each chain of a group that has its own weights per loop sees only the tokens of its loop."""
     tokens_seen = {}
 
     def spy(weight, original, grid, split, options, where):
@@ -212,7 +212,7 @@ def test_transforms_and_a_weight_for_every_loop(solver, monkeypatch):
 
 
 def test_with_transforms_outputs_are_still_compared_with_those_of_the_model(monkeypatch):
-    """Corrections vanish where the quantized graph computes what the model does: 8-bit weights, rotated inputs."""
+    """Corrections vanish if the quantized graph computes the same as the model: 8-bit weights, rotated inputs."""
     found = []
 
     def spy(*arguments):

@@ -1,4 +1,4 @@
-"""`fold-diagonals`: exact where the gain in front belongs to one group, and silent nowhere else."""
+"""`fold-diagonals`: exact if the gain before it belongs to one group; otherwise it gives a reason."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_a_folded_diagonal_is_not_learned_any_more():
 
 
 def test_gains_move_into_weights_in_front_of_a_rotation():
-    """What QuaRot does first: afterwards gains are one and the rotation sees the normed state itself."""
+    """What QuaRot does first: afterwards gains are one and the rotation gets the normed state itself."""
     model = tiny()
     graph_module = prepared(InsertTransforms("hadamard", diagonal="gain"), FoldDiagonals(), model=model)
     for name in ("norm1", "norm2"):
@@ -135,7 +135,7 @@ class Written(nn.Module):
 
 @pytest.mark.parametrize(
     ("other", "reason"),
-    [(None, None), ("state", "also reads mul"), ("gain", "also uses gain"), ("bias", "is no norm with a gain")],
+    [(None, None), ("state", "also reads mul"), ("gain", "also uses gain"), ("bias", "is not a norm with a gain")],
     ids=str,
 )
 def test_gains_that_others_read_stay(other, reason):

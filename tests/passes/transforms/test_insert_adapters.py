@@ -48,7 +48,7 @@ def test_each_transition_reads_its_row_and_shares_the_low_rank_part():
 
 
 def test_only_the_edge_into_the_next_loop_is_rewired():
-    """The norm's output goes to the next loop, the exit gate and, behind the last loop, the head."""
+    """The norm's output goes to the next loop, the exit gate and, after the last loop, the head."""
     graph_module = adapted()
     for node in adapters(graph_module):
         state = node.args[0]
@@ -66,7 +66,7 @@ def test_collected_states_are_read_unadapted():
     assert len(found) == 2
     for node in found:
         readers = [user for user in node.args[0].users if user is not node]
-        assert readers, "the head behind the loop reads the state itself"
+        assert readers, "the head after the loop reads the state itself"
         assert all(get_tag(user) != get_tag(node) for user in readers)
 
 

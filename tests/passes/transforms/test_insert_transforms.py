@@ -1,4 +1,4 @@
-"""`insert-transforms`: the function stays, and what quantizers see changes."""
+"""`insert-transforms`: the function stays the same; the input of quantizers changes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`smooth-activations`: SmoothQuant's formula, dead channels, and the function that stays."""
+"""`smooth-activations`: SmoothQuant's formula, dead channels, and that the function stays the same."""
 
 import pytest
 import torch

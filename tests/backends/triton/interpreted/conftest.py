@@ -1,4 +1,4 @@
-"""Lets Triton's interpreter round to bfloat16 as GPUs do (`cvt.rn`): on its own it cuts the last bits off. And lets it
+"""Lets Triton's interpreter round to bfloat16 as GPUs do (`cvt.rn`): by itself it truncates. Also lets it
 multiply matrices of bfloat16, which it holds as uint16 and would multiply as such."""
 
 import numpy as np

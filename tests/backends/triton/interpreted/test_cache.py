@@ -10,7 +10,7 @@ from loopq_compile.operators import ops
 kernels = torch.ops.loopq_triton
 FORMS = [(8, 32, 32), (8, 64, 64), (8, 128, 128), (8, 33, 33), (4, 32, 32), (4, 64, 32), (4, 128, 32), (4, 96, 32)]
 FORMS += [(4, 20, 20)]
-"""Bits, size of a head, channels of a scale: as `CacheStore` has them, odd sizes included."""
+"""Bits, size of a head, channels per scale, as in `CacheStore`; odd sizes included."""
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -29,7 +29,7 @@ def same(x, bits, group_size):
 @pytest.mark.parametrize(("bits", "size", "group_size"), FORMS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_what_is_written_is_exact(bits, size, group_size, dtype):
-    """Heads in front of tokens, as a view: the tensors that a model has there."""
+    """Heads before tokens, as a view: the tensors that a model has there."""
     for batch, new, heads in ((1, 1, 2), (2, 7, 3)):
         x = random(batch, new, heads, size, seed=new, dtype=dtype).transpose(1, 2)
         assert same(x, bits, group_size)[0].is_contiguous()
@@ -38,7 +38,7 @@ def test_what_is_written_is_exact(bits, size, group_size, dtype):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_zeros_extremes_and_ties(bits, dtype):
-    """All-zero tokens, huge and tiny ones, one entry alone, both signs at the same magnitude, halves between codes."""
+    """All-zero tokens, huge and tiny ones, a single entry, both signs at the same magnitude, halves between codes."""
     x = torch.zeros(1, 1, 9, 64)
     largest = torch.finfo(dtype).max
     x[0, 0, 1] = random(64).clamp(-1, 1) * largest
@@ -76,7 +76,7 @@ def near(found, expected):
 
 
 def causal(rows, total, dtype, padding=()):
-    """`[batch, 1, rows, total]` as `add-cache` makes it: a token sees itself and earlier ones that are no padding."""
+    """`[batch, 1, rows, total]` as `add-cache` makes it: a token sees itself and earlier ones that are not padding."""
     query = torch.arange(total - rows, total)[:, None]
     seen = torch.arange(total) < query
     real = torch.stack([torch.arange(total) >= count for count in padding or (0, 0)])
@@ -87,7 +87,7 @@ def causal(rows, total, dtype, padding=()):
 @pytest.mark.parametrize(("bits", "size", "group_size"), FORMS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_attention_of_one_token(bits, size, group_size, dtype):
-    """Lengths of one column, and that fill no tile; grouped queries; padding on the left."""
+    """Lengths of one column, and lengths that fill no tile; grouped queries; padding on the left."""
     for total, repeat in ((1, 1), (37, 3)):
         q = random(2, 1, 2 * repeat, size, dtype=dtype).transpose(1, 2)
         k, v = (random(2, 2, total, size, seed=seed, dtype=dtype) for seed in (1, 2))
@@ -97,14 +97,14 @@ def test_attention_of_one_token(bits, size, group_size, dtype):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("rows", "repeat"), [(3, 1), (5, 2), (16, 3)])
 def test_attention_of_several_tokens(bits, rows, repeat):
-    """More queries than a program takes; the first rows of the second text are padding, and see themselves alone."""
+    """More queries than a program takes; the first rows of the second text are padding, and see only themselves."""
     q = random(2, rows, 2 * repeat, 32).transpose(1, 2)
     k, v = (random(2, 2, rows + 9, 32, seed=seed) for seed in (1, 2))
     near(*attention(q, k, v, causal(rows, rows + 9, q.dtype, (0, 12)), bits, 32))
 
 
 def test_rows_that_see_nothing_have_equal_weights():
-    """A padded query under a finite mask: what the definition gives is the mean of all values, not NaN."""
+    """A padded query under a finite mask: the definition gives the mean of all values, not NaN."""
     q, k, v = random(1, 2, 3, 32), random(1, 2, 50, 32, seed=1), random(1, 2, 50, 32, seed=2)
     mask = torch.full((1, 1, 3, 50), torch.finfo(torch.float32).min)
     mask[:, :, 2, 7] = 0
@@ -134,7 +134,7 @@ def test_large_scores_and_values_stay_finite():
 
 
 def test_the_length_is_cut_into_parts(monkeypatch):
-    """One, two, eight programs for a head, and parts that are left without columns."""
+    """One, two, eight programs for a head, and parts without columns."""
     q, k, v = random(1, 3, 1, 32), random(1, 1, 333, 32, seed=1), random(1, 1, 333, 32, seed=2)
     mask = causal(1, 333, q.dtype, (100,))
     assert configurations.attention_parts(1, 333) == 2
@@ -149,7 +149,7 @@ def test_the_length_is_cut_into_parts(monkeypatch):
 
 @pytest.mark.parametrize("parts", [1, 8])
 def test_columns_behind_the_last_are_not_read(parts, monkeypatch):
-    """A cache with room for more: NaN and huge codes behind the position, which the mask hides as well."""
+    """A cache with room for more: NaN and huge codes after the position, which the mask hides as well."""
     monkeypatch.setattr("loopq_compile.backends.triton.operators.attention_parts", lambda *_: parts)
     q = random(2, 3, 1, 32)
     k, v = (random(2, 3, 200, 32, seed=seed) for seed in (1, 2))

@@ -25,7 +25,7 @@ def compiled(method, scheme, activation):
     ],
 )
 def test_a_whole_program_equals_the_reference(method, scheme, activation):
-    """A sum that differs in its last bit can turn a code, and later loops carry it on: see CONTRIBUTING."""
+    """A sum that differs in its last bit can round a code the other way, and later loops propagate this."""
     program = compiled(method, scheme, activation)
     run = program.lower("triton")
     assert run.kernels
@@ -42,7 +42,7 @@ def test_a_whole_program_equals_the_reference(method, scheme, activation):
 
 
 def test_kernels_are_called(monkeypatch):
-    """The comparison above would also pass on the definitions."""
+    """The comparison above would also pass if only definitions ran."""
     from loopq_compile.backends.triton import operators
 
     grids = []
@@ -62,7 +62,7 @@ def test_kernels_are_called(monkeypatch):
 
 @pytest.mark.parametrize(("bits", "rolled"), [(8, False), (4, True)])
 def test_a_cache_of_integers_equals_the_reference(bits, rolled):
-    """A prompt padded on the left, then token by token; caches of single loops and, rolled, stacked ones."""
+    """A prompt padded on the left, then token by token; caches of single loops and, if rolled, stacked ones."""
     program = compiled("las", "w8a8", "static").with_cache(last_token=True, kv_bits=bits, stacked=rolled)
     run = program.lower("triton", rolled=rolled)
     graphs = [m for m in run.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]

@@ -1,4 +1,4 @@
-"""`loopq_triton::quantize_packed` against its definition: codes to the last bit, wherever sums are exact."""
+"""`loopq_triton::quantize_packed` against its definition: codes to the last bit, if sums are exact."""
 
 import pytest
 import torch
@@ -51,11 +51,12 @@ def same(*arguments, **options):
 
 
 NEAR = {torch.float32: (1e-5, 0.003), torch.bfloat16: (0.01, 0.03), torch.float16: (2e-3, 0.02)}
-"""By type: how far scales may be apart, and which part of the codes may turn where a number rounds the other way."""
+"""By type: how far scales may differ, and which share of the codes may round the other way."""
 
 
 def near(x, *arguments, **options):
-    """Scales and codes nearly the same; a code is at most one off, where its quotient lies between two integers."""
+    """Scales and codes are nearly the same; a code differs by at most one, if its quotient is halfway between
+    integers."""
     codes, scale, right_codes, right_scale = both(x, *arguments, **options)
     distance, turned = NEAR[x.dtype]
     torch.testing.assert_close(scale, right_scale, rtol=distance, atol=0)
