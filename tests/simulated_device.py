@@ -123,10 +123,11 @@ def _is_ours(device: Any) -> bool:
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    fake = next((tensor for tensor in tensors if isinstance(tensor, FakeTensor)), None)
-    if fake is not None:
-        return _run_without_values(func, args, kwargs, fake)
+    leaves = _leaves((*args, *kwargs.values()), [])
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    for tensor in tensors:
+        if isinstance(tensor, FakeTensor):
+            return _run_without_values(func, args, kwargs, tensor)
     ours = [tensor for tensor in tensors if isinstance(tensor, SimTensor)]
     device = kwargs.get("device")
     if device is not None:
@@ -140,18 +141,18 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     if func is _aten._local_scalar_dense.default:
         return func(_held(args[0]))
-    _refuse_mixed(func, args, kwargs, tensors)
+    if any(isinstance(leaf, torch.Generator) for leaf in leaves):
+        raise Mixed(f"Expected a '{NAME}' device type for generator but found 'cpu': {func}")
+    if ours and len(ours) < len(tensors):
+        _refuse_mixed(func, args, tensors)
     results = func(*_map(_held, args), **_map(_held, kwargs))
     own = {id(tensor.held): tensor for tensor in ours}  # operators in place return their own argument
-    return _map(lambda x: own.get(id(x), SimTensor(x)) if isinstance(x, Tensor) and there else x, results)
+    return _map(lambda x: own[id(x)] if id(x) in own else SimTensor(x), results, Tensor) if there else results
 
 
-def _refuse_mixed(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
-    ours = any(isinstance(tensor, SimTensor) for tensor in tensors)
-    if any(isinstance(leaf, torch.Generator) for leaf in _leaves((args, kwargs))):
-        raise Mixed(f"Expected a '{NAME}' device type for generator but found 'cpu': {func}")
+def _refuse_mixed(func: Any, args: Any, tensors: list[Tensor]) -> None:
     elsewhere = [tensor for tensor in tensors if not isinstance(tensor, SimTensor) and tensor.ndim]
-    if ours and elsewhere and not (func in _CPU_INDICES and isinstance(args[0], SimTensor)):
+    if elsewhere and not (func in _CPU_INDICES and isinstance(args[0], SimTensor)):
         raise Mixed(f"Expected all tensors to be on the same device, but found {NAME}:0 and cpu: {func}")
 
 
@@ -159,29 +160,32 @@ def _run_without_values(func: Any, args: Any, kwargs: dict[str, Any], fake: Fake
     """Shapes and devices only, where PyTorch traces: its own rules for devices hold."""
     mode = fake.fake_mode
 
-    def without_values(x: Any) -> Any:
-        return FakeTensor(mode, x.held.to("meta"), DEVICE) if isinstance(x, SimTensor) else x
+    def without_values(x: SimTensor) -> Any:
+        return FakeTensor(mode, x.held.to("meta"), DEVICE)
 
     with mode:
         return func(*_map(without_values, args), **_map(without_values, kwargs))
 
 
-def _held(x: Any) -> Any:
-    return x.held if isinstance(x, SimTensor) else x
+def _held(tensor: SimTensor) -> Tensor:
+    return tensor.held if isinstance(tensor, SimTensor) else tensor
 
 
-def _map(function: Any, value: Any) -> Any:
-    """`tree_map` for what operators take and return."""
+def _map(function: Any, value: Any, kind: type = SimTensor) -> Any:
+    """`value`, what operators take or return, with `function` applied to everything of a `kind` in it."""
+    if isinstance(value, kind):
+        return function(value)
     if isinstance(value, tuple | list):
-        return type(value)([_map(function, item) for item in value])
+        return type(value)([_map(function, item, kind) for item in value])
     if isinstance(value, dict):
-        return {key: _map(function, item) for key, item in value.items()}
-    return function(value)
+        return {key: _map(function, item, kind) for key, item in value.items()}
+    return value
 
 
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, tuple | list):
-        return [value]
-    return [leaf for item in value for leaf in _leaves(item)]
+def _leaves(values: Any, found: list[Any]) -> list[Any]:
+    for value in values:
+        if isinstance(value, tuple | list):
+            _leaves(value, found)
+        else:
+            found.append(value)
+    return found
