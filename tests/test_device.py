@@ -109,8 +109,7 @@ def test_a_method_compiles_on_a_device_and_its_program_loads_anywhere(tmp_path, 
     assert loaded.device == CPU
     assert_same_numbers(program, loaded)
     torch.testing.assert_close(logits(loaded), result.cpu(), rtol=0, atol=1e-5)
-    back = lq.load(tmp_path, device=DEVICE)
-    assert back.device == DEVICE and logits(back).cpu().equal(result.cpu())
+    assert logits(loaded.to(DEVICE)).cpu().equal(result.cpu())
 
 
 @pytest.mark.parametrize(
@@ -200,16 +199,20 @@ def test_caches_early_exit_and_rolled_loops_run_on_a_device():
     program, ids = made("symmetric", "static"), batches()[0]
     here = copy.deepcopy(program).to("cpu")
     assert program.device == DEVICE
-    for make in (
-        lambda p: p.with_cache(kv_bits=8),
-        lambda p: p.with_early_exit(cache=True, last_token=True),
-    ):
-        other = make(program)
-        assert {tensor.device for tensor in tensors(other).values()} == {DEVICE}
-        torch.testing.assert_close(other(ids)["logits"].cpu(), make(here)(ids)["logits"], rtol=0, atol=1e-5)
-        assert other.to("cpu")(ids)["logits"].device == CPU
+    options = {"cache": True, "last_token": True, "kv_bits": 8}
+    other, expected = program.with_early_exit(**options), here.with_early_exit(**options)
+    assert {tensor.device for tensor in tensors(other).values()} == {DEVICE}
+    torch.testing.assert_close(other(ids)["logits"].cpu(), expected(ids)["logits"], rtol=0, atol=1e-5)
+    assert other.to("cpu")(ids)["logits"].device == CPU
     assert program.device == DEVICE and logits(program).device == DEVICE, "a moved variant moves nothing of its source"
     assert logits(program).cpu().equal(program.lower("reference")(ids).logits.cpu())
+
+
+def test_a_program_is_read_onto_a_device(tmp_path):
+    made("las", "static").save(tmp_path)
+    program = lq.load(tmp_path, device="sim")
+    assert {tensor.device for tensor in tensors(program).values()} == {DEVICE}
+    assert_same_numbers(program, made("las", "static"))
 
 
 def test_perplexity_is_the_same_everywhere():

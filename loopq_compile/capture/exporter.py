@@ -29,6 +29,7 @@ from loopq_compile.capture.module_state import ModelState, hashable_sizes
 from loopq_compile.capture.sizes import Watch, conditions_of, dimension_names, tied_sizes, watch_sizes
 from loopq_compile.errors import CaptureError, LoopQError
 from loopq_compile.graph.conditions import SizeCondition
+from loopq_compile.graph.device import device_of
 
 _LONGEST = 1 << 17
 """Longest example tried in order to make a model renew its caches."""
@@ -79,7 +80,7 @@ def _call_once(model: nn.Module, arguments: Mapping[str, Any], state: ModelState
         CaptureError: it makes weights or draws random values, which would not be those of the user's first call.
     """
     state.protect_values()
-    args, _, kwargs = split_call(model, separate(arguments))
+    args, _, kwargs = split_call(model, separate(arguments, device_of(model)))
     devices = sorted({value.device.index or 0 for value in kwargs.values() if getattr(value, "is_cuda", False)})
     weights = [name for name, _ in model.named_parameters()]
     try:
