@@ -111,8 +111,8 @@ class LastOnly(graphs.Recurrent):
 
 def test_a_model_that_gives_the_last_tokens_logits_only() -> None:
     program = Program(capture(LastOnly(loops=1).eval(), ids(2, 11)))
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    assert torch.equal(program.as_hugging_face().generate(ids(2, 5), **options), program.generate(ids(2, 5), 4))
+    given = {"attention_mask": torch.ones(2, 5, dtype=torch.int64), **NEW}
+    assert torch.equal(program.as_hugging_face().generate(ids(2, 5), **given), program.generate(ids(2, 5), 6))
 
 
 def test_the_bundled_model_in_w4a8(tmp_path: Path) -> None:
