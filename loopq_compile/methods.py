@@ -2,7 +2,7 @@
 
 `symmetric` rounds to nearest. `smoothquant`, `quarot`, `spinquant` and `flatquant` are the rivals; none of them uses
 loops. `flatquant-e2e` is the control. `las` gives every loop its own ranges, `loopq-paper` is LoopQ as published, and
-`loopq` is what was measured to be best. `loopq-plain` is what of it
+`loopq` is what was measured to be best. `loopq-plain` is the part of it that
 engines without transforms can run.
 """
 

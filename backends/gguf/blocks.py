@@ -45,7 +45,7 @@ def q6_k(weight: np.ndarray) -> np.ndarray:
     steps = (scales * outer)[..., None]
     codes = np.rint(groups / np.where(steps == 0, _SMALLEST, steps)).clip(-32, 31)
     raised = (np.where(steps == 0, 0, codes) + 32).astype(np.uint8)
-    # Halves of 128 weights, each four runs of 32: two runs share the bytes of their low bits, all four those of the high.
+    # Halves of 128 weights, each four runs of 32: two runs share bytes of low bits, all four share bytes of high bits.
     runs = raised.reshape(-1, 2, 4, 32)
     low = np.concatenate([(runs[:, :, i] & 15) | ((runs[:, :, i + 2] & 15) << 4) for i in (0, 1)], axis=-1)
     high = sum((runs[:, :, i] >> 4) << np.uint8(2 * i) for i in range(4))

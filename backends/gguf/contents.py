@@ -88,6 +88,6 @@ def _stored(graph_module: fx.GraphModule, node: fx.Node, weights: dict[str, str]
         return shown_name(str(node.target)), Stored(get_tensor(graph_module, str(node.target)).detach())
     if not _is_weight(node):
         return None
-    codes, scale = (get_tensor(graph_module, str(argument.target)) for argument in node.args[:2])  # type: ignore[union-attr]
-    target = str(node.args[0].target)  # type: ignore[union-attr]
-    return shown_name(weights.get(target, target)), Stored(codes, scale)
+    targets = [str(argument.target) for argument in node.all_input_nodes]
+    codes, scale = (get_tensor(graph_module, target) for target in targets)
+    return shown_name(weights.get(targets[0], targets[0])), Stored(codes, scale)

@@ -61,7 +61,9 @@ class GgufExport:
         if self.stored_layers < self.layers:
             lines.append(f"{self.layers} layers run, {self.stored_layers} are stored")
         if self.scale_change:
-            lines.append(f"scales were rounded to float16, by up to {self.scale_change:.1e}; {METHOD} needs no rounding")
+            lines.append(
+                f"scales were rounded to float16, by up to {self.scale_change:.1e}; {METHOD} needs no rounding"
+            )
         return "\n".join([*lines, *([] if self.tokenizer else ["no tokenizer: llama.cpp takes token ids only"])])
 
 
@@ -212,7 +214,7 @@ class _Tensors:
         groups = codes.shape[1] // BLOCK
         scales, integers = _array(half).astype(np.float16), _array(codes)
         scales = np.repeat(scales, groups // scales.shape[1], axis=1)
-        small = -8 <= integers.min(initial=0) and integers.max(initial=0) <= 7
+        small = integers.min(initial=0) >= -8 and integers.max(initial=0) <= 7
         return (q4_0(integers, scales), "Q4_0") if small else (q8_0(integers, scales), "Q8_0")
 
 
@@ -226,7 +228,9 @@ def _float(name: str, numbers: np.ndarray, kind: str) -> tuple[np.ndarray, str]:
 
     block = {"q8_0": BLOCK, "q6_k": SUPER_BLOCK}.get(kind, 1)
     if numbers.shape[-1] % block:
-        raise LoopQError(f"{name!r} has rows of {numbers.shape[-1]}, no multiple of {block}, so it cannot be {kind}. Use f16.")
+        raise LoopQError(
+            f"{name!r} has rows of {numbers.shape[-1]}, no multiple of {block}, so it cannot be {kind}. Use f16."
+        )
     if kind == "q8_0":
         return quants.quantize(numbers, GGMLQuantizationType.Q8_0), "Q8_0"
     if kind == "q6_k":

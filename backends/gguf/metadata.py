@@ -46,7 +46,9 @@ def read_config(config: Any, folder: str | os.PathLike[str] | None) -> dict[str,
     try:
         return json.loads(found.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LoopQError(f"{found} is not a configuration: {first_line(error)}. Name the model's own config.json.") from error
+        raise LoopQError(
+            f"{found} is not a configuration: {first_line(error)}. Name the model's own config.json."
+        ) from error
 
 
 def check_config(config: Mapping[str, Any], architecture: Architecture) -> None:
@@ -93,7 +95,9 @@ def rope_factors(config: Mapping[str, Any], frequencies: np.ndarray | None, arch
     if np.allclose(factors, 1, rtol=1e-5):
         return None
     if rotation(config)[1] == "default" or not architecture.rope_factors:
-        raise LoopQError("The program's rotary frequencies differ from its configuration. Name the model's own config.json.")
+        raise LoopQError(
+            "The program's rotary frequencies differ from its configuration. Name the model's own config.json."
+        )
     return factors.astype(np.float32)
 
 

@@ -35,7 +35,9 @@ def check_program(graph_module: fx.GraphModule) -> None:
     if state.scheme is None or not any(site.reason is None for site in state.sites.values()):
         raise LoopQError(f"{state.model_name} is not quantized. Compile it with method={METHOD!r} first.")
     if has_cache(state.signature) or rolled_loops(graph_module):
-        raise LoopQError("A program with a cache, or a rolled one, cannot be written as GGUF. Export the plain program.")
+        raise LoopQError(
+            "A program with a cache, or a rolled one, cannot be written as GGUF. Export the plain program."
+        )
     for node in graph_module.graph.nodes:
         if node.target in _ONLINE or TRANSFORM in node.meta:
             what = _ONLINE.get(node.target, "a transform")

@@ -58,7 +58,9 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int, pre_tokenizer: str
     if found.tokenizer_model != "gpt2":
         writer.add_token_scores(scores)
     writer.add_token_types(kinds)
-    SpecialVocab(folder, load_merges=found.tokenizer_model == "gpt2", n_vocab=vocabulary).add_to_gguf(writer, quiet=True)
+    SpecialVocab(folder, load_merges=found.tokenizer_model == "gpt2", n_vocab=vocabulary).add_to_gguf(
+        writer, quiet=True
+    )
     return f"{found.tokenizer_model} ({split})"
 
 

@@ -58,7 +58,9 @@ def rounded(scale: Tensor, name: str) -> Tensor:
     """
     found = bounded(scale.to(torch.float16))
     if not found.isfinite().all():
-        raise LoopQError(f"{name} holds a scale above 65504, which float16 does not. Divide the weight by a power of two.")
+        raise LoopQError(
+            f"{name} holds a scale above 65504, which float16 does not. Divide the weight by a power of two."
+        )
     return found.to(scale.dtype)
 
 
