@@ -176,6 +176,8 @@ def _is_stem(regions: Regions, node: fx.Node) -> bool:
     rank = len(shape)
     if rank < 3 or node not in regions.tokens or regions.axes(node) != [rank - 2] or not isinstance(shape[-1], int):
         return False
+    if node.meta["val"].is_complex():  # rotary embeddings pass through complex numbers; caches are real
+        return False
     sequence = shape[-2].node.expr == regions.symbol
     return (
         sequence

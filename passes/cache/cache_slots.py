@@ -69,8 +69,13 @@ def find_slots(pairs: list[Pair], counts: list[int], stacked: bool) -> list[Slot
         slots.setdefault(key, []).append(pair)
     found: list[Slot] = []
     for (loop, _), group in slots.items():
-        if loop is not None and len(group) == counts[loop]:
+        if loop is not None and len(group) == counts[loop] and len({_kind(pair) for pair in group}) == 1:
             found.append(Slot(group, loop))
         else:
             found += [Slot([pair]) for pair in group]
     return found
+
+
+def _kind(pair: Pair) -> tuple[str, ...]:
+    """Types and shapes: rows of one cache are alike."""
+    return tuple(f"{node.meta['val'].dtype} {list(node.meta['val'].shape)}" for node in (pair.key, pair.value))

@@ -1,5 +1,7 @@
 """The rewriting passes: what they change, what they do not change, and that a second run changes nothing."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 import loopq_compile as lq
 from loopq_compile.capture.to_graph import capture
 from loopq_compile.graph.loops import get_tag
-from loopq_compile.graph.state import get_state, get_tensor
+from loopq_compile.graph.state import copy_graph, get_state, get_tensor
 from loopq_compile.operators import ops
 from loopq_compile.passes.loops.tag_loops import TagLoops
 from loopq_compile.passes.quantize.annotate_linears import AnnotateLinears
@@ -22,8 +24,17 @@ from loopq_compile.pipeline import Pipeline
 from tests.tiny import VOCABULARY, tiny_model, tiny_program, tokens
 
 
+@functools.cache
+def captured():
+    """The tiny model's graph; shared, so copy it."""
+    return capture(tiny_model(), tokens())
+
+
 def prepared(*passes, scheme="w4a4", model=None, example=None, **fields):
-    graph_module = capture(model or tiny_model(), tokens() if example is None else example)
+    if model is None and example is None:
+        graph_module = copy_graph(captured())
+    else:
+        graph_module = capture(model or tiny_model(), tokens() if example is None else example)
     state = get_state(graph_module)
     state.scheme = lq.Scheme.parse(scheme, **fields)
     state.run.calibration = [tokens(1), tokens(2)]

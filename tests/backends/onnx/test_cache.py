@@ -9,8 +9,12 @@ import torch
 
 import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable, export
+from loopq_compile.capture import capture
 from loopq_compile.graph.state import attach_state, copy_graph, get_state
-from tests import zoo
+from loopq_compile.passes.loops.tag_loops import TagLoops
+from loopq_compile.pipeline import Pipeline
+from loopq_compile.program import Program
+from tests import token_models, zoo
 from tests.decoding import captured, check_decoding, decode, ids, quantized
 
 
@@ -79,6 +83,15 @@ def test_a_layer_that_views_what_attention_gives(form: str, tmp_path) -> None:
     """`nn.TransformerEncoderLayer` relies on the memory layout of the fused operator's result."""
     model, program = captured("encoder-layer")
     report = export(program.graph_module, tmp_path, target="onnxruntime", form=form, cache=True)
+    run = OnnxExecutable(report.path, threads=1)
+    check_decoding(model, run, run.signature)
+
+
+def test_rotary_embeddings_in_complex_numbers(tmp_path) -> None:
+    """They pass through complex tensors, which ONNX does not have; the cache holds real ones."""
+    model = token_models.Model(token_models.complex_rotary).eval()
+    program = Program(Pipeline([TagLoops()]).run(capture(model, ids(2, 11))))
+    report = program.export_onnx(tmp_path, target="onnxruntime", form="rolled", cache=True)
     run = OnnxExecutable(report.path, threads=1)
     check_decoding(model, run, run.signature)
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import loopq_compile as lq
 from loopq_compile.capture.to_graph import capture
 from loopq_compile.evaluation.perplexity import logits_caller
 from loopq_compile.generation.sampling import generate
+from loopq_compile.graph.loops import LoopTag, set_tag
 from loopq_compile.graph.state import get_state
 from loopq_compile.passes.cache.add_cache import AddCache
+from loopq_compile.passes.cache.cache_slots import Pair, find_slots
+from loopq_compile.passes.loops.tag_loops import TagLoops
+from loopq_compile.pipeline import Pipeline
+from loopq_compile.program import Program
 from tests.backends.onnx.graphs import Recurrent
 from tests.decoding import MODELS, SlicedPositions, captured, check_decoding, decode, ids, left_padded, quantized
-from tests.token_models import Model, marked_keys, places, scaled_queries, turned_values
+from tests.token_models import GOOD, Model, marked_keys, places, scaled_queries, turned_values
 
 
 @pytest.mark.parametrize(
@@ -118,6 +123,27 @@ def test_saved_and_loaded(tmp_path) -> None:
     signature = get_state(loaded.graph_module).signature
     a, b = (decode(p, signature, tokens, torch.ones_like(tokens), [4, 6]) for p in (cached, loaded))
     assert torch.equal(a, b)
+
+
+def test_caches_are_real_where_rotary_embeddings_are_complex() -> None:
+    """Three ways of attention in three loops; one passes through complex numbers, one merges rows and heads."""
+    program = Program(Pipeline([TagLoops()]).run(capture(GOOD["products"](), ids(2, 11))))
+    for stacked in (False, True):
+        specs = get_state(program.with_cache(stacked=stacked).graph_module).signature.inputs[2:]
+        assert {spec.dtype for spec in specs} == {torch.float32}
+        assert len(specs) == (2 if stacked else 6)
+
+
+@pytest.mark.parametrize(("last", "caches"), [((2, 4, 8, 16), 1), ((2, 2, 8, 16), 3)])
+def test_iterations_share_a_cache_where_their_shapes_agree(last: tuple[int, ...], caches: int) -> None:
+    graph, pairs = fx.Graph(), []
+    for iteration, shape in enumerate([(2, 4, 8, 16), (2, 4, 8, 16), last]):
+        nodes = [graph.placeholder(f"{name}{iteration}") for name in ("key", "value")]
+        for node in nodes:
+            node.meta["val"] = torch.empty(shape)
+            set_tag(node, LoopTag((0,), (iteration,)))
+        pairs.append(Pair(*nodes))
+    assert len(find_slots(pairs, [3], stacked=True)) == caches
 
 
 def test_sizes_that_disagree() -> None:
