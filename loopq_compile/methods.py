@@ -157,9 +157,10 @@ def loopq_plain() -> Pipeline:
     activations keep their whole range, as such engines round them, and scales of weights are float16 numbers.
     """
     smoothing = [SmoothActivations(SMOOTHING, foldable=True), FoldDiagonals()]
-    rounding = [QuantizeWeights(True, True), InsertActivationQdq(), SolveWeights("gptq", centered=False)]
+    quantization = [CollectRanges(), QuantizeWeights(True, True), InsertActivationQdq(), SetRanges(clip=False)]
     learned = Calibrate(1.0, LEARNED_STEPS, ("rounding",), trajectory=True)
-    return Pipeline([*_FRONT, *smoothing, *rounding, learned, *_back(), RoundScales()], "loopq-plain")
+    passes = [*_FRONT, *smoothing, *quantization, _solve(), learned, *_back(), RoundScales()]
+    return Pipeline(passes, "loopq-plain")
 
 
 def _loopq(

@@ -68,11 +68,9 @@ def read_contents(graph_module: fx.GraphModule) -> Contents:
                 runs[layer[3]].append(int(layer[2]))
     orders = {tuple(run): part for part, run in runs.items()}
     if len(orders) > 1:
-        one, other = list(orders.items())[:2]
-        raise LoopQError(
-            f"The layers of {get_state(graph_module).model_name} do not run one after the other: {one[1]} runs in order "
-            f"{list(one[0])}, {other[1]} in order {list(other[0])}. llama.cpp cannot run that; export to ONNX."
-        )
+        one, other = (f"{part} runs in order {list(order)}" for order, part in list(orders.items())[:2])
+        name = get_state(graph_module).model_name
+        raise LoopQError(f"llama.cpp runs whole layers. In {name}, {one}, {other}; export the program as ONNX.")
     contents.order = next(iter(orders), ())
     return contents
 

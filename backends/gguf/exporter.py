@@ -168,13 +168,13 @@ class _Tensors:
         for name, stored in contents.tensors.items():
             if name == _FREQUENCIES or name.startswith(_OPENED):
                 continue
-            layer = LAYER.fullmatch(name)
-            uses = [f"{layer[1]}{at}.{layer[3]}" for at in positions[int(layer[2])]] if layer else [name]
+            part = LAYER.fullmatch(name)
+            uses = [f"{part[1]}{at}.{part[3]}" for at in positions[int(part[2])]] if part else [name]
             targets = [names.get_name(use, try_suffixes=(".weight", ".bias")) for use in uses]
             if None in targets:
                 raise LoopQError(
-                    f"llama.cpp's {self.architecture.name} has no place for {name!r} {list(stored.values.shape)}. If it "
-                    f"came from quantization, compile with method={METHOD!r}; otherwise export to ONNX."
+                    f"llama.cpp's {self.architecture.name} has no place for {name!r} {list(stored.values.shape)}. "
+                    f"Compile with method={METHOD!r} if quantization made it; otherwise export the program as ONNX."
                 )
             values, kind = self._encoded(name, stored)
             for target in targets:

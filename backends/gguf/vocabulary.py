@@ -74,8 +74,8 @@ def _read(folder: Path) -> Any:
         except (FileNotFoundError, ValueError, TypeError, KeyError, ImportError) as error:
             reasons.append(f"{kind.__name__}: {first_line(error)}")
     raise LoopQError(
-        f"The tokenizer in {folder} is none that llama.cpp has ({'; '.join(reasons)}). Leave tokenizer out, name "
-        "config=FOLDER, and pass token ids."
+        f"The tokenizer in {folder} is none that llama.cpp has ({'; '.join(reasons)}). Leave tokenizer out "
+        "(--pre-tokenizer none), name config=FOLDER, and pass token ids."
     )
 
 

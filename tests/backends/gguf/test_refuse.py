@@ -68,3 +68,13 @@ def test_loopq_plain_is_accepted() -> None:
     check_program(program.graph_module)
     scales = [t for name, t in program.graph_module.named_buffers() if name.endswith("_scale")]
     assert scales and all((scale.half().float() == scale).all() for scale in scales)
+
+
+def test_loopq_plain_knows_static_ranges() -> None:
+    """Other engines run static scales, so the method must fill them, though llama.cpp takes none."""
+    data = [tokens(seed) for seed in range(2)]
+    scheme = lq.Scheme(4, 8, activation="static")
+    program = lq.compile(tiny_model(), tokens(), scheme=scheme, method="loopq-plain", calibration=data, steps=2)
+    tables = [value for name, value in program.graph_module.named_buffers() if "activation_scale" in name]
+    assert tables and all((table < 0.5).all() and len(table) == 1 for table in tables)
+    assert "static scales" in refusal(program)
