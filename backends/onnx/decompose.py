@@ -68,6 +68,7 @@ def _transition_adapter(
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _aten.rms_norm.default: _rms_norm,
     _aten.diff.default: _diff,
+    _aten.square.default: lambda x: x * x,
     _aten.view.default: torch.reshape,  # spelled-out attention gives another memory layout than the operator did
     _loopq.kronecker.default: _kronecker,
     _loopq.transition_adapter.default: _transition_adapter,

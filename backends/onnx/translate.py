@@ -221,12 +221,13 @@ def _explain(error: Exception, prepared: Prepared) -> str:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     text = "\n".join(str(part) for part in chain)
-    # The second attempt decomposed the operator and misses its parts; the first attempt's message is included.
+    # The second attempt's message comes first. It may miss the parts of a decomposed operator, which the first names.
     found = re.findall(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", text)
-    missing = {f"{operator}.{overload}" for operator, overload in found}
+    missing = dict.fromkeys(f"{operator}.{overload}" for operator, overload in found)
     first = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), type(chain[-1]).__name__)
-    for node in _all_nodes(prepared):
-        if str(node.target) in missing:
+    for operator in missing:
+        node = next((node for node in _all_nodes(prepared) if str(node.target) == operator), None)
+        if node is not None:
             origin = prepared.origins[node.name]
             where = f"node {origin.node}{f' in loop {origin.loop}' if origin.loop else ''}"
             line = (node.meta.get("stack_trace") or "").strip().splitlines()[-2:]

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from torch import Tensor
 
 from loopq_compile.backends.onnx import OnnxExecutable, export, exporter, write
 from loopq_compile.errors import InternalError, LoopQError
@@ -178,6 +179,26 @@ def test_an_operator_without_translation_is_named(tmp_path) -> None:
 
     with pytest.raises(LoopQError, match=r"special_bessel_j0.*test_file\.py"):
         export(captured(Odd()), tmp_path)
+
+
+@torch.library.custom_op("loopq_tests::twist", mutates_args=())
+def twist(x: Tensor) -> Tensor:
+    return x * 2
+
+
+twist.register_fake(torch.empty_like)
+
+
+class Twisted(Recurrent):
+    """Calls an operator that torch.onnx decomposes, then one that it does not know."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return twist(torch.special.entr(super().forward(ids).sigmoid()))
+
+
+def test_the_operator_that_is_named_has_no_decomposition_either(tmp_path) -> None:
+    with pytest.raises(LoopQError, match=r"loopq_tests.twist.default .*has no ONNX translation.*return twist"):
+        export(captured(Twisted(loops=1)), tmp_path)
 
 
 def test_float64_is_refused(tmp_path) -> None:
