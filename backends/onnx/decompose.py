@@ -50,6 +50,18 @@ def _diff(x: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, a
     return x
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *rest: Any, **kwargs: Any) -> Any:
+    """torch.onnx takes `[batch, heads, sequence, size]` only; one head may have no axis, and more axes are batches."""
+    sizes = query.shape[:-2]
+    if len(sizes) == 2:
+        return _aten.scaled_dot_product_attention.default(query, key, value, mask, *rest, **kwargs)
+    if mask is not None and mask.ndim > 2:
+        mask = mask.expand(*sizes, *mask.shape[-2:]).flatten(0, -3)[:, None]
+    flat = [x.flatten(0, -3)[:, None] if x.ndim > 2 else x[None, None] for x in (query, key, value)]
+    result = _aten.scaled_dot_product_attention.default(*flat, mask, *rest, **kwargs)
+    return result.reshape(*sizes, *result.shape[-2:])
+
+
 def _kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if 1 in (len(left), len(right)):
         return torch.matmul(x, left * right)
@@ -68,6 +80,7 @@ def _transition_adapter(
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _aten.rms_norm.default: _rms_norm,
     _aten.diff.default: _diff,
+    _aten.scaled_dot_product_attention.default: _attention,
     _aten.square.default: lambda x: x * x,
     _aten.view.default: torch.reshape,  # spelled-out attention gives another memory layout than the operator did
     _loopq.kronecker.default: _kronecker,

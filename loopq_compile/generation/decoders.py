@@ -16,7 +16,7 @@ from loopq_compile.errors import LoopQError
 from loopq_compile.graph.caches import cache_inputs, empty_cache, has_cache, present_name
 from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit, spent_of, threshold_tensor
 from loopq_compile.graph.signature import Signature
-from loopq_compile.graph.texts import MADE_OF_MASK, last_logits, logits_of, text_inputs
+from loopq_compile.graph.texts import MADE_OF_MASK, given_logits, last_logits, logits_of, text_inputs
 
 T = TypeVar("T")
 
@@ -59,6 +59,10 @@ class RecomputingDecoder:
             LoopQError: there is padding, and the model has no mask for it.
         """
         return logits_of(self._run(ids, attention_mask))
+
+    def read_given(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """As `read`; `[batch, 1, vocabulary]` of a model that gives only the logits of the last token."""
+        return given_logits(self._run(ids, attention_mask), len(ids))
 
     def _run(self, ids: Tensor, attention_mask: Tensor) -> Any:
         if not self.takes_mask and not attention_mask.all():

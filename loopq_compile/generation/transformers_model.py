@@ -21,7 +21,7 @@ from loopq_compile.errors import LoopQError
 from loopq_compile.generation.text_program import TextProgram
 from loopq_compile.graph.caches import PAST_PREFIX, empty_cache, present_name
 from loopq_compile.graph.state import get_state
-from loopq_compile.graph.texts import logits_of
+from loopq_compile.graph.texts import given_logits
 
 _CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 """The installed release's name for keys and values of earlier calls."""
@@ -110,7 +110,7 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
             logits = self._read_new(input_ids, attention_mask, held, last_token=logits_to_keep == 1)
         else:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            logits = self.program.reader().read(input_ids, mask.to(input_ids))
+            logits = self.program.reader().read_given(input_ids, mask.to(input_ids))
         logits = logits[:, -logits_to_keep:]
         output = CausalLMOutputWithPast(**{"logits": logits, _CACHE: held})
         return output.to_tuple() if return_dict is False else output
@@ -136,7 +136,7 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
                 held.layers[layer].keys, held.layers[layer].values = present
             elif held is not None:
                 held.update(*present, layer)
-        return logits_of(result)
+        return given_logits(result, len(input_ids))
 
     def prepare_inputs_for_generation(
         self,
@@ -191,7 +191,7 @@ def _caches(cached: TextProgram | None) -> list[Any]:
 def _vocabulary(program: TextProgram) -> int:
     """Entries of the logits."""
     reader = program.reader()
-    return reader.read(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64)).shape[-1]
+    return reader.read_given(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64)).shape[-1]
 
 
 def _generation_config(given: GenerationConfig | str | os.PathLike[str]) -> GenerationConfig:

@@ -40,10 +40,20 @@ def last_logits(output: Any, batch: int) -> Tensor:
     Raises:
         LoopQError: there is no such tensor.
     """
+    return given_logits(output, batch)[:, -1]
+
+
+def given_logits(output: Any, batch: int) -> Tensor:
+    """The logits that a model returns, `[batch, sequence, vocabulary]`; `[batch, 1, vocabulary]` where it gives only
+    those of the last token.
+
+    Raises:
+        LoopQError: there is no such tensor.
+    """
     found = _logits_in(output)
     if isinstance(found, Tensor) and found.ndim == 2 and len(found) == batch:
-        return found
-    return logits_of(output)[:, -1]
+        return found[:, None]
+    return logits_of(output)
 
 
 def _logits_in(output: Any) -> Any:

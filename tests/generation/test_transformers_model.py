@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
 import loopq_compile as lq
 from loopq_compile import bundled
@@ -99,6 +100,19 @@ def test_a_program_without_a_cache_reads_all_again() -> None:
         assert torch.equal(wrapped.generate(tokens, **given, use_cache=use_cache), program.generate(tokens, 6))
     with pytest.raises(lq.LoopQError, match="no attention mask"):
         wrapped.generate(tokens, **{**given, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 2)})
+
+
+class LastOnly(graphs.Recurrent):
+    """Gives the logits of the last token only."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids)[:, -1]
+
+
+def test_a_model_that_gives_the_last_tokens_logits_only() -> None:
+    program = Program(capture(LastOnly(loops=1).eval(), ids(2, 11)))
+    given = {"attention_mask": torch.ones(2, 5, dtype=torch.int64), **NEW}
+    assert torch.equal(program.as_hugging_face().generate(ids(2, 5), **given), program.generate(ids(2, 5), 6))
 
 
 def test_the_bundled_model_in_w4a8(tmp_path: Path) -> None:
