@@ -2,7 +2,8 @@
 
 `symmetric` rounds to nearest. `smoothquant`, `quarot`, `spinquant` and `flatquant` are the rivals; none of them uses
 loops. `flatquant-e2e` is the control. `las` gives every loop its own ranges, `loopq-paper` is LoopQ as published, and
-`loopq` is what was measured to be best.
+`loopq` is what was measured to be best. `loopq-plain` is the part of it that
+engines without transforms can run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from loopq_compile.passes.quantize.collect_ranges import CollectRanges
 from loopq_compile.passes.quantize.insert_activation_qdq import InsertActivationQdq
 from loopq_compile.passes.quantize.pack_weights import PackWeights
 from loopq_compile.passes.quantize.quantize_weights import QuantizeWeights
+from loopq_compile.passes.quantize.round_scales import RoundScales
 from loopq_compile.passes.quantize.set_ranges import SetRanges
 from loopq_compile.passes.quantize.solve_weights import SolveWeights
 from loopq_compile.passes.transforms.fold_diagonals import FoldDiagonals
@@ -147,6 +149,20 @@ def loopq(
     return _loopq("loopq", **options, rounding=rounding)
 
 
+def loopq_plain() -> Pipeline:
+    """`loopq` for engines that know neither transforms nor loops, such as llama.cpp: only the integers are better.
+
+    GPTQ with sums over all loops, then learned rounding with the trajectory loss. Smoothing factors become part of a
+    norm's gain, and are left out where that is not exact. There are no ranges per loop, transforms or adapters; dynamic
+    activations keep their whole range, as such engines round them, and scales of weights are float16 numbers.
+    """
+    smoothing = [SmoothActivations(SMOOTHING, foldable=True), FoldDiagonals()]
+    quantization = [CollectRanges(), QuantizeWeights(True, True), InsertActivationQdq(), SetRanges(clip=False)]
+    learned = Calibrate(1.0, LEARNED_STEPS, ("rounding",), trajectory=True)
+    passes = [*_FRONT, *smoothing, *quantization, _solve(), learned, *_back(), RoundScales()]
+    return Pipeline(passes, "loopq-plain")
+
+
 def _loopq(
     name: str,
     *,
@@ -205,6 +221,7 @@ METHODS: dict[str, Callable[[], Pipeline]] = {
     "las": las,
     "loopq-paper": loopq_paper,
     "loopq": loopq,
+    "loopq-plain": loopq_plain,
 }
 """Pipelines by method name, including those added by `register_method`."""
 

@@ -32,6 +32,7 @@ from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.state import LogEntry, attach_state, copy_graph, get_state
 
 if TYPE_CHECKING:
+    from loopq_compile.backends.gguf import GgufExport
     from loopq_compile.backends.onnx import OnnxExport
     from loopq_compile.generation.transformers_model import ProgramForCausalLM
     from loopq_compile.graph.signature import Signature
@@ -196,6 +197,42 @@ class Program:
         options |= {"head_bits": head_bits, "kv_bits": kv_bits, "early_exit": early_exit, "float_bits": float_bits}
         options["external_data_threshold"] = external_data_threshold
         return export(self.graph_module, directory, target=target, form=form, **options)
+
+    def export_gguf(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        tokenizer: str | os.PathLike[str] | None = None,
+        config: Any = None,
+        embeddings: str = "q8_0",
+        head: str = "q8_0",
+        pre_tokenizer: str | None = None,
+    ) -> GgufExport:
+        """Writes a GGUF file for llama.cpp; integers go in unchanged, and float16 scales (`method="loopq-plain"`), too.
+
+        Weights of up to 4 bits become Q4_0, those of up to 8 bits Q8_0, gains and biases F32. Layers that run several
+        times are stored once for each use, except where llama.cpp itself loops (`nanbeige`).
+
+        Args:
+            path: the file.
+            tokenizer: folder with `tokenizer.json` and the model's `config.json` (or the `source_config.json` of a
+                saved program); None writes no tokenizer, and llama.cpp then takes token ids only.
+            config: the model's configuration, or its folder, if it is not beside the tokenizer.
+            embeddings, head: "q8_0", "q6_k", "f16" or "f32", for what the scheme leaves in floating point. A head that
+                is tied to the embeddings has their type.
+            pre_tokenizer: llama.cpp's name for how text is split before byte-level BPE; None recognises it.
+
+        Returns:
+            Path, size, layers, types, and by how much scales were rounded.
+
+        Raises:
+            LoopQError: llama.cpp cannot run the program (transforms, adapters, tables per loop, static or clipped
+                ranges, other groups, an unknown model), the configuration is missing, or the tokenizer is not known.
+        """
+        from loopq_compile.backends.gguf import export
+
+        options: dict[str, Any] = {"tokenizer": tokenizer, "config": config, "embeddings": embeddings, "head": head}
+        return export(self.graph_module, path, **options, pre_tokenizer=pre_tokenizer)
 
     def with_cache(self, *, stacked: bool = False, last_token: bool = False, kv_bits: int | None = None) -> Program:
         """This program with a key-value cache: a call takes new tokens and the cache of earlier calls, and returns a

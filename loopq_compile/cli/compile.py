@@ -45,7 +45,8 @@ def compile_command(
     method: Annotated[
         str,
         typer.Option(
-            help="loopq, loopq-paper, las, flatquant-e2e, flatquant, spinquant, quarot, smoothquant, or symmetric."
+            help="loopq, loopq-plain, loopq-paper, las, flatquant-e2e, flatquant, spinquant, quarot, smoothquant, or "
+            "symmetric."
         ),
     ] = "loopq",
     activation: Annotated[

@@ -1,8 +1,9 @@
-"""`loopq-compile export`: ONNX files, and lowered programs with kernels for NVIDIA GPUs."""
+"""`loopq-compile export`: ONNX files, GGUF files, and lowered programs with kernels for NVIDIA GPUs."""
 
 from __future__ import annotations
 
 import json as json_module
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,8 @@ _NO_ONNX_OPTIONS = {
 }
 """Default options of ONNX files."""
 
+_NO_GGUF_OPTIONS = {"embeddings": "q8_0", "head": "q8_0", "config": None, "pre_tokenizer": None}
+
 _ONLY_ONNX = ("products", "head_bits", "early_exit", "float_bits", "external_data_threshold")
 
 
@@ -39,7 +42,7 @@ def export_command(
         str,
         typer.Option(
             help="qdq: ONNX with standard operators, for any runtime; onnxruntime: ONNX with packed products; "
-            "triton: fused kernels, compiled for NVIDIA GPUs."
+            "triton: fused kernels, compiled for NVIDIA GPUs; gguf: a file for llama.cpp."
         ),
     ] = "qdq",
     form: Annotated[
@@ -88,9 +91,25 @@ def export_command(
         str,
         typer.Option("--sm", metavar="LIST", help="With --target triton: compute capabilities such as 80,90; or all."),
     ] = "",
+    embeddings: Annotated[
+        str, typer.Option(help="With --target gguf: type of the embeddings, q8_0, q6_k, f16 or f32.")
+    ] = "q8_0",
+    head: Annotated[str, typer.Option(help="With --target gguf: type of the head.")] = "q8_0",
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --target gguf: the model's config.json, if the program has none."),
+    ] = None,
+    pre_tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--pre-tokenizer",
+            metavar="NAME",
+            help="With --target gguf: llama.cpp's name for how text is split; none leaves the tokenizer out.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Write a compiled program as an ONNX file, or lowered to kernels for NVIDIA GPUs.
+    """Write a compiled program as an ONNX file, as a GGUF file, or lowered to kernels for NVIDIA GPUs.
 
     ONNX files pass the ONNX checker and run in ONNX Runtime: try `loopq-compile generate DIR` on one.
     """
@@ -108,6 +127,13 @@ def export_command(
         "float_bits": float_bits,
         "external_data_threshold": external_data_threshold,
     }
+    gguf = {"embeddings": embeddings, "head": head, "config": config, "pre_tokenizer": pre_tokenizer}
+    if target == "gguf":
+        if architectures or genai or options != _NO_ONNX_OPTIONS:
+            raise LoopQError("--target gguf goes with --embeddings, --head, --config and --pre-tokenizer only.")
+        return _export_gguf(loaded, out, gguf, json)
+    if gguf != _NO_GGUF_OPTIONS:
+        raise LoopQError("--embeddings, --head, --config and --pre-tokenizer go with --target gguf.")
     if target != "triton":
         if architectures:
             raise LoopQError("--sm goes with --target triton.")
@@ -118,6 +144,24 @@ def export_command(
         )
     else:
         _export_kernels(loaded, out, architectures, options, json)
+
+
+def _export_gguf(loaded: Loaded, out: Path, options: dict[str, Any], json: bool) -> None:
+    """Writes `model.gguf` into the folder `out`, or the file `out` if it ends in .gguf."""
+    file = out if out.suffix == ".gguf" else out / "model.gguf"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in loaded.files().items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        with_tokenizer = loaded.tokenizer is not None and options["pre_tokenizer"] != "none"
+        config = options["config"] or folder
+        report = loaded.model.export_gguf(
+            file, **{**options, "config": config}, tokenizer=folder if with_tokenizer else None
+        )
+    if json:
+        print_json({**asdict(report), "path": str(report.path)})
+    else:
+        note(json)(str(report))
 
 
 def _export_onnx(loaded: Loaded, out: Path, options: dict[str, Any], genai: bool, json: bool) -> None:

@@ -53,7 +53,7 @@ def stream(
     decoder: Decoder = model.decoder() if hasattr(model, "decoder") else RecomputingDecoder(model)
     generator = torch.Generator().manual_seed(whole_number("seed", seed, -(2**63), 2**64 - 1))
     ends = torch.tensor(_ends(eos_token_id), dtype=torch.int64)
-    filters: Any = _filters(top_k, top_p) if do_sample else None
+    filters = _filters(top_k, top_p)
 
     def choose(logits: Tensor) -> Tensor:
         if not do_sample:

@@ -218,4 +218,5 @@ def _load_smollm2(dtype: str) -> Loaded:
         str(found[0].parent), LoadOptions(dtype=dtype), gguf_file=found[0].name
     )
     del model.config.quantization_config  # it was unpacked
+    model.hf_quantizer = None
     return Loaded(model, tokenizer, settings)

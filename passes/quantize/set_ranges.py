@@ -21,13 +21,22 @@ class SetRanges(Pass):
     with one row covers the statistics of all loops together.
 
     Does nothing for dynamic scales without statistics: clip ratios stay 1.
+
+    Args:
+        clip: False leaves clip ratios of dynamic scales at 1, for engines that round activations themselves.
     """
+
+    def __init__(self, clip: bool = True) -> None:
+        super().__init__()
+        self.clip = clip
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
         scheme = state.scheme
         tables = [node for node in graph_module.graph.nodes if GROUP in node.meta]
-        if scheme is None or not tables or (not state.run.statistics and scheme.activation == "dynamic"):
+        if scheme is None or not tables:
+            return PassResult(graph_module, False)
+        if scheme.activation == "dynamic" and not (self.clip and state.run.statistics):
             return PassResult(graph_module, False)
         for table in tables:
             group = table.meta[GROUP]

@@ -16,6 +16,7 @@ from loopq_compile.graph.state import get_tensor
 from loopq_compile.graph.weights import weight_chain
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
+from loopq_compile.passes.transforms.fold_diagonals import Gain, find_gain
 from loopq_compile.passes.transforms.tables import (
     Use,
     add_table,
@@ -43,22 +44,26 @@ class SmoothActivations(Pass):
     where the maxima are taken over all unmasked calibration tokens in all loops, and over all weights of the group.
     Channels that are always zero, in the input or in the weights, keep `s_j = 1`. The function stays the same.
 
-    Does nothing to groups that already have a transform, and to weight-only schemes.
+    Does nothing to groups that already have a transform, and to weight-only schemes. With `foldable`, it does nothing
+    to groups whose diagonal `fold-diagonals` could not move into a norm, so that none stays in the program.
 
     Args:
         alpha: how much of the difficulty moves into the weights, from 0 (all stays in activations) to 1.
         learn: whether calibration may change the diagonal.
         max_tokens: maxima are taken over the first batches, up to about this many tokens in total.
+        foldable: only groups whose inputs are all made by one norm, the gain of which nothing else reads.
 
     Raises:
         LoopQError: alpha is out of range, or there is no calibration data.
     """
 
-    def __init__(self, alpha: float = 0.5, learn: bool = False, max_tokens: int = 16384) -> None:
+    def __init__(
+        self, alpha: float = 0.5, learn: bool = False, max_tokens: int = 16384, foldable: bool = False
+    ) -> None:
         super().__init__()
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
             raise LoopQError(f"SmoothActivations(alpha={alpha!r}) must lie between 0 and 1.")
-        self.alpha, self.learn, self.max_tokens = alpha, learn, max_tokens
+        self.alpha, self.learn, self.max_tokens, self.foldable = alpha, learn, max_tokens, foldable
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         state = self.state(graph_module)
@@ -75,6 +80,8 @@ class SmoothActivations(Pass):
         assert state.scheme is not None
         present = group_tables(graph_module)
         uses = {group: found for group, found in group_uses(graph_module).items() if group not in present}
+        if self.foldable:
+            uses = {group: found for group, found in uses.items() if _foldable(graph_module, found)}
         if not uses or not state.scheme.quantizes_activations:
             return PassResult(graph_module, False)
         observer = _Observer(uses)
@@ -98,6 +105,14 @@ def smoothing_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
     scale = activation.double().pow(alpha) / weight.double().pow(1 - alpha)
     alive = (activation > 0) & (weight > 0)
     return torch.where(alive, scale, torch.ones_like(scale)).clamp(*SCALE_RANGE)
+
+
+def _foldable(graph_module: fx.GraphModule, uses: list[Use]) -> bool:
+    """Whether one gain, which only this group reads, makes all inputs of the group."""
+    readers: dict[fx.Node, set[fx.Node]] = {}
+    for use in uses:
+        readers.setdefault(use.x, set()).update(use.linears)
+    return isinstance(find_gain(graph_module, readers), Gain)
 
 
 def _largest_weight(graph_module: fx.GraphModule, uses: list[Use]) -> Tensor:

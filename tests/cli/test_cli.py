@@ -430,3 +430,20 @@ def test_the_installed_program_without_a_terminal(tmp_path: Path) -> None:
     done = subprocess.run([script, "eval", missing], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.split() == f"error: There is no file or folder {missing}.".split()
+
+
+def test_gguf_files(tmp_path):
+    from gguf import GGUFReader
+
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    tokenizer().save(str(folder / "tokenizer.json"))
+    run("compile", folder, "--scheme", "w4a8", "--method", "symmetric", "--out", tmp_path / "program")
+    file = tmp_path / "m.gguf"
+    options = ("--target", "gguf", "--out", file)
+    assert "Leave tokenizer out" in fails("export", tmp_path / "program", *options) and not file.exists()
+    report = run_json("export", tmp_path / "program", *options, "--pre-tokenizer", "none", "--head", "f16")
+    assert report["types"]["Q4_0"] == 14 and report["bytes"] == file.stat().st_size
+    assert {t.name: t.tensor_type.name for t in GGUFReader(file).tensors}["output.weight"] == "F16"
+    assert "--target gguf goes with" in fails("export", tmp_path / "program", *options, "--cache")
+    assert "go with --target gguf" in fails("export", tmp_path / "program", "--out", tmp_path / "o", "--head", "f16")

@@ -7,6 +7,7 @@ from torch import nn
 import loopq_compile as lq
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import get_tensor
+from loopq_compile.passes.transforms.fold_diagonals import FoldDiagonals
 from loopq_compile.passes.transforms.smooth_activations import SmoothActivations, smoothing_scale
 from loopq_compile.passes.transforms.tables import group_tables
 from tests.passes.test_rewriting import nodes, prepared
@@ -89,3 +90,13 @@ def test_smoothing_without_data_says_what_is_missing():
     pipeline = lq.pipelines.symmetric().insert_after("annotate-linears", SmoothActivations())
     with pytest.raises(lq.LoopQError, match="needs calibration data"):
         lq.compile(tiny_model(), tokens(), method=lq.Pipeline(pipeline), calibration=None)
+
+
+def test_foldable_diagonals_leave_nothing_in_the_program():
+    graph_module = prepared(SmoothActivations(foldable=True), FoldDiagonals())
+    assert_same_function(graph_module, tiny_model())
+    tables = [node for node in graph_module.graph.nodes if node.meta.get("loopq_transform")]
+    activations = [user for node in tables for row in node.users for user in row.users if user.target is _mul]
+    assert not activations
+    groups = set(group_tables(prepared(SmoothActivations(foldable=True))))
+    assert groups and groups < set(group_tables(prepared(SmoothActivations())))
