@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 
 import pytest
 import torch
