@@ -23,7 +23,7 @@ test: $(READY)
 # Property-based tests with 1,000 random cases each, and every tile of every kernel; takes hours.
 nightly: $(READY)
 	OMP_NUM_THREADS=1 LOOPQ_CASES=1000 $(BIN)/python -m pytest -q -n 2 --dist load tests/storage/test_artifact.py \
-		tests/capture/test_random.py tests/test_robustness.py tests/backends/triton/test_ahead.py tests/test_device.py
+		tests/capture/test_random.py tests/test_robustness.py tests/backends/triton/test_ahead.py tests/test_simulated.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from loopq_compile.capture import model_checks
 from loopq_compile.cli import app
 from loopq_compile.cli.common import load
 from tests.cli_models import TEXT, tiny_ouro, tokenizer
-from tests.simulated_device import DEVICE, simulated
+from tests.simulated.device import DEVICE, simulated
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.methods import METHODS
 from loopq_compile.models import Ouro, OuroConfig
 from loopq_compile.passes import Pass, PassResult
-from tests.simulated_device import DEVICE, Mixed, simulated
+from tests.simulated.device import DEVICE, Mixed, simulated
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 OPTIONS = {"steps": 4, "evaluate_every": 2, "fused": "off", "transition_rank": 2}
