@@ -42,7 +42,7 @@ def test_the_wheel_holds_passes_backends_and_the_bundled_model(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
         "loopq_compile/py.typed",
-        "loopq_compile/passes/tag_loops.py",
+        "loopq_compile/passes/loops/tag_loops.py",
         "loopq_compile/backends/onnx/__init__.py",
         "loopq_compile/bundled/model.safetensors",
         "loopq_compile/bundled/tokenizer.json",
