@@ -18,10 +18,11 @@ demo: $(READY)
 
 # One thread per worker: two workers with a thread each are faster here than one with two, and leave results the same.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not nightly" tests
 
-# Property-based tests with 1,000 random cases each, and every tile of every kernel; takes hours.
+# Tests that take long, property-based tests with 1,000 random cases each, and all combinations; takes hours.
 nightly: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m nightly tests
 	OMP_NUM_THREADS=1 LOOPQ_CASES=1000 $(BIN)/python -m pytest -q -n 2 --dist load tests/storage/test_artifact.py \
 		tests/capture/test_random.py tests/test_robustness.py tests/backends/triton/test_ahead.py tests/test_simulated.py
 

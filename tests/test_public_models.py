@@ -87,6 +87,7 @@ def zamba2_program() -> Program:
     return exact_then_quantized(zamba2(8), None, use_cache=False)
 
 
+@pytest.mark.nightly
 def test_zamba2_and_onnx_runtimes_second_rounding(zamba2_program: Program, tmp_path: Path) -> None:
     """In w4a4 the fast file differs only because ONNX Runtime rounds 4-bit activations to 8 bits again.
 

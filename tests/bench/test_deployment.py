@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from loopq_compile.bench import random_models
@@ -23,6 +24,7 @@ def with_loops(count: int | None) -> Ouro:
     return model
 
 
+@pytest.mark.nightly
 def test_more_loops_than_calibrated_do_not_explode() -> None:
     tokens = torch.tensor(load_tokenizer().encode(held_out_text().passages[0]).ids[:128])
     scheme = Scheme.parse("w4a4", activation="static")

@@ -16,6 +16,7 @@ from loopq_compile.graph.scheme import Scheme
 from tests.cli_models import tiny_ouro
 
 
+@pytest.mark.nightly
 def test_rolled_files_do_not_grow_with_the_number_of_loops() -> None:
     report = growth(tiny_ouro, (2, 4), Scheme.parse("w4a8"), length=4, targets=["onnxruntime"])
     by = {(x["form"], x["loops"]): x for x in report.data}

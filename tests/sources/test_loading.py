@@ -165,6 +165,7 @@ print((peak - before) / size)
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from Linux's /proc")
 def test_loading_and_packing_stay_near_one_copy(folder: Path, tmp_path: Path) -> None:
     """A model of 25 million parameters, stored in bfloat16, loaded in float32: about one copy, 109 MB.

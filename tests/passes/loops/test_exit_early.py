@@ -141,6 +141,7 @@ def test_the_gate_is_found_without_a_name_and_twice_is_nothing_new() -> None:
     assert int(early.with_early_exit()(ids())["loops_spent"]) == 3
 
 
+@pytest.mark.nightly
 def test_the_curve_falls_with_the_threshold() -> None:
     report = exits(ouro(), ids(1, 24)[0], ["w4a8"], [1, 0.8, 0.3], length=12)
     loops = [row["loops"] for row in report.data]
