@@ -64,7 +64,7 @@ class Demo:
     max_tokens: int = 16384
     samples: int = 512
     sample_length: int = 128
-    steps: int = 60
+    steps: int = 36
     new_tokens: int = 40
     readme: Path | None = None
     console: Console = field(default_factory=Console)

@@ -18,7 +18,7 @@ def demo(
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples of 128 tokens.")] = 512,
     steps: Annotated[
         int, typer.Option(min=1, help="Optimizer steps of loopq; more take longer and serve quality.")
-    ] = 60,
+    ] = 36,
     readme: Annotated[
         Path | None,
         typer.Option("--readme", metavar="FILE", help="Rewrite the figures of this document with those of the run."),
