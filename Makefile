@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test nightly lint format types wheel clean
+.PHONY: demo test nightly matrix lint format types wheel clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loopq_compile needs Python 3.11 or newer; call make PYTHON=/path/to/python3.11")'
@@ -25,6 +25,10 @@ nightly: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m nightly tests
 	OMP_NUM_THREADS=1 LOOPQ_CASES=1000 $(BIN)/python -m pytest -q -n 2 --dist load tests/storage/test_artifact.py \
 		tests/capture/test_random.py tests/test_robustness.py tests/backends/triton/test_ahead.py tests/test_simulated.py
+
+# A quick part of the tests with the oldest and the newest releases of PyTorch and transformers; downloads gigabytes.
+matrix:
+	$(PYTHON) -m tests.matrix
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopq_compile._version import __version__ as __version__
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from loopq_compile.pipeline import Pipeline
     from loopq_compile.program import Program
 
+if not Path(__file__).with_name("passes").is_dir():
+    # A checkout that nobody installed: `passes/` and `backends/` lie beside this folder (see pyproject.toml).
+    __path__.append(str(Path(__file__).parents[1]))
 
 _HOMES = {
     "CaptureError": "errors",

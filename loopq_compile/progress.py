@@ -1,34 +1,46 @@
-"""Progress bars for long steps: shown on a terminal, silent elsewhere."""
+"""Progress bars for long steps: shown on a terminal, silent elsewhere, and where rich is missing."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
 
+def _bar(state: str = "") -> Any:
+    """A `rich.progress.Progress` on standard error; None where nobody would see it.
+
+    Args:
+        state: a text column for numbers of the step.
+    """
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from rich import progress
+        from rich.console import Console
+    except ImportError:
+        return None
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        *([progress.TextColumn(state)] if state else []),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
 def progress(items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
     """Yields `items` with a progress bar on standard error, if that is a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    bar = _bar()
+    if bar is None:
+        yield from items
+        return
+    with bar:
         yield from bar.track(items, total=total, description=title)
 
 
@@ -42,27 +54,20 @@ class StepProgress:
     """
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task(title, total=total, completed=done, state="")
+        self._bar = _bar("{task.fields[state]}")
+        self._task = self._bar and self._bar.add_task(title, total=total, completed=done, state="")
 
     def __enter__(self) -> StepProgress:
-        self._bar.start()
+        if self._bar is not None:
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
 
     def advance(self, loss: float, rate: float, validation: float) -> None:
         """Reports that one step is done."""
-        self._bar.update(self._task, advance=1, state=f"loss {loss:.4f}  best {validation:.4f}  rate {rate:.2f}")
+        if self._bar is not None:
+            state = f"loss {loss:.4f}  best {validation:.4f}  rate {rate:.2f}"
+            self._bar.update(self._task, advance=1, state=state)

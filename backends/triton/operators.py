@@ -102,7 +102,10 @@ def row_constants(
 
 
 def _same_schema(name: str) -> Any:
-    """Registers a function as `loopq_triton::NAME`, with the schema of `loopq::NAME`."""
+    """Registers a function as `loopq_triton::NAME`, with the schema of `loopq::NAME`.
+
+    The function needs annotations all the same: torch 2.11 reads them even where a schema is given.
+    """
     schema = str(getattr(ops, name).default._schema)
     return triton_op(f"loopq_triton::{name}", mutates_args=(), schema=schema[schema.index("(") :])
 
@@ -115,8 +118,22 @@ def adapter_constants(width: int, rank: int) -> dict[str, int]:
 
 @_same_schema("quantize_packed")
 def quantize_packed(
-    x, up, activation, norm, gain, shift, eps, diagonal, left, right, table, loop, group_size, bits, limit
-):
+    x: Tensor,
+    up: Tensor | None,
+    activation: str,
+    norm: str,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    diagonal: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    table: Tensor,
+    loop: int,
+    group_size: int,
+    bits: int,
+    limit: int,
+) -> tuple[Tensor, Tensor]:
     """See `loopq_compile.operators.packed.quantize_packed`."""
     rows, others = as_rows(x), None if up is None else as_rows(up)
     count, width = rows.shape
@@ -147,7 +164,16 @@ def quantize_packed(
 
 
 @_same_schema("packed_linear")
-def packed_linear(codes, scale, weight, weight_scale, bias, row, group_size, dtype):
+def packed_linear(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    row: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """See `loopq_compile.operators.packed.packed_linear`."""
     groups, columns = weight_scale.shape[-2:]
     rows = codes.numel() // codes.shape[-1]
@@ -178,7 +204,9 @@ def packed_linear(codes, scale, weight, weight_scale, bias, row, group_size, dty
 
 
 @_same_schema("transition_adapter_row")
-def transition_adapter_row(u, gate, gain, shift, mix, down, up, loop):
+def transition_adapter_row(
+    u: Tensor, gate: Tensor, gain: Tensor, shift: Tensor, mix: Tensor, down: Tensor, up: Tensor, loop: int
+) -> Tensor:
     """See `loopq_compile.operators.packed.transition_adapter_row`."""
     rows = as_rows(u)
     count, width = rows.shape
@@ -208,7 +236,7 @@ def write_constants(size: int, group_size: int, bits: int) -> dict[str, int]:
 
 
 @_same_schema("quantize_cache")
-def quantize_cache(x, bits, group_size):
+def quantize_cache(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     """See `loopq_compile.operators.cache.quantize_cache`."""
     *leading, size = x.shape
     codes_type, width = (torch.int8, size) if bits == 8 else (torch.uint8, size // 2)
@@ -253,7 +281,17 @@ def attention_warps(constants: dict[str, Any]) -> int:
 
 
 @_same_schema("cached_attention")
-def cached_attention(query, key, key_scale, value, value_scale, mask, bits, scale, last=None):
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor,
+    value: Tensor,
+    value_scale: Tensor,
+    mask: Tensor,
+    bits: int,
+    scale: float,
+    last: Tensor | None = None,
+) -> Tensor:
     """See `loopq_compile.operators.cache.cached_attention`. Prompts of more than `DECODE_ROWS` rows are computed by the
     definition, since PyTorch's own kernels are faster there."""
     batch, queries, rows, size = query.shape

@@ -75,6 +75,11 @@ def _advice(error: Exception, text: str) -> str:
             "The model returns an object that torch.export does not know. Return tensors, tuples, lists or dicts, "
             "register the class with torch.export.register_dataclass, or switch off the cache (use_cache=False)."
         )
+    if "Cannot call sizes() on tensor with symbolic sizes" in text:
+        return (
+            "This release of PyTorch cannot export nested torch.vmap of a linear layer. Use torch 2.13 or newer, or "
+            "write the computation with broadcasting."
+        )
     if isinstance(error, TypeError | IndexError) or "size mismatch" in text or "shape" in text:
         return "Check that model(**example_inputs) itself runs with these inputs."
     return "Check that torch.export.export(model, ...) works on it; its own message follows."
