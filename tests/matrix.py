@@ -19,11 +19,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAIRS = {
-    "oldest": ["torch==2.11.0", "transformers==4.56.2"],
+    "oldest": ["torch==2.11.0", "transformers==4.56.2", "numpy<2.4"],
     "newest": ["torch<2.16", "transformers", "triton"],
-    "card": ["torch==2.11.0", "transformers==5.17.0", "onnxruntime==1.30.*", "onnx==1.23.1"],
+    "card": ["torch==2.11.0", "transformers==5.17.0", "onnxruntime==1.30.*", "onnx==1.23.1", "numpy<2.4"],
 }
-"""By name, what pip gets beside the package; torch names its release of triton."""
+"""By name, what pip gets beside the package; torch names its release of triton.
+
+The interpreter of Triton 3.6 takes arrays of one number as numbers, which NumPy 2.4 refuses.
+"""
 TESTS = [
     "tests/test_checkout.py",
     "tests/operators/test_operators.py",
