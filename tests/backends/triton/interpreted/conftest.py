@@ -1,6 +1,8 @@
 """Lets Triton's interpreter round to bfloat16 as GPUs do (`cvt.rn`): by itself it truncates. Also lets it
 multiply matrices of bfloat16, which it holds as uint16 and would multiply as such."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -35,3 +37,10 @@ def multiply_bfloat16(monkeypatch):
     monkeypatch.setattr(
         interpreter.InterpreterBuilder, "create_dot", lambda self, a, b, *others: dot(self, wide(a), wide(b), *others)
     )
+
+
+def pytest_collection_modifyitems(config, items):
+    """LOOPQ_SHARE="1/4" keeps the second of four equal shares: `python -m tests.gpu` runs them side by side."""
+    which, count = map(int, os.environ.get("LOOPQ_SHARE", "0/1").split("/"))
+    config.hook.pytest_deselected(items=[item for n, item in enumerate(items) if n % count != which])
+    items[:] = items[which::count]

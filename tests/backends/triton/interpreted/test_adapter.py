@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-import loopq_compile.backends.triton.operators  # noqa: F401  (registers loopq_triton)
 from loopq_compile.operators import ops
-
-kernels = torch.ops.loopq_triton
+from tests.backends.triton.kernels import kernels
 
 
 def tables(width, rank, rows=3):

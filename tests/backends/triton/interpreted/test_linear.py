@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-import loopq_compile.backends.triton.operators  # noqa: F401  (registers loopq_triton)
 from loopq_compile.backends.triton.configurations import DECODE_ROWS, linear_tile
 from loopq_compile.operators import ops
 from loopq_compile.operators.packed import pack_codes, pack_weight
+from tests.backends.triton.kernels import kernels
 
-kernels = torch.ops.loopq_triton
 # One row, decode and prefill, both sides of every tile edge, outputs that no tile divides.
 SHAPES = [(1, 9, 32), (1, 64, 64), (3, 65, 96), (16, 40, 1024), (17, 63, 64), (64, 130, 32), (129, 129, 64)]
 

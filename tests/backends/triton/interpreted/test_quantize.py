@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-import loopq_compile.backends.triton.operators  # noqa: F401  (registers loopq_triton)
 from loopq_compile.operators import ops
 from loopq_compile.operators.packed import ACTIVATIONS, NORMS, unpack_codes
 from loopq_compile.passes.transforms.hadamard import hadamard_factors
-
-kernels = torch.ops.loopq_triton
+from tests.backends.triton.kernels import kernels
 
 
 def random(*shape, seed=0):
