@@ -14,6 +14,7 @@ from loopq_compile.graph.device import device_of, place
 from loopq_compile.graph.keys import MADE_BY
 from loopq_compile.graph.state import LogEntry, get_state
 from loopq_compile.graph.verify import verify_tags
+from loopq_compile.memory import trim
 from loopq_compile.passes.base import Pass
 
 
@@ -138,6 +139,7 @@ class Pipeline:
         except Exception as error:
             history = ", ".join(done) or "none"
             raise InternalError(f"Pass {name!r} failed (passes before it: {history}): {error}") from error
+        trim()
         get_state(graph_module).log.append(LogEntry(name, bool(result.modified), list(state.run.notes)))
         return graph_module
 

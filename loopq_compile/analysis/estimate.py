@@ -194,7 +194,7 @@ class _Work:
         held = sum(training.batches[number][0].numel() for number in training.held)
         self.token = _timed(lambda: training.validate({})) / held
         for item in learnables:
-            item.raw.grad = None
+            item.forget_gradient()
 
     def cost(self, item: Any, tokens: int) -> float:
         """Seconds of a pass that learns or solves on `tokens`."""

@@ -1,9 +1,9 @@
 """The tensors that calibration may change, and the coordinates in which it does.
 
 Optimizers move every number by about the learning rate, so each kind of tensor is learned in coordinates where one
-rate suits all its entries: scales and diagonals as logarithms, clip ratios as logits, rounding in units of the
-weight's scale. Rotations stay rotations: they move along the Stiefel manifold by Cayley transforms (Li et al. 2020,
-the optimizer of SpinQuant).
+rate suits all its entries: scales and diagonals as logarithms, clip ratios as logits; rounding offsets are in units of
+the weight's scale in the graph already. Rotations stay rotations: they move along the Stiefel manifold by Cayley
+transforms (Li et al. 2020, the optimizer of SpinQuant).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loopq_compile.operators.fusion import fused
 from loopq_compile.operators.precision import wide
 from loopq_compile.operators.quantize import bounded
 
@@ -30,6 +31,34 @@ RATES: dict[str, float] = {
 """Learning rates by kind, in that kind's coordinates."""
 _LOGARITHMIC = ("range", "diagonal", "weight_clip")
 _LOWEST_CLIP, _HIGHEST_CLIP = 0.02, 0.995
+_BETAS = (0.9, 0.98)
+_DROPPED = 13
+"""Bits of a float32's fraction that float16 does not have."""
+
+
+@dataclass
+class Offsets:
+    """Rounding offsets of one weight while they are learned. There is one for every weight, so they and their gradient
+    stay in half precision.
+
+    Args:
+        steps: offsets in units of the weight's scale, `[N, K]`.
+        gradient: the loss by `steps`, `[N, K]` in bfloat16; None before the backward pass.
+    """
+
+    steps: Tensor
+    gradient: Tensor | None = None
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Adds a part of the gradient, `[N, K]` in any type."""
+        if self.gradient is None:
+            self.gradient = gradient.to(torch.bfloat16)
+        else:
+            self.gradient += gradient
+
+
+Value = Tensor | Offsets
+"""What calibration puts in the place of a constant."""
 
 
 @dataclass
@@ -39,28 +68,61 @@ class Learnable:
     Args:
         name: name of the constant in the graph.
         kind: a key of `RATES`.
-        raw: its coordinates, a leaf tensor with gradient.
-        unit: for rounding, the scale of every entry's group, `[outputs, groups]`.
+        coordinates: a leaf tensor with gradient; `Offsets` for rounding.
         dtype: type of the constant, in which the graph reads the value.
     """
 
     name: str
     kind: str
-    raw: Tensor
-    unit: Tensor | None = None
+    coordinates: Value
     dtype: torch.dtype = torch.float32
 
     @staticmethod
-    def of(name: str, kind: str, tensor: Tensor, unit: Tensor | None = None) -> Learnable:
-        """The coordinates of `tensor`, kept in a wide type (`loopq_compile.operators.precision`)."""
-        x = wide(tensor.detach())
+    def of(name: str, kind: str, tensor: Tensor) -> Learnable:
+        """The coordinates of `tensor`, kept in a wide type (`loopq_compile.operators.precision`); offsets stay as they
+        are, and their tensor is never written to."""
+        x = tensor.detach()
+        if kind == "rounding":
+            return Learnable(name, kind, Offsets(x), x.dtype)
+        x = wide(x)
         if kind in _LOGARITHMIC:
             x = x.abs().clamp_min(1e-12).log()
         elif kind == "clip":
             x = x.clamp(_LOWEST_CLIP, _HIGHEST_CLIP).logit()
-        elif kind == "rounding" and unit is not None:
-            x = _in_groups(x, unit, inverse=True)
-        return Learnable(name, kind, x.clone().requires_grad_(), unit, tensor.dtype)
+        return Learnable(name, kind, x.clone().requires_grad_(), tensor.dtype)
+
+    @property
+    def raw(self) -> Tensor:
+        """The coordinates as a tensor."""
+        return self.coordinates.steps if isinstance(self.coordinates, Offsets) else self.coordinates
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The loss by `raw`; None if this tensor had no part in it."""
+        return self.coordinates.gradient if isinstance(self.coordinates, Offsets) else self.coordinates.grad
+
+    def forget_gradient(self) -> None:
+        """Sets the gradient to None."""
+        if isinstance(self.coordinates, Offsets):
+            self.coordinates.gradient = None
+        else:
+            self.coordinates.grad = None
+
+    def restore(self, raw: Tensor) -> None:
+        """Goes back to coordinates of an earlier time."""
+        if isinstance(self.coordinates, Offsets):
+            self.coordinates.steps = raw.to(self.raw.device)
+        else:
+            with torch.no_grad():
+                self.coordinates.copy_(raw)
+
+    def now(self) -> Tensor:
+        """The coordinates as they are now, in a tensor that later steps do not change."""
+        return self.raw if isinstance(self.coordinates, Offsets) else self.raw.detach().clone()
+
+    def current(self) -> Value:
+        """What the student reads."""
+        return self.coordinates if isinstance(self.coordinates, Offsets) else self.value()
 
     def value(self, raw: Tensor | None = None) -> Tensor:
         """The tensor for the graph, differentiable with respect to `raw`."""
@@ -69,20 +131,16 @@ class Learnable:
             x = x.exp()
         elif self.kind == "clip":
             x = x.sigmoid()
-        elif self.kind == "rounding" and self.unit is not None:
-            x = _in_groups(x, self.unit)
         x = x.to(self.dtype)
         return bounded(x) if self.kind == "range" else x
 
 
-def _in_groups(x: Tensor, unit: Tensor, inverse: bool = False) -> Tensor:
-    groups = x.unflatten(-1, (unit.shape[-1], -1))
-    factor = unit.unsqueeze(-1)
-    return (groups / factor if inverse else groups * factor).flatten(-2)
-
-
 class Optimizer:
-    """Adam for everything but rotations, which take Cayley steps with momentum.
+    """Adam for everything but rotations, which take Cayley steps with momentum, and rounding offsets.
+
+    Offsets move by the sign of their gradient (Cheng et al. 2023, SignRound): it learns as well as Adam here, and needs
+    no moments, which would take eight bytes for every weight. A step is smaller than what float16 resolves, so it is
+    rounded at random to one of the two neighbours.
 
     Args:
         learnables: what to change.
@@ -95,12 +153,13 @@ class Optimizer:
         self._momentum = {item.name: torch.zeros_like(item.raw) for item in self._rotations}
         self._rates = {item.name: RATES[item.kind] * rate for item in learnables}
         self._steps, self._done = steps, 0
+        self._offsets = [item for item in learnables if item.kind == "rounding"]
         by_rate: dict[float, list[Tensor]] = {}
-        self._named = {item.name: item.raw for item in learnables if item.kind != "orthogonal"}
+        self._named = {item.name: item.raw for item in learnables if item.kind not in ("orthogonal", "rounding")}
         for name, raw in self._named.items():
             by_rate.setdefault(self._rates[name], []).append(raw)
         groups = [{"params": raws, "lr": lr, "base": lr} for lr, raws in by_rate.items()]
-        self._adam = torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-10, fused=True) if groups else None
+        self._adam = torch.optim.Adam(groups, betas=_BETAS, eps=1e-10, fused=True) if groups else None
 
     @property
     def factor(self) -> float:
@@ -123,7 +182,21 @@ class Optimizer:
             if item.raw.grad is not None:
                 self._rotate(item, factor)
                 item.raw.grad = None
+        for number, item in enumerate(self._offsets):
+            self._move(number, item, factor)
+            item.forget_gradient()
         self._done += 1
+
+    @torch.no_grad()
+    def _move(self, number: int, item: Learnable, factor: float) -> None:
+        offsets = item.coordinates
+        assert isinstance(offsets, Offsets)
+        if offsets.gradient is not None:
+            generator = torch.Generator().manual_seed(self._done * 1_000_003 + number)
+            shape = (1, offsets.steps.shape[1])
+            noise = torch.randint(1 << _DROPPED, shape, generator=generator, dtype=torch.int32)
+            rate = torch.tensor(self._rates[item.name] * factor, device=offsets.steps.device)
+            offsets.steps = _moved(offsets.steps, offsets.gradient, rate, noise.to(offsets.steps.device))
 
     @torch.no_grad()
     def _rotate(self, item: Learnable, factor: float) -> None:
@@ -159,3 +232,11 @@ class Optimizer:
                 if keys:
                     state = {key: tensors[f"adam.{key}.{name}"].to(raw.device, copy=True) for key in keys}
                     self._adam.state[raw] = state
+
+
+@fused
+def _moved(steps: Tensor, gradient: Tensor, rate: Tensor, noise: Tensor) -> Tensor:
+    """Offsets a step further. `noise` decides which neighbour in float16 each is rounded to."""
+    exact = steps.float() - rate * gradient.float().sign()
+    rounded = ((exact.view(torch.int32) + noise) >> _DROPPED << _DROPPED).view(torch.float32)
+    return rounded.to(steps.dtype)

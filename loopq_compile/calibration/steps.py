@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loopq_compile.calibration import checkpoint, distributed
 from loopq_compile.calibration.data import Batch, pick, split
-from loopq_compile.calibration.learnable import Learnable, Optimizer
+from loopq_compile.calibration.learnable import Learnable, Offsets, Optimizer, Value
 from loopq_compile.calibration.objective import LossParts
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.options import CalibrationOptions
@@ -101,7 +101,7 @@ class Steps(ABC):
         """Loss of batch `number` at the current values; leaves gradients in the learnables."""
 
     @abstractmethod
-    def validate(self, values: Mapping[str, Tensor]) -> float:
+    def validate(self, values: Mapping[str, Value]) -> float:
         """Loss on the held-out batches; constants that are not in `values` come from the graph."""
 
     def extra(self) -> Values:
@@ -141,9 +141,9 @@ class Steps(ABC):
         wanted = self.options.fused
         return wanted == "on" if wanted != "auto" else self.steps >= FUSED_STEPS
 
-    def values(self) -> Values:
-        """The current values by constant name, differentiable."""
-        return {item.name: item.value() for item in self.learnables}
+    def values(self) -> dict[str, Value]:
+        """The current values by constant name: differentiable tensors, and offsets that keep their own gradient."""
+        return {item.name: item.current() for item in self.learnables}
 
     def _step(self) -> LossParts | None:
         number = pick(self.learn, self.report.steps, self.options.seed)
@@ -154,13 +154,14 @@ class Steps(ABC):
         self.report.steps += 1
         self.report.tokens += self.batches[number][0].numel()
         if parts is not None:
-            gradients = [item.raw.grad for item in self.learnables if item.raw.grad is not None]
+            gradients = [gradient for item in self.learnables if (gradient := item.gradient) is not None]
             loss = parts.total.detach().clone()
             distributed.average([*gradients, loss])
             norm = torch.nn.utils.get_total_norm(gradients)
             if torch.isfinite(norm) and torch.isfinite(loss):
-                raws = [item.raw for item in self.learnables]
-                torch.nn.utils.clip_grads_with_norm_(raws, self.options.gradient_clip, norm)
+                factor = (self.options.gradient_clip / (norm + 1e-6)).clamp_max(1.0)
+                for gradient in gradients:
+                    gradient.mul_(factor.to(gradient.device))
                 self.optimizer.step()
                 self._failures = 0
                 return parts
@@ -171,7 +172,7 @@ class Steps(ABC):
         self.report.skipped += 1
         self._failures += 1
         for item in self.learnables:
-            item.raw.grad = None
+            item.forget_gradient()
         if self._failures == _FAILURES:
             raise LoopQError(
                 f"The loss was not finite in {_FAILURES} steps in a row (step {self.report.steps}). Lower "
@@ -181,8 +182,9 @@ class Steps(ABC):
     def _evaluate(self, parts: LossParts | None) -> None:
         """Compares the current state with the best so far; the first call records the unchanged graph."""
         report = self.report
-        values = {name: value.detach() for name, value in self.values().items()} if report.curve else {}
-        refused = self.guard(values) is not None
+        with torch.no_grad():
+            values = {n: v for n, v in self.values().items() if report.curve or isinstance(v, Offsets)}
+        refused = self.guard({name: value for name, value in values.items() if isinstance(value, Tensor)}) is not None
         report.refused += refused
         loss = math.nan if refused else self.validate(values)
         if not report.curve:
@@ -204,13 +206,14 @@ class Steps(ABC):
             yield
 
     def _raws(self) -> Values:
-        return {item.name: item.raw.detach().clone() for item in self.learnables}
+        return {item.name: item.now() for item in self.learnables}
 
     def _save(self) -> None:
         if self.store is None or self.rank:
             return
-        tensors = {f"raw.{name}": tensor for name, tensor in self._raws().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        raws = self._raws()
+        tensors = {f"raw.{name}": tensor for name, tensor in raws.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items() if tensor is not raws[name]}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         tensors |= {f"extra.{name}": tensor for name, tensor in self.extra().items()}
         facts = {"stale": self._stale, "failures": self._failures, "report": vars(self.report)}
@@ -221,10 +224,11 @@ class Steps(ABC):
         if found is None:
             return
         tensors, facts = found
-        with torch.no_grad():
-            for item in self.learnables:
-                item.raw.copy_(tensors[f"raw.{item.name}"])
-        self.best = {item.name: tensors[f"best.{item.name}"].to(item.raw.device) for item in self.learnables}
+        for item in self.learnables:
+            item.restore(tensors[f"raw.{item.name}"])
+        for name, raw in self._raws().items():
+            best = tensors.get(f"best.{name}")
+            self.best[name] = raw if best is None else best.to(raw.device)
         self.optimizer.restore(_under("optimizer.", tensors))
         self.restore_extra(_under("extra.", tensors))
         self.report = Report(**facts["report"])

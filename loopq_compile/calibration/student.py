@@ -1,10 +1,10 @@
 """A program in differentiable form, for calibration.
 
-`dequantize(quantize(x, s), s)` becomes `fake_quantize(x, s)`. What depends only on constants (inverse transforms,
-rounding, quantization of weights) is computed once per step and shared by all loops, so that a weight's gradient is
-the sum over its uses. What depends on no learned constant is computed once for all steps. The rest is cut into
-segments, about one for each call of a layer. With `recompute`, only the inputs of segments are kept for the backward
-pass; everything inside a segment is computed again.
+`dequantize(quantize(x, s), s)` becomes `fake_quantize(x, s)`. Quantized weights are held as integers between the
+products that read them (`held_weights`); a weight's gradient is the sum over its uses. What else depends only on
+constants is computed once per step and shared by all loops, and what depends on no learned constant, once for all
+steps. The rest is cut into segments, about one for each call of a layer. With `recompute`, only the inputs of segments
+are kept for the backward pass; everything inside a segment is computed again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
+from loopq_compile.calibration.held_weights import HeldWeight, WeightChain, held_linear, hold_weights
+from loopq_compile.calibration.learnable import Value
 from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.recurrence import weight_roots
 from loopq_compile.graph.state import copy_nodes, get_tensor
@@ -44,6 +46,9 @@ class Student:
         recompute: whether to keep only what crosses segments for the backward pass.
         segments: number of segments; None for one per four groups of linears.
         learned: names of the constants that `values` may replace; None for any.
+        keep_integers: hold the integers of a weight, and the sum of its gradients, for the length of a step; see
+            `HeldWeight`.
+        gradients: type of these sums.
     """
 
     def __init__(
@@ -53,16 +58,20 @@ class Student:
         recompute: bool = True,
         segments: int | None = None,
         learned: Collection[str] | None = None,
+        keep_integers: bool = True,
+        gradients: torch.dtype = torch.float32,
     ) -> None:
         graph = copy_nodes(graph_module.graph)
         fuse_pairs(graph)
-        self.recompute = recompute
+        self.recompute, self._keep_integers, self._gradients = recompute, keep_integers, gradients
         self.tensors: dict[str, Tensor] = {
             str(node.target): get_tensor(graph_module, str(node.target))
             for node in graph.nodes
             if node.op == "get_attr"
         }
         """Every constant of the graph by name."""
+        self._chains = hold_weights(graph)
+        held = {chain.name for chain in self._chains}
         nodes = [node for node in graph.nodes if node.op != "output"]
         self.placeholders = tuple(node.name for node in nodes if node.op == "placeholder")
         self._results = next(node for node in graph.nodes if node.op == "output").args[0]
@@ -73,11 +82,16 @@ class Student:
         computed = [node for node in nodes if node in constant and node.op != "get_attr"]
         changing = [node for node in computed if node in moving]
         self._prepare = make_segment(changing, body, kept)
-        self._attributes = {node.name: str(node.target) for node in nodes if node.op == "get_attr"}
+        self._attributes = {
+            node.name: str(node.target) for node in nodes if node.op == "get_attr" and node.name not in held
+        }
         still = make_segment([node for node in computed if node not in moving], [*changing, *body], kept)
-        self._fixed: dict[str, Tensor] = {}
+        self._fixed: dict[str, Any] = {}
         with torch.no_grad():
             store_results(self._fixed, still, still.module(*[self._constant(name) for name in still.inputs]))
+            for chain in self._chains:
+                if learned is not None and not set(chain.targets).intersection(learned):
+                    self._fixed[chain.name] = self._held(chain, {})
         cuts = _cuts(body, segments or _default_segments(body))
         self._segments = [
             make_segment(body[start:end], body[end:], kept)
@@ -86,7 +100,7 @@ class Student:
         ]
         self._last_use = _last_uses(self._segments, kept)
 
-    def run(self, inputs: Sequence[Any], values: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    def run(self, inputs: Sequence[Any], values: Mapping[str, Value]) -> tuple[Any, dict[str, Any]]:
         """Results of the graph, and values of all watched nodes.
 
         Args:
@@ -95,11 +109,14 @@ class Student:
         """
         return self.run_prepared(inputs, self.prepare(values))
 
-    def prepare(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
+    def prepare(self, values: Mapping[str, Value]) -> dict[str, Any]:
         """All constant nodes by name; what depends on `values` is computed."""
         known: dict[str, Any] = dict(self._fixed)
         for name, target in self._attributes.items():
-            known[name] = values.get(target, self.tensors[target])
+            known[name] = self._value(target, values)
+        for chain in self._chains:
+            if chain.name not in known:
+                known[chain.name] = self._held(chain, values)
         store_results(known, self._prepare, self._prepare.module(*[known[name] for name in self._prepare.inputs]))
         return known
 
@@ -120,6 +137,14 @@ class Student:
 
     def _constant(self, name: str) -> Tensor:
         return self.tensors[self._attributes[name]]
+
+    def _value(self, target: str, values: Mapping[str, Value]) -> Value:
+        return values[target] if target in values else self.tensors[target]
+
+    def _held(self, chain: WeightChain, values: Mapping[str, Value]) -> tuple[HeldWeight, Tensor | None]:
+        read = [self._value(target, values) for target in chain.targets]
+        weight = HeldWeight(chain, read, self._keep_integers, self._gradients)
+        return weight, weight.token()
 
 
 def store_results(known: dict[str, Any], segment: Segment, result: Any) -> None:
@@ -168,7 +193,11 @@ def make_segment(nodes: Sequence[fx.Node], later: Sequence[fx.Node], kept: set[s
 
 
 def _default_segments(body: Sequence[fx.Node]) -> int:
-    groups = {node.args[0] for node in body if node.target is torch.ops.aten.linear.default and SITE in node.meta}
+    groups = {
+        node.args[0]
+        for node in body
+        if node.target in (torch.ops.aten.linear.default, held_linear) and SITE in node.meta
+    }
     return max(1, len(groups) // 4)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loopq_compile.calibration import distributed
 from loopq_compile.calibration.data import Batch
+from loopq_compile.calibration.learnable import Value
 from loopq_compile.calibration.objective import LossParts, Objective, Targets, divergence, token_mean
 from loopq_compile.calibration.steps import Plan, Steps, Values
 from loopq_compile.calibration.student import Student
@@ -64,7 +65,7 @@ class Training(Steps):
             _, known = self.student.run(inputs, self.values())
         self.objective.update_shares(self._states(known)[0], targets)
 
-    def validate(self, values: Mapping[str, Tensor]) -> float:
+    def validate(self, values: Mapping[str, Value]) -> float:
         """Mean divergence from the teacher on the held-out batches."""
         losses = []
         with torch.no_grad(), self.precision():

@@ -24,7 +24,7 @@ STEPS = (
     ops.dequantize.default,
     ops.fake_quantize.default,
     _aten.mul.Tensor,
-    _aten.add.Tensor,
+    ops.offset.default,
 )
 """Operators of a chain; the weight is their first argument."""
 

@@ -3,9 +3,10 @@
 - A program computes in its model's own types. A node that a pass puts between two nodes of the model returns the type
   that it reads, so bfloat16 stays bfloat16 from end to end. So do the stored scales of weights and activations.
 - Arithmetic inside our operators is wide: single precision for half-precision tensors, double for float64 (`wide`).
-- What calibration learns (transforms, diagonals, clip ratios, ranges, offsets, adapters), its coordinates and the
-  optimizer's moments are kept wide, whatever the model's type. The graph reads a learned value in the type of its
-  table, so calibration uses the numbers that the finished program will compute with.
+- What calibration learns (transforms, diagonals, clip ratios, ranges, adapters), its coordinates and the optimizer's
+  moments are kept wide, whatever the model's type. The graph reads a learned value in the type of its table, so
+  calibration uses the numbers that the finished program will compute with.
+- There is one rounding offset for every weight, so offsets are kept in `OFFSETS`, in units of the weight's scale.
 - Weight solvers work in single precision.
 """
 
@@ -13,6 +14,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+OFFSETS = torch.float16
+"""Offsets near one half, where integers change, are exact to 1/4096 of a step in float16, and to 1/512 in bfloat16."""
 
 
 def wide_type(*types: torch.dtype) -> torch.dtype:

@@ -1,4 +1,5 @@
-"""Symmetric group quantization: `loopq::dynamic_scale`, `loopq::quantize`, `loopq::dequantize`.
+"""Symmetric group quantization: `loopq::dynamic_scale`, `loopq::quantize`, `loopq::dequantize`; and `loopq::offset`,
+which moves a weight before it is rounded.
 
 The last dimension (K features) is cut into groups of `group_size` neighbours; a group shares one scale. Scales have as
 many entries in their last dimension as there are groups, or one entry for all of them; leading dimensions broadcast.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopq_compile.operators.precision import wide
+from loopq_compile.operators.precision import all_wide, wide, wide_type
 
 SMALLEST_SCALE = 1e-12
 """Scales never fall below this, so a group of zeros quantizes to zeros, not to NaN. In float16, where this number is
@@ -110,3 +111,26 @@ def dynamic_scale(x: Tensor, clip: Tensor, group_size: int, limit: int) -> Tenso
 @dynamic_scale.register_fake
 def _(x: Tensor, clip: Tensor, group_size: int, limit: int) -> Tensor:
     return x.new_empty([*x.shape[:-1], x.shape[-1] // group_size])
+
+
+@torch.library.custom_op("loopq::offset", mutates_args=())
+def offset(x: Tensor, steps: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    """`x + steps * scale`: moves a weight, in units of its scale, before it is rounded.
+
+    Args:
+        x: `[N, K]`, floating point.
+        steps: `[N, K]`, floating point. Half precision is enough: integers change at halves.
+        scale: `[N, K / group_size]` or `[N, 1]`.
+        group_size: features per scale; divides K.
+
+    Returns:
+        `[N, K]` in single precision at least.
+    """
+    x, steps, scale = all_wide(x, steps, scale)
+    factors = scale.unsqueeze(-1)
+    return (x.unflatten(-1, (-1, group_size)) + steps.unflatten(-1, (-1, group_size)) * factors).flatten(-2)
+
+
+@offset.register_fake
+def _(x: Tensor, steps: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    return x.new_empty(x.shape, dtype=wide_type(x.dtype, scale.dtype))

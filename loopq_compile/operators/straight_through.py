@@ -1,5 +1,5 @@
 """The form of quantization that calibration differentiates: `loopq::fake_quantize`, `loopq::fake_quantize_dynamic`, and
-the gradient of `loopq::dynamic_scale`.
+the gradients of `loopq::dynamic_scale` and `loopq::offset`.
 
 A program holds `dequantize(quantize(x, s), s)`; integers flow between the two, gradients do not. Calibration replaces
 such a pair by `fake_quantize(x, s)`, which computes the same numbers and has the straight-through gradient:
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loopq_compile.operators.fusion import fused
 from loopq_compile.operators.precision import wide
-from loopq_compile.operators.quantize import bounded, dynamic_scale, peak
+from loopq_compile.operators.quantize import bounded, dynamic_scale, offset, peak
 
 
 @fused
@@ -177,3 +177,45 @@ def _backward_dynamic(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) ->
 
 
 dynamic_scale.register_autograd(_backward_dynamic, setup_context=_save)
+
+
+def _save_offset(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
+    x, steps, scale, ctx.group_size = inputs  # type: ignore[attr-defined]
+    ctx.dtype = x.dtype  # type: ignore[attr-defined]
+    ctx.save_for_backward(steps, scale)  # type: ignore[arg-type]
+
+
+def _backward_offset(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    steps, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+    groups = grad.unflatten(-1, (-1, ctx.group_size))  # type: ignore[attr-defined]
+    grad_steps = grad_scale = None
+    if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+        grad_steps = (groups * scale.unsqueeze(-1)).flatten(-2).to(steps.dtype)
+    if ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
+        slope = (groups * steps.unflatten(-1, groups.shape[-2:])).sum(-1)
+        grad_scale = slope.sum_to_size(scale.shape).to(scale.dtype)
+    return grad.to(ctx.dtype), grad_steps, grad_scale, None  # type: ignore[attr-defined]
+
+
+offset.register_autograd(_backward_offset, setup_context=_save_offset)
+
+
+@fused
+def _to_codes(x: Tensor, scale: Tensor, q_min: int, q_max: int) -> Tensor:
+    return (wide(x) / wide(scale).unsqueeze(-1)).round().clamp(q_min, q_max).to(torch.int8)
+
+
+@fused
+def _from_codes(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    factors = wide(scale).unsqueeze(-1)
+    return (codes.to(factors.dtype) * factors).to(dtype)
+
+
+def weight_codes(x: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: int) -> Tensor:
+    """`loopq::quantize` of a weight in one pass over it: int8, `[N, K]`."""
+    return _to_codes(_rows(x, group_size), _scale_rows(scale, x), q_min, q_max).view(x.shape)
+
+
+def weight_values(codes: Tensor, scale: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """`loopq::dequantize` of a weight in one pass over it, `[N, K]` in `dtype`."""
+    return _from_codes(_rows(codes, group_size), _scale_rows(scale, codes), dtype).view(codes.shape)

@@ -18,10 +18,10 @@ from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import Site, get_tensor, set_tensor
 from loopq_compile.graph.weights import site_calls, weight_chain
 from loopq_compile.operators import ops
+from loopq_compile.operators.precision import OFFSETS
 from loopq_compile.operators.quantize import bounded, peak
 from loopq_compile.solvers.rtn import Grid
 
-_aten = torch.ops.aten
 _REACH = 0.45
 """How far from an integer's middle an offset may put a weight, in units of the scale; the border is at one half."""
 
@@ -47,9 +47,9 @@ class Chain:
 
     @property
     def rounding(self) -> Any:
-        """The addition of rounding offsets; None if the chain has none."""
+        """The node that adds rounding offsets; None if the chain has none."""
         before = self.quantize.args[0]
-        return before if before.target is _aten.add.Tensor else None
+        return before if before.target is ops.offset.default else None
 
     @property
     def plain(self) -> fx.Node:
@@ -128,22 +128,26 @@ def write_codes(
             of the interval nearest to the weight, from which learned rounding reaches the neighbouring integer sooner.
     """
     scale = _write_scale(graph_module, chain, plain, grid)
-    # Single precision for any type of weight: the sum then lies in the middle of the integer's interval.
     written = chain.grid(scale, plain.shape[1])
-    latent = codes if centered else (plain.float() / written.steps).clamp(codes - _REACH, codes + _REACH)
-    offset = written.values(latent) - plain.float()
-    added, node = chain.rounding, chain.quantize
+    latent = plain.float() / written.steps
+    steps = (codes if centered else latent.clamp(codes - _REACH, codes + _REACH)) - latent
+    added, node, size = chain.rounding, chain.quantize, chain.quantize.args[2]
+
+    def gives_codes(steps: Tensor) -> bool:
+        return torch.equal(ops.quantize(ops.offset(plain, steps, scale, size), scale, *node.args[2:5]).float(), codes)
+
+    small = steps.to(OFFSETS)
+    steps = small if gives_codes(small) else steps  # offsets of hundreds of steps are too coarse in half precision
+    if not gives_codes(steps):
+        raise InternalError(f"The rounding offsets of {chain.site.name!r} do not give the solver's integers.")
     if added is None:
-        table = add_constant(graph_module, f"{chain_name(graph_module, chain.end)}_rounding", offset)
+        table = add_constant(graph_module, f"{chain_name(graph_module, chain.end)}_rounding", steps)
         with inserting(graph_module.graph, before=node, tag=None, site=chain.site.name):
-            added = call(graph_module.graph, _aten.add.Tensor, node.args[0], table)
+            added = call(graph_module.graph, ops.offset.default, node.args[0], table, node.args[1], size)
         node.replace_input_with(node.args[0], added)
     else:
-        set_tensor(graph_module, str(added.args[1].target), offset)
+        set_tensor(graph_module, str(added.args[1].target), steps)
     added.meta[SOLVED] = True
-    found = ops.quantize(plain + offset, scale, *node.args[2:5])
-    if not torch.equal(found.float(), codes):
-        raise InternalError(f"The rounding offsets of {chain.site.name!r} do not give the solver's integers.")
 
 
 def _write_scale(graph_module: fx.GraphModule, chain: Chain, plain: Tensor, grid: Grid) -> Tensor:
@@ -158,7 +162,8 @@ def _write_scale(graph_module: fx.GraphModule, chain: Chain, plain: Tensor, grid
         return scale
     fitted = bounded(grid.scale.to(scale.dtype))
     if node.target is not ops.dynamic_scale.default:
-        return _replace_table(graph_module, chain, node, (chain.quantize, chain.end), "scale", fitted)
+        readers = tuple(filter(None, (chain.quantize, chain.end, chain.rounding)))
+        return _replace_table(graph_module, chain, node, readers, "scale", fitted)
     size, limit = node.args[2:4]
     largest = peak(plain.float().unflatten(1, (-1, size)), limit)
     clip = torch.where(largest != 0, grid.scale * limit / largest, 1.0)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,20 +22,19 @@ from loopq_compile.calibration.student import Student
 from loopq_compile.calibration.teacher import Teacher
 from loopq_compile.calibration.training import Training
 from loopq_compile.errors import InternalError, LoopQError
-from loopq_compile.graph.constants import evaluate
 from loopq_compile.graph.device import device_of
 from loopq_compile.graph.keys import GROUP, LEARN
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.state import CompilerState, get_state, get_tensor, set_tensor
-from loopq_compile.operators import ops
-from loopq_compile.operators.precision import wide
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
 
 LARGEST_CONDITION = 1e4
 """A state is not kept if a transform's condition number exceeds this."""
-KEPT_BYTES = 4 << 30
-"""With `recompute="auto"`, everything is kept for the backward pass up to this estimate."""
+KEPT_BYTES = 512 << 20
+"""With `recompute="auto"`, everything is kept for the backward pass if a step then takes no more than this."""
+WEIGHT_BYTES = 16
+"""What a step takes for every learned weight, the model and temporary tensors included."""
 
 
 class Calibrate(Pass):
@@ -88,7 +88,8 @@ class Calibrate(Pass):
             return PassResult(graph_module, False)
         phase = len(state.results.setdefault("calibration", []))
         training = self.training(graph_module, learnables, options, steps, phase)
-        learned = training.run(f"Calibrating {state.method}")
+        with _without_offsets(graph_module, training):
+            learned = training.run(f"Calibrating {state.method}")
         for name, value in learned.items():
             set_tensor(graph_module, name, value.to(get_tensor(graph_module, name).dtype).contiguous())
         report = training.report
@@ -118,7 +119,14 @@ class Calibrate(Pass):
         adapters = adapter_names(graph_module, ends)
         names = [item.name for item in learnables]
         recompute = self._recompute(graph_module, batches[0])
-        student = Student(graph_module, [*ends, *adapters], recompute, learned=names)
+        small = options.precision == "bfloat16" or any(item.kind == "rounding" for item in learnables)
+        student = Student(
+            graph_module,
+            [*ends, *adapters],
+            recompute,
+            learned=names,
+            gradients=torch.bfloat16 if small else torch.float32,
+        )
         kept = state.run.targets.setdefault(tuple(ends), {})
         teacher = Teacher(_teacher(state), state.signature, ends, vocabulary, options, kept)
         store, mark = None, ""
@@ -137,40 +145,41 @@ class Calibrate(Pass):
 
     def _recompute(self, graph_module: fx.GraphModule, batch: Batch) -> bool:
         wanted = get_state(graph_module).options.recompute
-        return wanted == "on" if wanted != "auto" else activation_bytes(graph_module, batch) > KEPT_BYTES
+        if wanted != "auto":
+            return wanted == "on"
+        state = get_state(graph_module)
+        weights = sum(math.prod(site.shape) for site in state.sites.values() if site.reason is None)
+        return activation_bytes(graph_module, batch) + WEIGHT_BYTES * weights > KEPT_BYTES
+
+
+@contextlib.contextmanager
+def _without_offsets(graph_module: fx.GraphModule, training: Training) -> Iterator[None]:
+    """Takes rounding offsets out of the graph while they are learned, so that they are not there once more; puts the
+    best back."""
+    names = [item.name for item in training.learnables if item.kind == "rounding"]
+    for name in names:
+        table = get_tensor(graph_module, name)
+        set_tensor(graph_module, name, table.new_zeros(1, 1).expand(table.shape))
+        del training.student.tensors[name]
+    try:
+        yield
+    finally:
+        for name in names:
+            set_tensor(graph_module, name, training.best[name].contiguous())
 
 
 def find_learnables(graph_module: fx.GraphModule, kinds: frozenset[str]) -> list[Learnable]:
     """The tensors of the graph that may change, of the given `kinds`, at their current values."""
     scheme = get_state(graph_module).scheme
     static = scheme is not None and scheme.activation == "static"
-    wanted: dict[fx.Node, str] = {}
+    found: list[Learnable] = []
     for node in graph_module.graph.nodes:
         kind = node.meta.get(LEARN)
         if GROUP in node.meta:
             kind = "range" if static else "clip"
         if node.op == "get_attr" and kind in kinds:
-            wanted[node] = kind
-    scales = {node: _scale_behind(node) for node, kind in wanted.items() if kind == "rounding"}
-    units = dict(evaluate(graph_module, scales.values()))
-    return [
-        Learnable.of(
-            str(node.target),
-            kind,
-            get_tensor(graph_module, str(node.target)),
-            wide(units[scales[node]]) if node in scales else None,
-        )
-        for node, kind in wanted.items()
-    ]
-
-
-def _scale_behind(rounding: fx.Node) -> fx.Node:
-    """The scale `[outputs, groups]` with which the weight is rounded after the offset `rounding`."""
-    for add in rounding.users:
-        for quantize in add.users:
-            if quantize.target is ops.quantize.default:
-                return quantize.args[1]  # type: ignore[return-value]
-    raise InternalError(f"Nothing is rounded after {rounding.name!r}.")
+            found.append(Learnable.of(str(node.target), kind, get_tensor(graph_module, str(node.target))))
+    return found
 
 
 def _teacher(state: CompilerState) -> fx.GraphModule:

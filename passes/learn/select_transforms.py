@@ -17,6 +17,7 @@ from loopq_compile.errors import InternalError
 from loopq_compile.graph.device import device_of
 from loopq_compile.graph.keys import TRANSFORM
 from loopq_compile.graph.state import attach_state, copy_graph, get_state
+from loopq_compile.memory import trim
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.learn.calibrate import find_learnables
 from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
@@ -103,7 +104,7 @@ def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, f
         return dict.fromkeys(groups, 0.0)
     ends = loop_ends(relaxed)
     watched = [*ends, *adapter_names(relaxed, ends)]
-    student = Student(relaxed, watched, learned={item.name for item in learnables})
+    student = Student(relaxed, watched, learned={item.name for item in learnables}, keep_integers=False)
     vocabulary = vocabulary_size(relaxed)
     assert state.run.teacher is not None
     teacher = Teacher(state.run.teacher, state.signature, ends, vocabulary, state.options)
@@ -125,6 +126,7 @@ def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, f
         for item, gradient in zip(learnables, gradients, strict=True):
             sums[item.name] += gradient / len(batches)
             squares[item.name] += gradient.square().mean(0) / len(batches)
+        trim()
     scores = dict.fromkeys(groups, 0.0)
     for name, total in sums.items():
         scores[owner[name]] += _score(total, squares[name])

@@ -7,14 +7,14 @@ from torch import Tensor, fx
 
 from loopq_compile.calibration.ranges import weight_scale
 from loopq_compile.errors import InternalError
-from loopq_compile.graph.constants import chain_name, evaluate, root_weight
+from loopq_compile.graph.constants import chain_name, evaluate
 from loopq_compile.graph.insert import add_constant, call, inserting
 from loopq_compile.graph.keys import BITS, LEARN
 from loopq_compile.graph.scheme import Scheme, quantized_range
 from loopq_compile.graph.state import Site, get_tensor
 from loopq_compile.graph.weights import site_calls, weight_chain
 from loopq_compile.operators import ops
-from loopq_compile.operators.precision import wide
+from loopq_compile.operators.precision import OFFSETS, wide
 from loopq_compile.passes.base import Pass, PassResult
 
 _QUANTIZED = {ops.quantize.default, ops.fake_quantize.default}
@@ -33,8 +33,8 @@ class QuantizeWeights(Pass):
     Args:
         learnable: `scale = dynamic_scale(weight, clip)` follows the weight while a transform is learned; `clip` is a
             table `[outputs, inputs / group_size]` for calibration to learn. The initial scales are the same.
-        rounding: puts `weight + rounding` before the pair: a table of zeros of the weight's shape, for what a weight
-            solver or learned rounding adds. Equals `learnable` by default.
+        rounding: puts `offset(weight, rounding, scale)` before the pair: a table of zeros of the weight's shape, for
+            what a weight solver or learned rounding adds. The zeros take no memory. Equals `learnable` by default.
     """
 
     def __init__(self, learnable: bool = False, rounding: bool | None = None) -> None:
@@ -78,20 +78,20 @@ class QuantizeWeights(Pass):
         size, limits = _group_size(scheme, site.shape[1]), quantized_range(scheme.weight_bits)
         name = chain_name(graph_module, end)
         scale = add_constant(graph_module, f"{name}_{'clip' if self.learnable else 'scale'}", values)
-        offset = self._add_rounding(graph_module, name, end) if self.rounding else None
+        steps = self._add_rounding(graph_module, name, site) if self.rounding else None
         with inserting(graph, before=end.next, tag=None, site=site.name):
             if self.learnable:
                 scale.meta[LEARN] = "weight_clip"
                 scale = call(graph, ops.dynamic_scale.default, end, scale, size, scheme.limit(scheme.weight_bits))
-            shifted = call(graph, torch.ops.aten.add.Tensor, end, offset) if offset else end
+            shifted = call(graph, ops.offset.default, end, steps, scale, size) if steps else end
             codes = call(graph, ops.quantize.default, shifted, scale, size, *limits)
             dequantized = call(graph, ops.dequantize.default, codes, scale, size)
         dequantized.meta[BITS] = scheme.weight_bits
         return dequantized
 
-    def _add_rounding(self, graph_module: fx.GraphModule, name: str, end: fx.Node) -> fx.Node:
-        zeros = torch.zeros_like(wide(get_tensor(graph_module, str(root_weight(end).target))))
-        node = add_constant(graph_module, f"{name}_rounding", zeros)
+    def _add_rounding(self, graph_module: fx.GraphModule, name: str, site: Site) -> fx.Node:
+        zero = torch.zeros(1, 1, dtype=OFFSETS, device=get_tensor(graph_module, site.weight).device)
+        node = add_constant(graph_module, f"{name}_rounding", zero.expand(site.shape))
         node.meta[LEARN] = "rounding"
         return node
 

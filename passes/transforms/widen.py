@@ -84,6 +84,8 @@ def _repeat(graph_module: fx.GraphModule, chain: list[fx.Node], row: int, order:
 def _own(graph_module: fx.GraphModule, node: fx.Node, row: int) -> fx.Node:
     weight, _, part = str(node.target).rpartition("_")
     name = f"{weight}_loop{row}_{part}"
-    made = add_constant(graph_module, name, get_tensor(graph_module, str(node.target)).clone())
+    table = get_tensor(graph_module, str(node.target))
+    own = table.clone() if table.is_contiguous() else table[:1, :1].clone().expand(table.shape)  # offsets of zero
+    made = add_constant(graph_module, name, own)
     made.meta = dict(node.meta)
     return made

@@ -38,9 +38,9 @@ def test_auto_decides_by_size(monkeypatch):
     seen = []
     original = students.Student.__init__
 
-    def spy(self, graph_module, watched=(), recompute=True, segments=None, learned=None):
+    def spy(self, graph_module, watched=(), recompute=True, **options):
         seen.append(recompute)
-        original(self, graph_module, watched, recompute, segments, learned)
+        original(self, graph_module, watched, recompute, **options)
 
     monkeypatch.setattr(students.Student, "__init__", spy)
     for limit, expected in ((1 << 40, False), (1, True)):

@@ -126,7 +126,7 @@ def test_gradients_are_those_of_a_model_written_by_hand():
     matrix = torch.kron(left, right)
     weight = model.layer.weight.detach() @ torch.linalg.inv(matrix).t()
     scale = largest(weight) * hand["layer.weight_clip"] / -8
-    rounded = codes((weight + hand["layer.weight_rounding"]) / scale) * scale
+    rounded = codes((weight + hand["layer.weight_rounding"] * scale) / scale) * scale
     state = x
     for loop in range(3):
         moved = state @ matrix

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor, fx, nn
 
 import loopq_compile as lq
 from loopq_compile.capture.to_graph import capture
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.state import copy_graph, get_state, get_tensor
+from loopq_compile.operators.precision import wide
 from loopq_compile.passes.loops.tag_loops import TagLoops
 from loopq_compile.passes.quantize.annotate_linears import AnnotateLinears
 from loopq_compile.passes.quantize.collect_ranges import CollectRanges
@@ -66,7 +68,7 @@ def prepared(
 def learned_tensors(graph_module: fx.GraphModule) -> dict[str, Tensor]:
     """Everything in the graph that calibration may change, by name."""
     return {
-        str(node.target): get_tensor(graph_module, str(node.target)).clone()
+        str(node.target): wide(get_tensor(graph_module, str(node.target))).clone(memory_format=torch.contiguous_format)
         for node in graph_module.graph.nodes
         if node.op == "get_attr" and ("loopq_learn" in node.meta or "loopq_group" in node.meta)
     }

@@ -6,7 +6,7 @@ import torch
 from loopq_compile.calibration.ranges import weight_scale
 from loopq_compile.graph.constants import chain_name, constant_nodes, evaluate
 from loopq_compile.graph.insert import add_constant, call, inserting
-from loopq_compile.graph.state import get_state, get_tensor
+from loopq_compile.graph.state import get_state, get_tensor, set_tensor
 from loopq_compile.graph.weights import site_calls, weight_chain
 from loopq_compile.operators import ops
 from loopq_compile.passes.quantize.pack_weights import PackWeights
@@ -64,8 +64,8 @@ def test_the_rounding_offset_changes_integers_and_not_scales():
     graph_module = prepared(QuantizeWeights(rounding=True))
     before = scales(graph_module)
     assert "layers.0.down.weight_scale" in dict(graph_module.named_buffers()), "fixed scales"
-    step = get_tensor(graph_module, "layers.0.down.weight_scale").repeat_interleave(32, 1)
-    get_tensor(graph_module, "layers.0.down.weight_rounding").copy_(step)
+    step = torch.ones_like(get_tensor(graph_module, "layers.0.down.weight_rounding"))
+    set_tensor(graph_module, "layers.0.down.weight_rounding", step)
     packed = PackWeights()(graph_module).graph_module
     plain = PackWeights()(prepared(QuantizeWeights())).graph_module
     moved = get_tensor(packed, "layers.0.down.weight_codes") - get_tensor(plain, "layers.0.down.weight_codes")
