@@ -138,14 +138,14 @@ def quantize_packed(
     rows, others = as_rows(x), None if up is None else as_rows(up)
     count, width = rows.shape
     work = x.dtype if diagonal is None else torch.promote_types(x.dtype, diagonal.dtype)
-    factors = None if left is None else (left.shape[-1], right.shape[-1])
+    factors = None if left is None or right is None else (left.shape[-1], right.shape[-1])
     constants = row_constants(width, group_size, table.shape[-1], factors, bits, limit, _TYPES[work])
     codes, scales = quantized_like(x, group_size, bits)
     through_memory = constants["D2"] != constants["P2"] or constants["STEP"]
     scratch = torch.empty((count, width), dtype=torch.float32, device=x.device) if through_memory else None
     strides = rows.stride(0), 0 if others is None else others.stride(0)
     gain, shift, diagonal, table = side_by_side(gain, shift, diagonal, table)
-    if left is not None:
+    if left is not None and right is not None:
         left, right = of_one_length(left, right)
     lengths = [1 if table is None else table.shape[0] for table in (diagonal, left, table)]
     launcher(quantize_kernel)[(count,)](
