@@ -22,6 +22,7 @@ from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.shapes import infer_shapes
 from loopq_compile.graph.state import RunContext, copy_graph, get_state
+from loopq_compile.memory import return_large_tensors
 from loopq_compile.methods import get_pipeline
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.program import Program, failures_with_programs
@@ -29,6 +30,8 @@ from loopq_compile.storage.artifact import read
 
 DATA_FREE = ("symmetric", "quarot")
 """Methods that need no calibration data with dynamic scales and `weight_solver="rtn"`."""
+_LARGE = 16 << 20
+"""Parameters of a model from which on freed memory matters more than the time to get it again."""
 
 
 def compile(
@@ -114,6 +117,8 @@ def _quantize(
     state.scheme, state.method, state.options = scheme, pipeline.name, options
     state.run.calibration = _repeatable(calibration)
     state.run.teacher = copy_graph(graph_module)
+    if sum(tensor.numel() for tensor in graph_module.parameters()) > _LARGE:
+        return_large_tensors()
     try:
         with says_how_to_go_on(state), failures_with_programs():
             graph_module = pipeline.run(graph_module)

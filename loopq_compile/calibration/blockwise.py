@@ -110,10 +110,10 @@ class BlockTraining(Steps):
 
     def backward(self, number: int) -> LossParts:
         """Runs backward one run at a time, so that the memory of a step does not grow with the number of loops."""
-        values = self.values()
-        offsets = {name: value for name, value in values.items() if isinstance(value, Offsets)}
-        steps = {name: wide(value.steps).requires_grad_() for name, value in offsets.items()}
         with torch.enable_grad(), self.precision():
+            values = self.values()
+            offsets = {name: value for name, value in values.items() if isinstance(value, Offsets)}
+            steps = {name: wide(value.steps).requires_grad_() for name, value in offsets.items()}
             constants = self._constants(values | steps)
             learned = {
                 name: value for name, value in constants.items() if isinstance(value, Tensor) and value.requires_grad

@@ -131,7 +131,7 @@ class _Solver:
     ) -> None:
         self.graph_module, self.state, self.batches = graph_module, state, batches
         self.options, self.loop_weights, self.centered = options, loop_weights, centered
-        self.solutions: dict[str, list[Solution]] = {}
+        self.errors: dict[str, list[tuple[float, ...]]] = {}
 
     def run(self, chains: list[Chain], sweeps: int) -> None:
         """Runs all sweeps."""
@@ -148,11 +148,8 @@ class _Solver:
 
     def notes(self) -> Iterator[str]:
         """Lines about the errors before and after, by the last part of the sites' names."""
-        for kind, found in self.solutions.items():
-            before, after, alpha, beta = (
-                sum(getattr(solution, name) for solution in found) / len(found)
-                for name in ("before", "after", "alpha", "beta")
-            )
+        for kind, found in self.errors.items():
+            before, after, alpha, beta = (sum(numbers) / len(found) for numbers in zip(*found, strict=True))
             shares = f", alpha {alpha:.2f}, beta {beta:.2f}" if self.options.solver == "loaq" else ""
             yield f"{kind}: relative output error {before:.2e} -> {after:.2e} ({len(found)} weights{shares})"
 
@@ -174,7 +171,7 @@ class _Solver:
     ) -> dict[int, Split]:
         """Solves all weights. Returns what `_measure` would, with the weights of this sweep; nothing unless `again`."""
         measured: dict[int, Split] = {}
-        self.solutions = defaultdict(list)
+        self.errors = defaultdict(list)
         stops = [(index, call) for index, family in enumerate(families) for call in range(family.calls if again else 1)]
         for index, number, split, observer in self._walk(families, stops, "Solving weights"):
             if number:
@@ -183,7 +180,9 @@ class _Solver:
             if index in later:
                 split.add(later.pop(index))
             for chain in families[index].chains:
-                self.solutions[chain.site.name.rpartition(".")[2]].append(self._solve(observer, chain, split, options))
+                found = self._solve(observer, chain, split, options)
+                errors = found.before, found.after, found.alpha, found.beta
+                self.errors[chain.site.name.rpartition(".")[2]].append(errors)
         return measured
 
     def _walk(
