@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from loopq_compile.graph.evaluate import call_node
+
+_SMALL = 1 << 21
+"""Bytes up to which a constant is kept; tables of scales are below."""
 
 
 class Walk:
@@ -15,8 +19,8 @@ class Walk:
 
     Values that will still be read are kept for every batch (in a Transformer, little more than the residual stream);
     all others are dropped. What depends only on stored tensors (weights after inverse transforms and quantization) is
-    computed when it is read and dropped at the end of a stretch. So the next stretch sees what a pass changed in a
-    chain.
+    computed when it is read. Of that, integers and small tensors are kept to the end of a stretch, since a stretch may
+    be a whole loop. So the next stretch sees what a pass changed in a chain.
 
     Args:
         graph_module: the graph; nodes may be inserted into constant chains while it runs.
@@ -73,7 +77,10 @@ class Walk:
         if node not in self._constants:
             if node.op == "get_attr":
                 return call_node(self._graph_module, node, self.constant)
-            self._constants[node] = self._compute(node, {})
+            value = self._compute(node, {})
+            if isinstance(value, Tensor) and value.dtype != torch.int8 and value.nbytes > _SMALL:
+                return value
+            self._constants[node] = value
         return self._constants[node]
 
     def _compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
