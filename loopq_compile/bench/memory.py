@@ -11,8 +11,8 @@ from loopq_compile.bench.results import Report
 from loopq_compile.errors import LoopQError
 from loopq_compile.models import OuroConfig
 
-WIDTHS: Mapping[int, tuple[int, int]] = {512: (8, 1408), 1024: (16, 2816), 2048: (16, 5632)}
-"""Heads and hidden features of the MLP by width, in the proportions of Ouro."""
+_HEAD = 64
+"""Features of an attention head."""
 
 
 def memory(
@@ -30,7 +30,7 @@ def memory(
     """Calibrates models of several depths with random weights, each in its own process.
 
     Args:
-        width: features of the residual stream, one of `WIDTHS`.
+        width: features of the residual stream, a multiple of 64.
         layers: numbers of layers; at least two, for a slope.
         loops: times that the layers run.
         scheme, method: as for `loopq_compile.compile`.
@@ -42,8 +42,8 @@ def memory(
     Raises:
         LoopQError: an argument is out of range, or a process failed.
     """
-    if width not in WIDTHS:
-        raise LoopQError(f"width={width} is not one of {', '.join(map(str, WIDTHS))}.")
+    if width < _HEAD or width % _HEAD:
+        raise LoopQError(f"width={width} is not a multiple of {_HEAD}.")
     if len(set(layers)) < 2:
         raise LoopQError("Name at least two numbers of layers, such as 2,4: the result is a slope.")
     runs: list[list[dict[str, Any]]] = []
@@ -57,10 +57,11 @@ def memory(
         slope = (lines[-1]["peak"] - lines[0]["peak"]) / (weights[-1] - weights[0])
         seconds, peaks = ([line[key] for line in lines] for key in ("seconds", "peak"))
         data.append({"pass": lines[0]["pass"], "seconds": seconds, "peaks": peaks, "bytes": slope})
+    counts = sorted(set(layers))
     columns = (
         "pass",
-        *(f"{count} layers, s" for count in sorted(set(layers))),
-        *(f"{count} layers, MiB" for count in sorted(set(layers))),
+        *(f"{count} layers, s" for count in counts),
+        *(f"{count} layers, MiB" for count in counts),
         "bytes a weight",
     )
     notes = [
@@ -73,14 +74,13 @@ def memory(
 
 
 def _config(width: int, layers: int, loops: int) -> OuroConfig:
-    heads, hidden = WIDTHS[width]
     return replace(
         OuroConfig.ouro_1_4b(),
         vocab_size=512,
         hidden_size=width,
-        intermediate_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
+        intermediate_size=width * 11 // 4,  # as in Ouro
+        num_attention_heads=width // _HEAD,
+        num_key_value_heads=width // _HEAD,
         num_hidden_layers=layers,
         total_ut_steps=loops,
     )

@@ -1,5 +1,5 @@
-"""`loopq-compile bench loops`, `bench exit` and `bench compile`: what more loops and layers cost, and what fewer
-save."""
+"""`loopq-compile bench loops`, `bench exit`, `bench memory` and `bench compile`: what more loops and layers cost, and
+what fewer save."""
 
 from __future__ import annotations
 
@@ -158,6 +158,28 @@ def cache_command(
     bits = [number or None for number in whole_numbers("--values", values)]
     report = caches(loaded.model, tokens, names(schemes), bits, length, say=note(True))
     show(report, out, json, model=f"{model}@{repeat}" if repeat else model, text=source)
+
+
+def memory_command(
+    width: Annotated[int, typer.Option("--width", min=64, help="Features of the residual stream.")] = 1024,
+    layers: Annotated[str, typer.Option("--layers", metavar="LIST", help="Numbers of layers.")] = "2,4",
+    loops: Annotated[int, typer.Option("--loops", min=1, help="Times that the layers run.")] = 3,
+    scheme: Annotated[str, typer.Option("--scheme", help="As for compile.")] = "w4a4",
+    method: Annotated[str, typer.Option("--method", help="As for compile.")] = "loopq",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps over all phases.")] = 8,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration rows of random tokens.")] = 8,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a row.")] = 64,
+    precision: Annotated[str, typer.Option("--precision", help="Of matrix products: float32 or bfloat16.")] = "float32",
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Peak memory of a calibration, pass by pass: bytes for each quantized weight, from models of several depths."""
+    from loopq_compile.bench.memory import memory
+
+    counts = whole_numbers("--layers", layers)
+    options = {"precision": precision}
+    report = memory(width, counts, loops, scheme, method, steps, samples, length, options, say=note(True))
+    show(report, out, json)
 
 
 def size_command(
