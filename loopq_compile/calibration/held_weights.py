@@ -24,6 +24,9 @@ from loopq_compile.operators import ops
 from loopq_compile.operators.precision import wide
 from loopq_compile.operators.straight_through import weight_codes, weight_values
 
+Integers = tuple[Tensor, Tensor]
+"""Codes `[N, K]` and scales `[N, groups]` of a weight."""
+
 
 class WeightChain:
     """The nodes from stored tensors to one quantized weight.
@@ -56,7 +59,7 @@ class WeightChain:
         """Features per scale."""
         return self._limits[0]
 
-    def codes(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def codes(self, tensors: Sequence[Tensor]) -> Integers:
         """Integers `[N, K]` and scales `[N, groups]` of the weight, without gradients."""
         with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
             x, scale = self._parts(*tensors)
@@ -76,14 +79,17 @@ class HeldWeight:
     Args:
         chain: how the weight is computed.
         values: what the chain reads, in the order of its `targets`.
-        kept: keep the integers and the gradient for the length of a step. Otherwise every product runs the chain, and
-            every gradient goes through it at once: no memory, but more work.
-        gradient: type of the summed gradient.
+        integers: what the chain gives for these values.
+        summed: send the sum of all gradients through the chain, once. Otherwise each goes through it at once: no
+            memory, but more work.
+        gradient: type of the sum.
     """
 
-    def __init__(self, chain: WeightChain, values: Sequence[Value], kept: bool, gradient: torch.dtype) -> None:
-        self._chain, self._values, self._kept, self._type = chain, list(values), kept, gradient
-        self._codes = chain.codes(self._tensors()) if kept else None
+    def __init__(
+        self, chain: WeightChain, values: Sequence[Value], integers: Integers, summed: bool, gradient: torch.dtype
+    ) -> None:
+        self._chain, self._values, self._summed, self._type = chain, list(values), summed, gradient
+        self._codes, self._scale = integers
         self._sum: Tensor | None = None
         self._through: list[Tensor | None] = []
         self._leaves = [value for value in self._values if isinstance(value, Tensor) and value.requires_grad]
@@ -97,12 +103,11 @@ class HeldWeight:
 
     def value(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight `[N, K]`, in its own type or in `dtype`."""
-        codes, scale = self._codes or self._chain.codes(self._tensors())
-        return weight_values(codes, scale, self._chain.group_size, dtype or scale.dtype)
+        return weight_values(self._codes, self._scale, self._chain.group_size, dtype or self._scale.dtype)
 
     def add(self, grad: Tensor, x: Tensor) -> None:
         """Adds the gradient of one product, from those of its output `[n, N]` and its input `[n, K]`."""
-        if not self._kept:
+        if not self._summed:
             self._pass_on(grad.t() @ x)
         elif self._sum is None:
             self._sum = (grad.t() @ x).to(self._type)
@@ -137,7 +142,12 @@ class HeldWeight:
         self._through = [_sum(*pair) for pair in zip(self._through, through, strict=True)] if self._through else through
 
     def _tensors(self) -> list[Tensor]:
-        return [value.steps if isinstance(value, Offsets) else value for value in self._values]
+        return tensors_of(self._values)
+
+
+def tensors_of(values: Sequence[Value]) -> list[Tensor]:
+    """The values as a chain reads them."""
+    return [value.steps if isinstance(value, Offsets) else value for value in values]
 
 
 def _is_learned(value: Value) -> bool:

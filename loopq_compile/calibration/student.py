@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from loopq_compile.calibration.held_weights import HeldWeight, WeightChain, held_linear, hold_weights
+from loopq_compile.calibration.held_weights import (
+    HeldWeight,
+    Integers,
+    WeightChain,
+    held_linear,
+    hold_weights,
+    tensors_of,
+)
 from loopq_compile.calibration.learnable import Value
 from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.recurrence import weight_roots
@@ -46,9 +53,9 @@ class Student:
         recompute: whether to keep only what crosses segments for the backward pass.
         segments: number of segments; None for one per four groups of linears.
         learned: names of the constants that `values` may replace; None for any.
-        keep_integers: hold the integers of a weight, and the sum of its gradients, for the length of a step; see
-            `HeldWeight`.
-        gradients: type of these sums.
+        equal_loops: the chains of a weight have the same values in all loops, as right after `widen`. They share their
+            integers, and every gradient goes through its chain at once, so that nothing is kept for each loop.
+        gradients: type of the sums of weights' gradients.
     """
 
     def __init__(
@@ -58,12 +65,12 @@ class Student:
         recompute: bool = True,
         segments: int | None = None,
         learned: Collection[str] | None = None,
-        keep_integers: bool = True,
+        equal_loops: bool = False,
         gradients: torch.dtype = torch.float32,
     ) -> None:
         graph = copy_nodes(graph_module.graph)
         fuse_pairs(graph)
-        self.recompute, self._keep_integers, self._gradients = recompute, keep_integers, gradients
+        self.recompute, self._equal_loops, self._gradients = recompute, equal_loops, gradients
         self.tensors: dict[str, Tensor] = {
             str(node.target): get_tensor(graph_module, str(node.target))
             for node in graph.nodes
@@ -91,7 +98,7 @@ class Student:
             store_results(self._fixed, still, still.module(*[self._constant(name) for name in still.inputs]))
             for chain in self._chains:
                 if learned is not None and not set(chain.targets).intersection(learned):
-                    self._fixed[chain.name] = self._held(chain, {})
+                    self._fixed[chain.name] = self._held(chain, {}, [])
         cuts = _cuts(body, segments or _default_segments(body))
         self._segments = [
             make_segment(body[start:end], body[end:], kept)
@@ -114,9 +121,10 @@ class Student:
         known: dict[str, Any] = dict(self._fixed)
         for name, target in self._attributes.items():
             known[name] = self._value(target, values)
+        integers: list[tuple[list[Tensor], Integers]] = []
         for chain in self._chains:
             if chain.name not in known:
-                known[chain.name] = self._held(chain, values)
+                known[chain.name] = self._held(chain, values, integers)
         store_results(known, self._prepare, self._prepare.module(*[known[name] for name in self._prepare.inputs]))
         return known
 
@@ -141,10 +149,27 @@ class Student:
     def _value(self, target: str, values: Mapping[str, Value]) -> Value:
         return values[target] if target in values else self.tensors[target]
 
-    def _held(self, chain: WeightChain, values: Mapping[str, Value]) -> tuple[HeldWeight, Tensor | None]:
+    def _held(
+        self, chain: WeightChain, values: Mapping[str, Value], known: list[tuple[list[Tensor], Integers]]
+    ) -> tuple[HeldWeight, Tensor | None]:
+        """What `held_linear` takes; `known` are what chains before it read and gave, for loops that are equal."""
         read = [self._value(target, values) for target in chain.targets]
-        weight = HeldWeight(chain, read, self._keep_integers, self._gradients)
+        tensors = tensors_of(read)
+        integers = next((found for other, found in known if _equal(other, tensors)), None)
+        if integers is None:
+            integers = chain.codes(tensors)
+            if self._equal_loops:
+                known.append((tensors, integers))
+        weight = HeldWeight(chain, read, integers, not self._equal_loops, self._gradients)
         return weight, weight.token()
+
+
+def _equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether two chains read the same weight and equal tables."""
+    largest = max(x.numel() for x in first)
+    if len(first) != len(second) or not any(x is y and x.numel() == largest for x in first for y in second):
+        return False
+    return all(x is y or torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 def store_results(known: dict[str, Any], segment: Segment, result: Any) -> None:

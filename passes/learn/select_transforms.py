@@ -104,7 +104,7 @@ def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, f
         return dict.fromkeys(groups, 0.0)
     ends = loop_ends(relaxed)
     watched = [*ends, *adapter_names(relaxed, ends)]
-    student = Student(relaxed, watched, learned={item.name for item in learnables}, keep_integers=False)
+    student = Student(relaxed, watched, learned={item.name for item in learnables}, equal_loops=True)
     vocabulary = vocabulary_size(relaxed)
     assert state.run.teacher is not None
     teacher = Teacher(state.run.teacher, state.signature, ends, vocabulary, state.options)

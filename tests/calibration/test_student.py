@@ -136,3 +136,23 @@ def test_gradients_are_those_of_a_model_written_by_hand():
     state.square().sum().backward()
     for name, leaf in leaves.items():
         torch.testing.assert_close(leaf.grad, hand[name].grad, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_gradients_by_loop_need_no_weights_by_loop():
+    """Chains of one weight that are equal share integers; the gradients are those of separate weights."""
+    relaxed = prepared(loops=3)
+    widen(relaxed, *loop_groups(relaxed))
+    found = []
+    for equal_loops in (False, True):
+        student = Student(relaxed, equal_loops=equal_loops)
+        tables = {name: tensor for name, tensor in learned_tensors(relaxed).items() if name.startswith("transform")}
+        leaves = {name: tensor.requires_grad_() for name, tensor in tables.items()}
+        with torch.no_grad():
+            known = student.prepare({})
+        integers = {id(value[0]._codes) for value in known.values() if isinstance(value, tuple)}
+        assert len(integers) == (7 if equal_loops else 21), "three loops of seven weights"
+        results, _ = student.run([tokens(3)], leaves)
+        results[0].square().mean().backward()
+        found.append({name: leaf.grad for name, leaf in leaves.items()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
