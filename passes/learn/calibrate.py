@@ -33,6 +33,8 @@ LARGEST_CONDITION = 1e4
 """A state is not kept if a transform's condition number exceeds this."""
 KEPT_BYTES = 512 << 20
 """With `recompute="auto"`, everything is kept for the backward pass if a step then takes no more than this."""
+LARGE = 16 << 20
+"""Above this number of quantized weights, the sums of their gradients are kept in bfloat16."""
 WEIGHT_BYTES = 16
 """What a step takes for every learned weight, the model and temporary tensors included."""
 
@@ -119,13 +121,14 @@ class Calibrate(Pass):
         adapters = adapter_names(graph_module, ends)
         names = [item.name for item in learnables]
         recompute = self._recompute(graph_module, batches[0])
-        small = options.precision == "bfloat16" or any(item.kind == "rounding" for item in learnables)
+        half = options.precision == "bfloat16" or any(item.kind == "rounding" for item in learnables)
+        half = half or quantized_weights(graph_module) > LARGE
         student = Student(
             graph_module,
             [*ends, *adapters],
             recompute,
             learned=names,
-            gradients=torch.bfloat16 if small else torch.float32,
+            gradients=torch.bfloat16 if half else torch.float32,
         )
         kept = state.run.targets.setdefault(tuple(ends), {})
         teacher = Teacher(_teacher(state), state.signature, ends, vocabulary, options, kept)
@@ -147,9 +150,7 @@ class Calibrate(Pass):
         wanted = get_state(graph_module).options.recompute
         if wanted != "auto":
             return wanted == "on"
-        state = get_state(graph_module)
-        weights = sum(math.prod(site.shape) for site in state.sites.values() if site.reason is None)
-        return activation_bytes(graph_module, batch) + WEIGHT_BYTES * weights > KEPT_BYTES
+        return activation_bytes(graph_module, batch) + WEIGHT_BYTES * quantized_weights(graph_module) > KEPT_BYTES
 
 
 @contextlib.contextmanager
@@ -195,6 +196,11 @@ def guard(values: dict[str, Tensor]) -> str | None:
         if name.endswith((".left", ".right")) and torch.linalg.cond(value.float()).max() > LARGEST_CONDITION:
             return f"{name} has a condition number above {LARGEST_CONDITION:g}"
     return None
+
+
+def quantized_weights(graph_module: fx.GraphModule) -> int:
+    """How many weights are quantized."""
+    return sum(math.prod(site.shape) for site in get_state(graph_module).sites.values() if site.reason is None)
 
 
 def activation_bytes(graph_module: fx.GraphModule, batch: Batch) -> float:
