@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loopq_compile.calibration.batches import guarded
+from loopq_compile.calibration.batches import calibration_batches, guarded
 from loopq_compile.calibration.preflight import check, says_how_to_go_on
 from loopq_compile.capture.model_checks import check_deterministic, check_model
 from loopq_compile.capture.surroundings import undisturbed
@@ -22,16 +22,15 @@ from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.shapes import infer_shapes
 from loopq_compile.graph.state import RunContext, copy_graph, get_state
-from loopq_compile.memory import return_large_tensors
-from loopq_compile.methods import get_pipeline
+from loopq_compile.memory import LARGE, available_memory, return_large_tensors
+from loopq_compile.methods import get_pipeline, reference_graph
+from loopq_compile.passes.learn.requirements import Work, check_fits, kind_of
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.program import Program, failures_with_programs
 from loopq_compile.storage.artifact import read
 
 DATA_FREE = ("symmetric", "quarot")
 """Methods that need no calibration data with dynamic scales and `weight_solver="rtn"`."""
-_LARGE = 16 << 20
-"""Parameters of a model from which on freed memory matters more than the time to get it again."""
 
 
 def compile(
@@ -117,8 +116,9 @@ def _quantize(
     state.scheme, state.method, state.options = scheme, pipeline.name, options
     state.run.calibration = _repeatable(calibration)
     state.run.teacher = copy_graph(graph_module)
-    if sum(tensor.numel() for tensor in graph_module.parameters()) > _LARGE:
+    if sum(tensor.numel() for tensor in graph_module.parameters()) > LARGE:
         return_large_tensors()
+        _check_memory(graph_module, scheme, pipeline)
     try:
         with says_how_to_go_on(state), failures_with_programs():
             graph_module = pipeline.run(graph_module)
@@ -126,6 +126,18 @@ def _quantize(
     finally:
         state.run = RunContext()
     return Program(graph_module)
+
+
+def _check_memory(graph_module: Any, scheme: Scheme, pipeline: Pipeline) -> None:
+    """Refuses what would not fit into memory, before hours are spent on it."""
+    state, device = get_state(graph_module), device_of(graph_module)
+    if state.run.calibration is None or not any(kind_of(item, state.options) for item in pipeline):
+        return
+    batches = list(calibration_batches(state.run.calibration, state.signature, None))
+    work = Work.of(reference_graph(graph_module, scheme), batches, state.options)
+    warning = check_fits(work, list(pipeline), state.options, available_memory(device))
+    if warning:
+        warnings.warn(warning, stacklevel=4)
 
 
 def _repeatable(calibration: Any) -> Any:

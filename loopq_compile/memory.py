@@ -6,17 +6,73 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 
-def available_memory() -> int:
-    """Bytes that can be allocated without swapping; without psutil only those that nothing uses, not even a cache."""
+def available_memory(device: torch.device | None = None) -> int:
+    """Bytes that can be allocated without swapping; without psutil only those that nothing uses, not even a cache.
+
+    Args:
+        device: a GPU to ask about, instead of the machine.
+    """
+    if device is not None and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         import psutil
     except ImportError:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return psutil.virtual_memory().available
+
+
+class Peak:
+    """The largest memory since the last `restart`, without what lay there when this object was made.
+
+    Memory is the resident size of the process, on a GPU what PyTorch has allocated there.
+
+    Args:
+        device: where tensors lie.
+
+    Raises:
+        OSError: the system does not tell; only Linux does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart()
+        self.base = 0
+        self.base = self.now()
+
+    def restart(self) -> None:
+        """Forgets what was before."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def bytes(self) -> int:
+        """The peak."""
+        return self._largest() - self.base
+
+    def now(self) -> int:
+        """What lies there now."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device) - self.base
+        return _status("VmRSS") - self.base
+
+    def _largest(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of the process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
 
 
 def _find_trim() -> Callable[[int], int] | None:
@@ -25,6 +81,8 @@ def _find_trim() -> Callable[[int], int] | None:
     return None
 
 
+LARGE = 16 << 20
+"""Parameters of a model from which on freed memory matters more than the time to get it again."""
 _TRIM = _find_trim()
 _MMAP_THRESHOLD = -3
 """Number of the parameter in glibc's `malloc.h`."""

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.graph.scheme import Scheme
+from loopq_compile.graph.state import copy_graph, get_state
 from loopq_compile.passes.learn.calibrate import Calibrate
 from loopq_compile.passes.learn.calibrate_blocks import CalibrateBlocks
 from loopq_compile.passes.learn.select_transforms import SelectTransforms
@@ -46,6 +49,13 @@ _SECOND_KINDS = ("rounding", "clip", "range", "adapter")
 """Transforms stay fixed after the solver, whose corrections fit the present directions of activations: learning
 transforms at full rate undid the solver in one step (measured)."""
 _FRONT: tuple[PassBase, ...] = (TagLoops(), CanonicalizeLinears(), AnnotateLinears())
+
+
+def reference_graph(captured: fx.GraphModule, scheme: Scheme) -> fx.GraphModule:
+    """The captured graph with loops tagged and linears listed, in full precision; node names are those of programs."""
+    graph_module = copy_graph(captured)
+    get_state(graph_module).scheme = scheme
+    return Pipeline(_FRONT).run(graph_module)
 
 
 def symmetric(*, transforms: bool = False) -> Pipeline:

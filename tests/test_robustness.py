@@ -165,8 +165,8 @@ def test_the_estimate_times_a_batch():
     assert estimate(graph, lq.Scheme.parse("w4a8"), lq.pipelines.symmetric()).seconds is None
     assert plain.bytes < learned.bytes, "selected groups have weights per loop"
     few, many = (
-        estimate(graph, lq.Scheme.parse("w4a8"), lq.pipelines.flatquant_e2e(), data, CalibrationOptions(steps=steps))
-        for steps in (1, 2000)
+        estimate(graph, lq.Scheme.parse("w4a8"), lq.pipelines.flatquant_e2e(), data, options)
+        for options in (CalibrationOptions(steps=steps, fused="off") for steps in (1, 2000))
     )
     assert many.seconds > 20 * few.seconds
     assert len(graph.graph.nodes) == nodes and not get_state(graph).log, "the model's graph stays as it was"

@@ -1,45 +1,28 @@
 """Predicts the cost of a compilation: size on disk, memory, time.
 
-Time is measured, not guessed. The passes before learning run on one batch, and one step and one evaluation are timed;
-each time is multiplied by how often the method will need it. The model is not changed.
+Time and memory are those of a rehearsal (`loopq_compile.analysis.rehearsal`). The model is not changed.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
-from loopq_compile.analysis.residual_error import reference_graph
+from loopq_compile.analysis.machine import Machine, predict
+from loopq_compile.analysis.rehearsal import Cost, Rehearsal
 from loopq_compile.calibration.batches import bind_batch, count_tokens
-from loopq_compile.calibration.learnable import Learnable
-from loopq_compile.calibration.training import Training
+from loopq_compile.errors import LoopQError
 from loopq_compile.graph.device import device_of
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.scheme import Scheme
-from loopq_compile.graph.state import CompilerState, Site, copy_graph, get_state, get_tensor
-from loopq_compile.passes.learn.calibrate import KEPT_BYTES, Calibrate, activation_bytes, find_learnables
-from loopq_compile.passes.learn.calibrate_blocks import CalibrateBlocks
-from loopq_compile.passes.learn.select_transforms import LEAST_GROUPS, SEQUENCES, SelectTransforms
-from loopq_compile.passes.quantize.collect_ranges import CollectRanges
-from loopq_compile.passes.quantize.solve_weights import SolveWeights
-from loopq_compile.passes.transforms.smooth_activations import SmoothActivations
+from loopq_compile.graph.state import CompilerState, Site, get_state, get_tensor
+from loopq_compile.memory import Peak, available_memory
+from loopq_compile.methods import reference_graph
+from loopq_compile.passes.learn.requirements import Work, check_fits
+from loopq_compile.passes.learn.select_transforms import LEAST_GROUPS, SelectTransforms
 from loopq_compile.pipeline import Pipeline
-
-_LEARNED = 7
-"""Single-precision numbers kept for a learned weight: its offset, the gradient, two moments of Adam, and what the
-gradient of its rounding needs."""
-_KEPT = 2.5
-"""Memory of a quantized program for its backward pass, relative to the model's."""
-_FIXED, _NODE = 20e6, 30e3
-"""Bytes that the exporter needs once, and for each node of the graph."""
-_NODE_SECONDS = 0.007
-"""Seconds to capture a node, infer its shape and print it, on a core of 2024."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +34,9 @@ class Estimate:
         quantized, linears: how many linears are quantized, and how many there are.
         parameters: parameters of the model.
         bytes: size of `tensors.safetensors` with packed weights; without tables of learned transforms.
-        memory: peak memory of the process beyond what is already loaded, in bytes, with the model released in parts.
+        memory: peak memory beyond what is already loaded, in bytes.
         seconds: time of the compilation on this machine at its present load; None without calibration data.
+        passes: memory and time of every pass.
     """
 
     loops: str
@@ -62,6 +46,7 @@ class Estimate:
     bytes: int
     memory: int
     seconds: float | None
+    passes: list[Cost]
 
 
 def estimate(
@@ -70,16 +55,22 @@ def estimate(
     pipeline: Pipeline,
     calibration: Sequence[Tensor] = (),
     options: CalibrationOptions | None = None,
+    peak: Peak | None = None,
+    machine: Machine | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Estimate:
-    """Predicts from the captured graph; runs the first calibration batches to time them.
+    """Predicts from the captured graph by a rehearsal, which takes a few steps' time and a compilation's memory.
 
     Args:
         captured: the model's graph; it is not changed.
         scheme, pipeline, options: as for `loopq_compile.compile`.
-        calibration: token batches; without them the time is unknown.
+        calibration: token batches; without them, time and memory of learning are unknown.
+        peak: since when memory counts; None for now.
+        machine: predict by formula for this machine; None to rehearse on this one.
+        say: called with the name of every pass before it is rehearsed.
 
     Raises:
-        LoopQError: the scheme does not fit the model.
+        LoopQError: the scheme does not fit the model, or the calibration does not fit into memory.
     """
     options = options or CalibrationOptions()
     graph_module = reference_graph(captured, scheme)
@@ -94,14 +85,28 @@ def estimate(
     size += round(
         _copies(pipeline, options, state, quantized) * sum(_weight_bytes(scheme, *s.shape) for s in quantized)
     )
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    costs = []
+    if len(calibration):
+        batches = [bind_batch(batch, state.signature) for batch in calibration]
+        work = Work.of(graph_module, batches, options)
+        if machine is not None:
+            model_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            costs = predict(work, pipeline, options, sum(map(count_tokens, batches)), machine, model_bytes)
+        else:
+            check_fits(work, list(pipeline), options, available_memory(device_of(captured)))
+    elif machine is not None:
+        raise LoopQError("A prediction for another machine needs calibration data: how long its rows are.")
+    costs = costs or Rehearsal(captured, scheme, pipeline, list(calibration), options, peak, say).run()
     return Estimate(
         loops=state.loops.describe(),
         quantized=len(quantized),
         linears=len(state.sites),
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        parameters=parameters,
         bytes=size,
-        memory=_memory(graph_module, quantized, pipeline, calibration, options),
-        seconds=_seconds(captured, scheme, pipeline, list(calibration), options) if len(calibration) else None,
+        memory=max(cost.memory for cost in costs),
+        seconds=sum(cost.seconds for cost in costs) if len(calibration) else None,
+        passes=costs,
     )
 
 
@@ -121,106 +126,3 @@ def _copies(pipeline: Pipeline, options: CalibrationOptions, state: CompilerStat
         return 0.0
     selected = min(groups, max(LEAST_GROUPS, round(options.selection_budget * groups)))
     return selected / groups * (state.loops.count - 1)
-
-
-def _memory(
-    graph_module: fx.GraphModule,
-    sites: Sequence[Site],
-    pipeline: Pipeline,
-    calibration: Sequence[Tensor],
-    options: CalibrationOptions,
-) -> int:
-    """Memory of graph, scales and work on the largest weight, plus that of learning or of one batch."""
-    sizes = [outputs * inputs for outputs, inputs in (site.shape for site in sites)]
-    total = _FIXED + _NODE * len(graph_module.graph.nodes) + sum(sizes) / 8 + 12 * max(sizes, default=0)
-    if not len(calibration):
-        return round(total)
-    if not any(isinstance(item, Calibrate | CalibrateBlocks) for item in pipeline):
-        return round(total + activation_bytes(graph_module, [calibration[0]]) / 16)
-    kept = _KEPT * activation_bytes(graph_module, [calibration[0][:1].expand(options.batch_rows, -1)])
-    return round(total + 4 * _LEARNED * sum(sizes) + min(kept, KEPT_BYTES))
-
-
-def _seconds(
-    captured: fx.GraphModule, scheme: Scheme, pipeline: Pipeline, batches: list[Tensor], options: CalibrationOptions
-) -> float:
-    graph_module = copy_graph(captured)
-    state = get_state(graph_module)
-    state.scheme, state.method, state.options = scheme, pipeline.name, replace(options, checkpoint=None)
-    state.run.calibration, state.run.teacher = batches[:2], copy_graph(captured)
-    tokens = sum(batch.numel() for batch in batches)
-    seconds = _NODE_SECONDS * len(captured.graph.nodes)
-    work: _Work | None = None
-    for item in pipeline:
-        if isinstance(item, Calibrate | CalibrateBlocks | SelectTransforms) or _solves(item, options):
-            work = work or _Work(graph_module, options)
-            seconds += work.cost(item, tokens)
-        elif work is None:
-            spent = _timed(lambda item=item: Pipeline([item]).run(graph_module))  # type: ignore[misc]
-            if isinstance(item, CollectRanges | SmoothActivations):
-                seen = sum(batch.numel() for batch in state.run.calibration)
-                spent *= min(tokens, item.max_tokens) / seen
-            seconds += spent
-    return seconds
-
-
-def _solves(item: Any, options: CalibrationOptions) -> bool:
-    return isinstance(item, SolveWeights) and (options.weight_solver or item.options.solver) != "rtn"
-
-
-class _Work:
-    """The cost of learning and solving on a prepared graph: of a step, and of a token in a forward pass."""
-
-    def __init__(self, graph_module: fx.GraphModule, options: CalibrationOptions) -> None:
-        self.graph_module, self.options = graph_module, options
-        state = get_state(graph_module)
-        rows = state.run.calibration
-        self.step = self.token = 0.0
-        learnables = find_learnables(graph_module, Calibrate().kinds)
-        if learnables:
-            self._time(Calibrate().training(graph_module, learnables, options, 1, 0), learnables)
-        else:
-            tensors = bind_batch(rows[0], state.signature, device=device_of(graph_module))
-            with torch.no_grad():
-                self.token = _timed(lambda: graph_module(*tensors)) / count_tokens(tensors)
-
-    def _time(self, training: Training, learnables: list[Learnable]) -> None:
-        training.report.steps = 1  # the first step also sets shares of the loss
-        numbers = [training.learn[0], *training.held]
-        for number in numbers:
-            training.teacher.targets(number, training.batches[number])
-        training.backward(numbers[0])  # warms up
-        self.step = _timed(lambda: training.backward(numbers[0]))
-        held = sum(training.batches[number][0].numel() for number in training.held)
-        self.token = _timed(lambda: training.validate({})) / held
-        for item in learnables:
-            item.forget_gradient()
-
-    def cost(self, item: Any, tokens: int) -> float:
-        """Seconds of a pass that learns or solves on `tokens`."""
-        if isinstance(item, SelectTransforms):
-            return SEQUENCES * self.step
-        if isinstance(item, SolveWeights):
-            return self._solving(min(tokens, item.max_tokens))
-        steps = self.options.steps or item.default_steps
-        if isinstance(item, CalibrateBlocks):
-            return self.step * steps
-        steps = max(1, round(steps * item.share))
-        evaluations = 1 + math.ceil(steps / self.options.evaluate_every)
-        return self.step * steps + self.token * tokens * self.options.validation * evaluations
-
-    def _solving(self, tokens: int) -> float:
-        """Two passes over the data with second moments at every call; a Cholesky factor and a sweep for every
-        weight."""
-        state = get_state(self.graph_module)
-        sites = [site for site in state.sites.values() if site.reason is None]
-        work = sum(2 * tokens * state.loops.count * k * k + 8 * n * k * k + k**3 for n, k in (s.shape for s in sites))
-        x = torch.ones(512, 512)
-        rate = 2 * 512**3 / _timed(lambda: x @ x)
-        return 2 * self.token * tokens + work / rate
-
-
-def _timed(action: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start

@@ -17,12 +17,7 @@ from loopq_compile.graph.evaluate import values_of
 from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.printer import site_of
-from loopq_compile.graph.scheme import Scheme
-from loopq_compile.graph.state import copy_graph, get_state
-from loopq_compile.passes.loops.tag_loops import TagLoops
-from loopq_compile.passes.quantize.annotate_linears import AnnotateLinears
-from loopq_compile.passes.quantize.canonicalize_linears import CanonicalizeLinears
-from loopq_compile.pipeline import Pipeline
+from loopq_compile.graph.state import get_state
 
 _COPIES = [["to"], ["_to_copy"], ["slice"], ["alias"], ["clone"], ["contiguous"]]
 """Operators that only pass on the value of another node."""
@@ -44,13 +39,6 @@ class Point:
     kind: str
     site: str
     loop: int | None
-
-
-def reference_graph(captured: fx.GraphModule, scheme: Scheme) -> fx.GraphModule:
-    """The captured graph with loops tagged and linears listed, in full precision; node names are those of programs."""
-    graph_module = copy_graph(captured)
-    get_state(graph_module).scheme = scheme
-    return Pipeline([TagLoops(), CanonicalizeLinears(), AnnotateLinears()]).run(graph_module)
 
 
 def points(reference: fx.GraphModule) -> list[Point]:

@@ -1,4 +1,4 @@
-"""Peak memory of a calibration by pass, and how much of it every quantized weight takes: a slope over layers."""
+"""Time and peak memory of a calibration by pass, predicted and measured, and bytes for every quantized weight."""
 
 from __future__ import annotations
 
@@ -47,17 +47,27 @@ def memory(
     if len(set(layers)) < 2:
         raise LoopQError("Name at least two numbers of layers, such as 2,4: the result is a slope.")
     runs: list[list[dict[str, Any]]] = []
-    for count in sorted(set(layers)):
-        say(f"{count} layers x {loops} loops, width {width}")
+    counts = sorted(set(layers))
+    for count in counts:
         job = Job(_config(width, count, loops).to_dict(), scheme, method, steps, samples, length, dict(options or {}))
-        runs.append(measure(job, say))
-    weights = [run[0]["weights"] for run in runs]
+        say(f"{count} layers x {loops} loops, width {width}, predicted:")
+        predicted = measure(replace(job, rehearse=True), say)
+        say("measured:")
+        runs += [predicted, measure(job, say)]
+    weights = [run[0]["weights"] for run in runs[1::2]]
     data = []
     for lines in zip(*(run[1:] for run in runs), strict=True):
-        slope = (lines[-1]["peak"] - lines[0]["peak"]) / (weights[-1] - weights[0])
-        seconds, peaks = ([line[key] for line in lines] for key in ("seconds", "peak"))
-        data.append({"pass": lines[0]["pass"], "seconds": seconds, "peaks": peaks, "bytes": slope})
-    counts = sorted(set(layers))
+        peaks, seconds = ([line[key] for line in lines] for key in ("peak", "seconds"))
+        data.append(
+            {
+                "pass": lines[0]["pass"],
+                "seconds": seconds[1::2],
+                "predicted_seconds": seconds[::2],
+                "peaks": peaks[1::2],
+                "predicted_peaks": peaks[::2],
+                "bytes": (peaks[-1] - peaks[1]) / (weights[-1] - weights[0]),
+            }
+        )
     columns = (
         "pass",
         *(f"{count} layers, s" for count in counts),
@@ -65,9 +75,9 @@ def memory(
         "bytes a weight",
     )
     notes = [
-        f"Peak resident memory while a pass runs, without the float32 model (4 bytes a weight) that lies there before. "
-        f"{steps} steps, {samples} rows of {length} tokens. Bytes a weight: the difference between the deepest and the "
-        "shallowest model, for each weight of its layers."
+        f"Predicted by the dry run / measured. Peak resident memory while a pass runs, without the float32 model (4 "
+        f"bytes a weight) that lies there before. {steps} steps, {samples} rows of {length} tokens. Bytes a weight: "
+        "the difference of measured peaks between the deepest and the shallowest model, for each weight of its layers."
     ]
     title = f"{method} {scheme}, width {width}, {loops} loops"
     return Report("memory", title, columns, [_row(line) for line in data], data, notes=notes)
@@ -87,6 +97,8 @@ def _config(width: int, layers: int, loops: int) -> OuroConfig:
 
 
 def _row(line: Mapping[str, Any]) -> tuple[str, ...]:
-    seconds = (f"{value:.1f}" for value in line["seconds"])
-    peaks = (f"{value / 2**20:,.0f}" for value in line["peaks"])
+    seconds = (f"{x:,.1f} / {y:,.1f}" for x, y in zip(line["predicted_seconds"], line["seconds"], strict=True))
+    peaks = (
+        f"{x / 2**20:,.0f} / {y / 2**20:,.0f}" for x, y in zip(line["predicted_peaks"], line["peaks"], strict=True)
+    )
     return (line["pass"], *seconds, *peaks, f"{line['bytes']:.1f}")

@@ -1,7 +1,8 @@
 """`python -m loopq_compile.bench.memory_session JSON`: calibrates one model in a separate process.
 
 Takes a `Job` as JSON. Prints a line of JSON for every pass: its name, `seconds`, and `peak`, the largest resident size
-while it ran minus what was resident before the first pass, in bytes. The line of the model comes first.
+while it ran minus what was resident before the first pass, in bytes. The line of the model comes first. A job that is
+only rehearsed prints the same lines as the dry run predicts them.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from loopq_compile.analysis.estimate import estimate
 from loopq_compile.bench.random_models import random_model
+from loopq_compile.capture.to_graph import capture
 from loopq_compile.compiler import compile
 from loopq_compile.errors import LoopQError
+from loopq_compile.graph.device import CPU
+from loopq_compile.graph.options import CalibrationOptions
+from loopq_compile.graph.scheme import Scheme
+from loopq_compile.memory import Peak
 from loopq_compile.methods import get_pipeline
 from loopq_compile.models import OuroConfig
 from loopq_compile.pipeline import Pipeline, pass_name
@@ -37,6 +42,7 @@ class Job:
         samples, length: calibration rows, and tokens in each.
         options: further options of `loopq_compile.compile`.
         out: folder for an ONNX file of the result, checked against the program; None for none.
+        rehearse: only predict.
     """
 
     config: dict[str, Any]
@@ -47,6 +53,7 @@ class Job:
     length: int
     options: dict[str, Any]
     out: str | None = None
+    rehearse: bool = False
 
 
 def measure(job: Job, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -69,22 +76,6 @@ def measure(job: Job, say: Callable[[str], None]) -> list[dict[str, Any]]:
     return lines
 
 
-class Peak:
-    """The largest resident size of this process since the last `restart`; Linux only."""
-
-    def __init__(self) -> None:
-        self.base = psutil.Process().memory_info().rss
-
-    def restart(self) -> None:
-        """Forgets what was before."""
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def bytes(self) -> int:
-        """The peak, without what was resident at first."""
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 - self.base
-
-
 class MeasuredPipeline(Pipeline):
     """A pipeline that tells the time and the peak of every pass.
 
@@ -102,35 +93,64 @@ class MeasuredPipeline(Pipeline):
         self._peak.restart()
         start = time.perf_counter()
         result = super()._apply(item, graph_module, done, probe)
-        self._tell({"pass": pass_name(item), "seconds": time.perf_counter() - start, "peak": self._peak.bytes()})
+        self._tell(_line(pass_name(item), time.perf_counter() - start, self._peak.bytes()))
         return result
 
 
 def run(job: Job, tell: Callable[[dict[str, Any]], None]) -> None:
     """Calibrates in this process, and tells what `measure` returns."""
     model = random_model(OuroConfig.from_dict(job.config))
-    layers = model.model.layers
-    weights = sum(p.numel() for p in layers.parameters() if p.ndim > 1)
-    peak, start = Peak(), time.perf_counter()
-    tell({"pass": "model", "seconds": 0.0, "peak": peak.base, "weights": weights})
+    weights = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+    peak, start, peaks = Peak(CPU), time.perf_counter(), [0]
+    tell({**_line("model", 0.0, peak.base), "weights": weights})
     generator = torch.Generator().manual_seed(0)
     vocabulary = job.config["vocab_size"]
     batches = [torch.randint(vocabulary, (1, job.length), generator=generator) for _ in range(job.samples)]
+    options = {"steps": job.steps, **job.options}
+    if job.rehearse:
+        _rehearse(model, job, batches, options, peak, tell)
+        return
+
+    def tell_and_remember(line: dict[str, Any]) -> None:
+        peaks.append(line["peak"])
+        tell(line)
+
     program = compile(
         model,
         batches[0],
         scheme=job.scheme,
-        method=MeasuredPipeline(get_pipeline(job.method), peak, tell),
+        method=MeasuredPipeline(get_pipeline(job.method), peak, tell_and_remember),
         calibration=batches,
-        **{"steps": job.steps, "release_model": True, **job.options},
+        release_model=True,
+        **options,
     )
     del model
     if job.out is not None:
         peak.restart()
         begun = time.perf_counter()
         program.export_onnx(job.out, target="onnxruntime", form="rolled", cache=True, head_bits=8)
-        tell({"pass": "export", "seconds": time.perf_counter() - begun, "peak": peak.bytes()})
-    tell({"pass": "all together", "seconds": time.perf_counter() - start, "peak": peak.bytes()})
+        tell_and_remember(_line("export", time.perf_counter() - begun, peak.bytes()))
+    tell(_line("all together", time.perf_counter() - start, max(peaks)))
+
+
+def _rehearse(
+    model: Any,
+    job: Job,
+    batches: list[torch.Tensor],
+    options: dict[str, Any],
+    peak: Peak,
+    tell: Callable[[dict[str, Any]], None],
+) -> None:
+    scheme, pipeline = Scheme.parse(job.scheme), get_pipeline(job.method)
+    found = estimate(capture(model, batches[0]), scheme, pipeline, batches, CalibrationOptions(**options), peak)
+    assert found.seconds is not None
+    for cost in found.passes[1:-1]:  # without capture and shapes
+        tell(_line(cost.name, cost.seconds, cost.memory))
+    tell(_line("all together", found.seconds, found.memory))
+
+
+def _line(name: str, seconds: float, peak: int) -> dict[str, Any]:
+    return {"pass": name, "seconds": seconds, "peak": peak}
 
 
 if __name__ == "__main__":

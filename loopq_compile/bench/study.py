@@ -22,7 +22,7 @@ from loopq_compile.errors import LoopQError
 from loopq_compile.evaluation.perplexity import Remembered, evaluate
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.state import copy_graph, get_state
-from loopq_compile.methods import METHODS, get_pipeline
+from loopq_compile.methods import METHODS, get_pipeline, reference_graph
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.program import Program
 from loopq_compile.sources.calibration_text import read_text
@@ -195,7 +195,7 @@ class Study:
     def _trajectory(self, run: Run, program: Program) -> list[Values]:
         if [spec.dtype.is_floating_point for spec in get_state(self.captured).signature.inputs] != [False]:
             return []
-        reference = residual_error.reference_graph(self.captured, run.scheme)
+        reference = reference_graph(self.captured, run.scheme)
         where = residual_error.points(reference)
         found = residual_error.errors(reference, program.graph_module, where, self.probe())
         return [{**asdict(point), "error": found[point.node]} for point in where if point.node in found]

@@ -8,7 +8,6 @@ from statistics import mean
 
 from torch import fx
 
-from loopq_compile.analysis import residual_error
 from loopq_compile.bench import plots
 from loopq_compile.bench.cells import Values
 from loopq_compile.bench.extrapolation import with_loops
@@ -22,6 +21,7 @@ from loopq_compile.evaluation.perplexity import Remembered, evaluate
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.state import get_state
+from loopq_compile.methods import reference_graph
 from loopq_compile.passes.quantize.annotate_linears import linear_calls
 from loopq_compile.program import Program
 
@@ -89,7 +89,7 @@ def _only_loopq(selection: Selection) -> Selection:
 
 def _groups_in_loops(study: Study, scheme: Scheme) -> int:
     """Groups of quantized linears that run more than once."""
-    reference = residual_error.reference_graph(study.captured, scheme)
+    reference = reference_graph(study.captured, scheme)
     state = get_state(reference)
     return len(
         {
@@ -147,7 +147,7 @@ class _Loops:
 
     def __init__(self, study: Study, scheme: Scheme) -> None:
         self.study = study
-        self.reference = residual_error.reference_graph(study.captured, scheme)
+        self.reference = reference_graph(study.captured, scheme)
         self.ends = loop_ends(self.reference)
         if len(self.ends) < 2:
             raise LoopQError(

@@ -119,14 +119,14 @@ class Steps(ABC):
             LoopQError: the loss is not finite, or the checkpoint is damaged or belongs to another calibration.
         """
         self._resume()
-        with fusing(self._worth_fusing()), StepProgress(title, self.steps, self.report.steps) as bar:
+        with fusing(self.worth_fusing()), StepProgress(title, self.steps, self.report.steps) as bar:
             if not self.report.curve:
-                self._evaluate(None)
+                self.evaluate(None)
             while self.report.steps < self.steps and self._stale < self.options.patience:
-                parts = self._step()
+                parts = self.step()
                 done = self.report.steps
                 if done % self.options.evaluate_every == 0 or done == self.steps:
-                    self._evaluate(parts)
+                    self.evaluate(parts)
                 if done % self.options.checkpoint_every == 0:
                     self._save()
                 loss = float(parts.total.detach()) if parts is not None else math.nan
@@ -136,7 +136,7 @@ class Steps(ABC):
             return {}
         return {item.name: item.value(self.best[item.name]).detach() for item in self.learnables}
 
-    def _worth_fusing(self) -> bool:
+    def worth_fusing(self) -> bool:
         """Whether compiling saves more seconds than it takes."""
         wanted = self.options.fused
         return wanted == "on" if wanted != "auto" else self.steps >= FUSED_STEPS
@@ -145,7 +145,8 @@ class Steps(ABC):
         """The current values by constant name: differentiable tensors, and offsets that keep their own gradient."""
         return {item.name: item.current() for item in self.learnables}
 
-    def _step(self) -> LossParts | None:
+    def step(self) -> LossParts | None:
+        """Takes one step; None if it had no finite gradient and so changed nothing."""
         number = pick(self.learn, self.report.steps, self.options.seed)
         try:
             parts = self.backward(number)
@@ -179,7 +180,7 @@ class Steps(ABC):
                 f"learning_rate (now {self.options.learning_rate:g}); checkpoints and the model are unharmed."
             )
 
-    def _evaluate(self, parts: LossParts | None) -> None:
+    def evaluate(self, parts: LossParts | None) -> None:
         """Compares the current state with the best so far; the first call records the unchanged graph."""
         report = self.report
         with torch.no_grad():

@@ -44,7 +44,7 @@ class Teacher:
         self._student = Student(graph_module, ends, recompute=False, segments=1, learned=())
         self._signature, self._ends, self._vocabulary, self._options = signature, ends, vocabulary, options
         self._kept: dict[int, Targets] = {} if kept is None else kept
-        self._bytes = sum(x.nbytes for targets in self._kept.values() for x in _tensors(targets))
+        self._bytes = sum(map(target_bytes, self._kept.values()))
 
     def targets(self, number: int, inputs: Sequence[Tensor]) -> Targets:
         """What the student should predict for batch `number`.
@@ -54,7 +54,7 @@ class Teacher:
         """
         if number not in self._kept:
             targets = self._ask(inputs)
-            size = sum(x.nbytes for x in _tensors(targets))
+            size = target_bytes(targets)
             if self._bytes + size > CACHE_BYTES:
                 return targets
             self._kept[number], self._bytes = targets, self._bytes + size
@@ -88,6 +88,7 @@ def predictions(
     return None, outputs
 
 
-def _tensors(targets: Targets) -> list[Tensor]:
+def target_bytes(targets: Targets) -> int:
+    """The size of the teacher's answer on one batch."""
     parts = [targets.logits, targets.indices, targets.total, *targets.outputs, *targets.states]
-    return [part for part in parts if part is not None]
+    return sum(part.nbytes for part in parts if part is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +31,7 @@ from loopq_compile.errors import LoopQError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loopq_compile.analysis.machine import Machine
     from loopq_compile.graph.options import CalibrationOptions
     from loopq_compile.graph.scheme import Scheme
     from loopq_compile.program import Program
@@ -80,6 +82,10 @@ def compile_command(
         str | None, typer.Option(help="rtn, gptq or loaq: how integers are found; by default the method's own.")
     ] = None,
     precision: Annotated[str, typer.Option(help="float32, or bfloat16 where the processor has it.")] = "float32",
+    recompute: Annotated[
+        str,
+        typer.Option(help="on: keep only what crosses layers for the backward pass. off: keep all. auto: by size."),
+    ] = "auto",
     checkpoint: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder for checkpoints; a killed calibration continues from there."),
@@ -87,6 +93,13 @@ def compile_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Predict size, memory and time; quantize and write nothing.")
     ] = False,
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MEMORY,RATE,BANDWIDTH",
+            help="With --dry-run: predict by formula for another machine, such as 32GiB,105TFLOPS,1.79TB/s.",
+        ),
+    ] = None,
     repeat: RepeatLayers = None,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -117,8 +130,10 @@ def compile_command(
         batch_rows=batch_rows,
         weight_solver=weight_solver,
         precision=precision,
+        recompute=recompute,
         checkpoint=str(checkpoint) if checkpoint else None,
     )
+    elsewhere = _machine(machine, dry_run)
     check_folder(out, PROGRAM, FILES)
     if checkpoint:
         check_file(checkpoint / "phase")
@@ -130,7 +145,7 @@ def compile_command(
     source = calibration or default_text(method, activation, loaded)
     batches = _batches(source, loaded, samples, length, seed, note(json))
     if dry_run:
-        _predict(loaded.model, wanted, get_pipeline(method), batches, options, json)
+        _predict(loaded.model, wanted, get_pipeline(method), batches, options, elsewhere, json)
     else:
         _show(_compile(loaded, wanted, method, batches, options, out), out, json)
 
@@ -169,23 +184,56 @@ def _compile(
     return program
 
 
+def _machine(text: str | None, dry_run: bool) -> Machine | None:
+    from loopq_compile.analysis.machine import Machine
+
+    if text is None:
+        return None
+    if not dry_run:
+        raise LoopQError("--machine predicts for another machine, and needs --dry-run.")
+    return Machine.parse(text)
+
+
 def _predict(
-    model: Any, scheme: Scheme, pipeline: Any, batches: list[Tensor] | None, options: CalibrationOptions, json: bool
+    model: Any,
+    scheme: Scheme,
+    pipeline: Any,
+    batches: list[Tensor] | None,
+    options: CalibrationOptions,
+    machine: Machine | None,
+    json: bool,
 ) -> None:
     from dataclasses import asdict
 
     from loopq_compile.analysis.estimate import estimate
     from loopq_compile.capture.to_graph import capture
+    from loopq_compile.graph.device import device_of
+    from loopq_compile.memory import Peak
 
-    found = estimate(capture(model), scheme, pipeline, batches or (), options)
+    peak, say = Peak(device_of(model)), note(json)
+    found = estimate(capture(model), scheme, pipeline, batches or (), options, peak, machine)
     if json:
         print_json({"dry_run": True, **asdict(found)})
         return
-    seconds = "unknown without calibration data" if found.seconds is None else f"about {found.seconds:.0f} s"
-    note(json)(
+    seconds = "unknown without calibration data" if found.seconds is None else f"about {duration(found.seconds)}"
+    shown = [cost for cost in found.passes if cost.seconds > 0.01 * (found.seconds or math.inf)]
+    for cost in shown:
+        say(f"{cost.name:20s} {duration(cost.seconds):>10s} {cost.memory / 2**20:10,.0f} MiB")
+    say(
         f"{found.loops}; {found.quantized} of {found.linears} linears quantized, {found.parameters:,} parameters\n"
-        f"size {found.bytes / 2**20:.2f} MiB, memory up to {found.memory / 2**20:.0f} MiB more, calibration {seconds}; "
-        "nothing was written"
+        f"size {found.bytes / 2**20:,.2f} MiB, memory up to {found.memory / 2**20:,.0f} MiB more, time {seconds}"
+        f"{', by formula, for ' + str(machine) if machine else ''}; nothing was written"
+    )
+
+
+def duration(seconds: float) -> str:
+    """`"40 s"`, `"12 min"` or `"3.5 h"`."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
     )
 
 

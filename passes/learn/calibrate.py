@@ -78,24 +78,14 @@ class Calibrate(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
-        options = state.options
-        if self.final_share is not None:
-            options = dataclasses.replace(options, final_share=self.final_share)
-        learnables = find_learnables(graph_module, self.kinds)
-        total = options.steps or self.default_steps
-        steps = max(1, round(total * self.share))
-        if options.fused == "auto":  # the phases of a method share the cost of compiling
-            options = dataclasses.replace(options, fused="on" if total >= FUSED_STEPS else "off")
-        if not learnables:
-            return PassResult(graph_module, False)
-        phase = len(state.results.setdefault("calibration", []))
-        training = self.training(graph_module, learnables, options, steps, phase)
-        with _without_offsets(graph_module, training):
+        with self.prepared(graph_module) as training:
+            if training is None:
+                return PassResult(graph_module, False)
             learned = training.run(f"Calibrating {state.method}")
         for name, value in learned.items():
             set_tensor(graph_module, name, value.to(get_tensor(graph_module, name).dtype).contiguous())
-        report = training.report
-        state.results["calibration"].append({**asdict(report), "phase": phase, "learned": count_by_kind(learnables)})
+        report, phases = training.report, state.results.setdefault("calibration", [])
+        phases.append({**asdict(report), "phase": len(phases), "learned": count_by_kind(training.learnables)})
         state.note(
             f"{report.steps} steps, {report.tokens:,} tokens: divergence from the teacher on {len(training.held)} "
             f"batches {report.start:.4f} -> {report.best:.4f} (step {report.best_step})"
@@ -104,7 +94,31 @@ class Calibrate(Pass):
         )
         return PassResult(graph_module, bool(learned))
 
-    def training(
+    def steps(self, options: CalibrationOptions) -> int:
+        """The steps of this phase."""
+        return max(1, round((options.steps or self.default_steps) * self.share))
+
+    @contextlib.contextmanager
+    def prepared(self, graph_module: fx.GraphModule) -> Iterator[Training | None]:
+        """The phase, ready to run; None if there is nothing to learn. What is learned is out of the graph until the
+        context ends, which puts the best back."""
+        state = self.state(graph_module)
+        options = state.options
+        if self.final_share is not None:
+            options = dataclasses.replace(options, final_share=self.final_share)
+        if options.fused == "auto":  # the phases of a method share the cost of compiling
+            total = options.steps or self.default_steps
+            options = dataclasses.replace(options, fused="on" if total >= FUSED_STEPS else "off")
+        learnables = find_learnables(graph_module, self.kinds)
+        if not learnables:
+            yield None
+            return
+        phase = len(state.results.get("calibration", ()))
+        training = self._training(graph_module, learnables, options, self.steps(options), phase)
+        with _without_offsets(graph_module, training):
+            yield training
+
+    def _training(
         self,
         graph_module: fx.GraphModule,
         learnables: list[Learnable],
@@ -112,7 +126,6 @@ class Calibrate(Pass):
         steps: int,
         phase: int,
     ) -> Training:
-        """One phase, ready to run."""
         state = self.state(graph_module)
         vocabulary = vocabulary_size(graph_module)
         every = calibration_batches(state.run.calibration, state.signature, vocabulary, device_of(graph_module))

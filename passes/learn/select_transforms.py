@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from loopq_compile.calibration.batches import calibration_batches
-from loopq_compile.calibration.data import regroup
+from loopq_compile.calibration.data import Batch, regroup
 from loopq_compile.calibration.objective import Objective
 from loopq_compile.calibration.states import adapter_names, loop_ends
 from loopq_compile.calibration.student import Student
@@ -64,73 +64,102 @@ class SelectTransforms(Pass):
             raise InternalError("select-transforms needs the captured graph as a teacher, and calibration data.")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        groups, wanted = self.candidates(graph_module)
+        if wanted < 1:
+            return PassResult(graph_module, False)
+        self.choose(graph_module, sharing_gaps(graph_module, groups), wanted)
+        return PassResult(graph_module, True)
+
+    def candidates(self, graph_module: fx.GraphModule) -> tuple[list[str], int]:
+        """The groups to choose from, and how many of them this round takes."""
         state = self.state(graph_module)
         found = state.results.setdefault("slt", {"scores": [], "selected": [], "candidates": 0})
         with_transform = {node.meta.get(TRANSFORM) for node in graph_module.graph.nodes}
         groups = [group for group in loop_groups(graph_module) if group in with_transform]
         total = len(groups) + len(found["selected"])
         budget = min(total, max(LEAST_GROUPS, round(state.options.selection_budget * total)))
-        if not state.options.selection_budget:
-            budget = 0
-        rounds = self.rounds
-        wanted = round(budget * min(1.0, (self.number + 1) / rounds)) - len(found["selected"])
-        if wanted < 1 or not groups:
-            return PassResult(graph_module, False)
-        scores = sharing_gaps(graph_module, groups)
+        if not state.options.selection_budget or not groups:
+            return groups, 0
+        return groups, round(budget * min(1.0, (self.number + 1) / self.rounds)) - len(found["selected"])
+
+    def choose(self, graph_module: fx.GraphModule, scores: dict[str, float], wanted: int) -> None:
+        """Gives the `wanted` groups with the highest `scores` transforms and weights of their own in every loop."""
+        state = self.state(graph_module)
         chosen = sorted(scores, key=lambda group: -scores[group])[:wanted]
         widen(graph_module, *chosen)
+        found = state.results["slt"]
+        found["candidates"] = len(scores) + len(found["selected"])
         found["scores"].append(scores)
         found["selected"] += chosen
-        found["candidates"] = total
         state.note("selected " + ", ".join(f"{group} ({scores[group]:.3g})" for group in chosen))
-        return PassResult(graph_module, bool(chosen))
 
 
 def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, float]:
     """The score of each of `groups`; groups without a transform that calibration may learn score zero."""
-    state = get_state(graph_module)
-    relaxed = copy_graph(graph_module)
-    attach_state(relaxed, dataclasses.replace(state, results={}))
-    widen(relaxed, *groups)
-    owner = {
-        str(node.target): node.meta[TRANSFORM] for node in relaxed.graph.nodes if node.meta.get(TRANSFORM) in groups
-    }
-    learnables = [
-        item
-        for item in find_learnables(relaxed, frozenset(("transform", "diagonal", "orthogonal")))
-        if item.name in owner
-    ]
-    if not learnables:
-        return dict.fromkeys(groups, 0.0)
-    ends = loop_ends(relaxed)
-    watched = [*ends, *adapter_names(relaxed, ends)]
-    student = Student(relaxed, watched, learned={item.name for item in learnables}, equal_loops=True)
-    vocabulary = vocabulary_size(relaxed)
-    assert state.run.teacher is not None
-    teacher = Teacher(state.run.teacher, state.signature, ends, vocabulary, state.options)
-    objective = Objective(state.options, len(ends))
-    sums = {item.name: torch.zeros_like(item.raw) for item in learnables}
-    squares = {item.name: torch.zeros_like(item.raw[0]) for item in learnables}
-    every = calibration_batches(state.run.calibration, state.signature, vocabulary, device_of(graph_module))
-    batches = regroup(list(every), 1)[:SEQUENCES]
-    for number, inputs in enumerate(progress(batches, "Scoring transforms", len(batches))):
-        targets = teacher.targets(number, inputs)
+    scoring = Scoring(graph_module, groups)
+    for number in progress(range(len(scoring.batches)), "Scoring transforms", len(scoring.batches)):
+        scoring.add(number)
+    return scoring.scores()
+
+
+class Scoring:
+    """Gradients of the transforms that `groups` would have in every loop, sequence by sequence.
+
+    Args:
+        graph_module: the program's graph; it stays as it is.
+        groups: as `SelectTransforms.candidates` gives them.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, groups: list[str]) -> None:
+        state = get_state(graph_module)
+        relaxed = copy_graph(graph_module)
+        attach_state(relaxed, dataclasses.replace(state, results={}))
+        widen(relaxed, *groups)
+        self._signature, self._groups = state.signature, groups
+        nodes = [node for node in relaxed.graph.nodes if node.meta.get(TRANSFORM) in groups]
+        self._owner = {str(node.target): node.meta[TRANSFORM] for node in nodes}
+        kinds = frozenset(("transform", "diagonal", "orthogonal"))
+        self._learnables = [item for item in find_learnables(relaxed, kinds) if item.name in self._owner]
+        self._sums = {item.name: torch.zeros_like(item.raw) for item in self._learnables}
+        self._squares = {item.name: torch.zeros_like(item.raw[0]) for item in self._learnables}
+        self.batches: list[Batch] = []
+        """The sequences."""
+        if not self._learnables:
+            return
+        self._ends = loop_ends(relaxed)
+        self._adapters = adapter_names(relaxed, self._ends)
+        self._vocabulary = vocabulary_size(relaxed)
+        every = calibration_batches(state.run.calibration, state.signature, self._vocabulary, device_of(graph_module))
+        self.batches = regroup(list(every), 1)[:SEQUENCES]
+        watched = [*self._ends, *self._adapters]
+        self._student = Student(relaxed, watched, learned={item.name for item in self._learnables}, equal_loops=True)
+        assert state.run.teacher is not None
+        self._teacher = Teacher(state.run.teacher, state.signature, self._ends, self._vocabulary, state.options)
+        self._objective = Objective(state.options, len(self._ends))
+
+    def add(self, number: int) -> None:
+        """Adds the gradients of one sequence."""
+        inputs = self.batches[number]
+        targets = self._teacher.targets(number, inputs)
         with torch.enable_grad():
-            results, known = student.run(inputs, {item.name: item.value() for item in learnables})
-            logits, outputs = predictions(results, state.signature, vocabulary)
-            states = [known[name] for name in ends]
-            adapted = [known[name] for name in adapter_names(relaxed, ends)]
-            loss = objective(logits, outputs, states, adapted, targets).total
-        raws = [item.raw for item in learnables]
+            results, known = self._student.run(inputs, {item.name: item.value() for item in self._learnables})
+            logits, outputs = predictions(results, self._signature, self._vocabulary)
+            states = [known[name] for name in self._ends]
+            adapted = [known[name] for name in self._adapters]
+            loss = self._objective(logits, outputs, states, adapted, targets).total
+        raws = [item.raw for item in self._learnables]
         gradients = torch.autograd.grad(loss, raws, allow_unused=True, materialize_grads=True)
-        for item, gradient in zip(learnables, gradients, strict=True):
-            sums[item.name] += gradient / len(batches)
-            squares[item.name] += gradient.square().mean(0) / len(batches)
+        for item, gradient in zip(self._learnables, gradients, strict=True):
+            self._sums[item.name] += gradient / len(self.batches)
+            self._squares[item.name] += gradient.square().mean(0) / len(self.batches)
         trim()
-    scores = dict.fromkeys(groups, 0.0)
-    for name, total in sums.items():
-        scores[owner[name]] += _score(total, squares[name])
-    return scores
+
+    def scores(self) -> dict[str, float]:
+        """The score of every group, from the sequences added."""
+        scores = dict.fromkeys(self._groups, 0.0)
+        for name, total in self._sums.items():
+            scores[self._owner[name]] += _score(total, self._squares[name])
+        return scores
 
 
 def _score(mean: Tensor, fisher: Tensor) -> float:

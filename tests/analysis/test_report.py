@@ -9,7 +9,6 @@ import torch
 from typer.testing import CliRunner
 
 import loopq_compile as lq
-from loopq_compile.analysis import residual_error
 from loopq_compile.analysis.report import measure, render
 from loopq_compile.analysis.report.measure import carry, drift
 from loopq_compile.analysis.report.render import cells, plot, write_page
@@ -18,6 +17,7 @@ from loopq_compile.analysis.summary import short_names
 from loopq_compile.capture.to_graph import capture
 from loopq_compile.cli import app
 from loopq_compile.graph.state import get_state
+from loopq_compile.methods import reference_graph
 from tests.pages import LEGIBILITY, OVERFLOW, browser
 from tests.tiny import tiny_model, tiny_program, tokens
 
@@ -109,7 +109,7 @@ def test_chromium_shows_it_whole_and_legible(full, width, dark, tmp_path):
 
 def graphs(scheme="w4a4"):
     program = tiny_program(scheme)
-    return residual_error.reference_graph(capture(tiny_model(), tokens()), program.scheme), program.graph_module
+    return reference_graph(capture(tiny_model(), tokens()), program.scheme), program.graph_module
 
 
 def test_the_first_loop_inherits_nothing_and_parts_bound_the_whole():

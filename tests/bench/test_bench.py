@@ -24,6 +24,7 @@ from loopq_compile.calibration.training import Training
 from loopq_compile.capture.to_graph import capture
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.scheme import Scheme
+from loopq_compile.methods import reference_graph
 from loopq_compile.models import repeat_layers
 from loopq_compile.program import Program
 from tests.cli_models import tiny_llama, tiny_ouro, tokenizer
@@ -85,7 +86,7 @@ def test_a_killed_run_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest
 def test_a_calibration_killed_inside_a_cell_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
     selection = Selection(["flatquant-e2e"], [DYNAMIC])
     taken: list[int] = []
-    step = Training._step
+    step = Training.step
 
     def counted(self: Training) -> Any:
         taken.append(1)
@@ -98,7 +99,7 @@ def test_a_calibration_killed_inside_a_cell_goes_on_from_its_checkpoint(tmp_path
         settings = replace(QUICK, options=options)
         return tables.table1(Study(tiny_ouro(2), tokenizer(), TOKENS, settings, Cells(tmp_path)), selection)
 
-    monkeypatch.setattr(Training, "_step", counted)
+    monkeypatch.setattr(Training, "step", counted)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert list(tmp_path.glob("*.unfinished/*.safetensors"))
@@ -212,14 +213,14 @@ def test_errors_along_the_trajectory_start_at_zero(shared: Study) -> None:
 
 def test_a_program_without_quantization_has_no_error() -> None:
     captured = capture(tiny_ouro(3))
-    reference = residual_error.reference_graph(captured, DYNAMIC)
+    reference = reference_graph(captured, DYNAMIC)
     where = residual_error.points(reference)
     found = residual_error.errors(reference, captured, where, [TOKENS[:32].view(2, 16)])
     assert len(found) == len(where) and max(found.values()) == 0
 
 
 def test_the_residual_stream_is_found() -> None:
-    reference = residual_error.reference_graph(capture(repeat_layers(tiny_llama(layers=3), 1, 1, 2)), DYNAMIC)
+    reference = reference_graph(capture(repeat_layers(tiny_llama(layers=3), 1, 1, 2)), DYNAMIC)
     states = [point for point in residual_error.points(reference) if point.kind == "state"]
     adds = [point for point in states if point.node.startswith("add")]
     assert len(adds) == 2 * 4
@@ -266,7 +267,7 @@ def test_parameters_by_part(shared: Study) -> None:
 
 
 def graph_and_ends(model: nn.Module) -> tuple[fx.GraphModule, list[str]]:
-    reference = residual_error.reference_graph(capture(model), DYNAMIC)
+    reference = reference_graph(capture(model), DYNAMIC)
     return reference, loop_ends(reference)
 
 
@@ -302,7 +303,7 @@ def test_loops_with_a_longer_memory_cannot_be_made_longer() -> None:
                 x, older = torch.tanh(self.block(x)) + older, x
             return self.head(x)
 
-    reference = residual_error.reference_graph(capture(Skip(), TOKENS[:20].view(2, 10)), DYNAMIC)
+    reference = reference_graph(capture(Skip(), TOKENS[:20].view(2, 10)), DYNAMIC)
     adds = [node.name for node in reference.graph.nodes if node.name.startswith("add")]
     with pytest.raises(LoopQError, match="single state"):
         with_loops(reference, adds, 5)

@@ -21,8 +21,10 @@ def test_every_pass_of_the_method_is_measured():
     assert [line["pass"] for line in data] == [*passes, "all together"]
     assert all(len(line["peaks"]) == len(line["seconds"]) == 2 for line in data)
     assert all(second > 0 for line in data for second in line["seconds"])
-    total = data[-1]
-    assert total["peaks"][0] >= data[0]["peaks"][0]
+    assert data[-1]["peaks"] == [max(line["peaks"][run] for line in data[:-1]) for run in (0, 1)]
+    assert all(len(line[key]) == 2 for line in data for key in ("predicted_seconds", "predicted_peaks"))
+    predicted = {line["pass"]: line["predicted_peaks"][0] for line in data}
+    assert predicted["all together"] >= predicted["calibrate"] > predicted["tag-loops"]
 
 
 def test_it_needs_two_depths_and_a_width_of_whole_heads():

@@ -26,6 +26,7 @@ from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.state import get_state
 from loopq_compile.graph.texts import text_inputs
 from loopq_compile.graph.weights import site_calls
+from loopq_compile.methods import reference_graph
 
 WORST = 12
 CONTEXT = 8
@@ -88,7 +89,7 @@ def measure(
 
 
 def _compare(program: TextProgram, captured: fx.GraphModule, tokens: Sequence[Tensor]) -> Values:
-    reference = residual_error.reference_graph(captured, program.scheme or Scheme())
+    reference = reference_graph(captured, program.scheme or Scheme())
     where = residual_error.points(reference)
     errors = residual_error.errors(reference, program.graph_module, where, tokens)
     points = [{**asdict(point), "error": errors[point.node]} for point in where if point.node in errors]

@@ -173,7 +173,7 @@ def memory_command(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Peak memory of a calibration, pass by pass: bytes for each quantized weight, from models of several depths."""
+    """Time and peak memory of a calibration by pass at several depths, as predicted by the dry run and as measured."""
     from loopq_compile.bench.memory import memory
 
     counts = whole_numbers("--layers", layers)
