@@ -159,7 +159,7 @@ def _seconds(
             spent = _timed(lambda item=item: Pipeline([item]).run(graph_module))  # type: ignore[misc]
             if isinstance(item, CollectRanges | SmoothActivations):
                 seen = sum(batch.numel() for batch in state.run.calibration)
-                spent *= min(tokens, item.max_tokens) / seen
+                spent *= min(tokens, item.max_tokens or options.statistics_tokens) / seen
             seconds += spent
     return seconds
 
@@ -201,7 +201,7 @@ class _Work:
         if isinstance(item, SelectTransforms):
             return SEQUENCES * self.step
         if isinstance(item, SolveWeights):
-            return self._solving(min(tokens, item.max_tokens))
+            return self._solving(min(tokens, item.max_tokens or self.options.statistics_tokens))
         steps = self.options.steps or item.default_steps
         if isinstance(item, CalibrateBlocks):
             return self.step * steps

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.calibration import distributed
 from loopq_compile.calibration.batches import calibration_batches
 from loopq_compile.calibration.data import regroup
 from loopq_compile.calibration.objective import Objective
@@ -87,7 +88,10 @@ class SelectTransforms(Pass):
 
 
 def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, float]:
-    """The score of each of `groups`; groups without a transform that calibration may learn score zero."""
+    """The score of each of `groups`; groups without a transform that calibration may learn score zero.
+
+    Under `torchrun` every process takes gradients of its share of the sequences.
+    """
     state = get_state(graph_module)
     relaxed = copy_graph(graph_module)
     attach_state(relaxed, dataclasses.replace(state, results={}))
@@ -113,9 +117,10 @@ def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, f
     squares = {item.name: torch.zeros_like(item.raw[0]) for item in learnables}
     every = calibration_batches(state.run.calibration, state.signature, vocabulary, device_of(graph_module))
     batches = regroup(list(every), 1)[:SEQUENCES]
-    for number, inputs in enumerate(progress(batches, "Scoring transforms", len(batches))):
-        targets = teacher.targets(number, inputs)
-        with torch.enable_grad():
+    shares = distributed.share(batches, device_of(graph_module))
+    for number, inputs in enumerate(progress(shares, "Scoring transforms", len(shares))):
+        with distributed.apart(), torch.enable_grad():
+            targets = teacher.targets(number, inputs)
             results, known = student.run(inputs, {item.name: item.value() for item in learnables})
             logits, outputs = predictions(results, state.signature, vocabulary)
             states = [known[name] for name in ends]
@@ -127,6 +132,8 @@ def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, f
             sums[item.name] += gradient / len(batches)
             squares[item.name] += gradient.square().mean(0) / len(batches)
         trim()
+    for learned in (sums, squares):
+        distributed.total(learned.values())
     scores = dict.fromkeys(groups, 0.0)
     for name, total in sums.items():
         scores[owner[name]] += _score(total, squares[name])
