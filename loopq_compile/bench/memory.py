@@ -25,6 +25,7 @@ def memory(
     samples: int = 8,
     length: int = 64,
     options: Mapping[str, Any] | None = None,
+    processes: int = 1,
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Calibrates models of several depths with random weights, each in its own process.
@@ -37,6 +38,7 @@ def memory(
         steps: optimizer steps over all phases.
         samples, length: calibration rows, and tokens in each.
         options: further options of `loopq_compile.compile`.
+        processes: how many processes share each calibration, by `torchrun`; a peak is then the largest of them.
         say: called with what is being done.
 
     Raises:
@@ -49,7 +51,8 @@ def memory(
     runs: list[list[dict[str, Any]]] = []
     for count in sorted(set(layers)):
         say(f"{count} layers x {loops} loops, width {width}")
-        job = Job(_config(width, count, loops).to_dict(), scheme, method, steps, samples, length, dict(options or {}))
+        config = _config(width, count, loops).to_dict()
+        job = Job(config, scheme, method, steps, samples, length, dict(options or {}), processes=processes)
         runs.append(measure(job, say))
     weights = [run[0]["weights"] for run in runs]
     data = []
@@ -70,6 +73,9 @@ def memory(
         "shallowest model, for each weight of its layers."
     ]
     title = f"{method} {scheme}, width {width}, {loops} loops"
+    if processes > 1:
+        title += f", {processes} processes"
+        notes.append("Peaks are those of the largest process.")
     return Report("memory", title, columns, [_row(line) for line in data], data, notes=notes)
 
 

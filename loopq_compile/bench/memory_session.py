@@ -1,7 +1,8 @@
 """`python -m loopq_compile.bench.memory_session JSON`: calibrates one model in a separate process.
 
 Takes a `Job` as JSON. Prints a line of JSON for every pass: its name, `seconds`, and `peak`, the largest resident size
-while it ran minus what was resident before the first pass, in bytes. The line of the model comes first.
+while it ran minus what was resident before the first pass, in bytes. The line of the model comes first. Under
+`torchrun` the first process prints, and a peak is the largest of all processes.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 
 from loopq_compile.bench.random_models import random_model
+from loopq_compile.calibration.distributed import largest
 from loopq_compile.compiler import compile
 from loopq_compile.errors import LoopQError
 from loopq_compile.methods import get_pipeline
 from loopq_compile.models import OuroConfig
 from loopq_compile.pipeline import Pipeline, pass_name
+from loopq_compile.processes import leads
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Job:
         samples, length: calibration rows, and tokens in each.
         options: further options of `loopq_compile.compile`.
         out: folder for an ONNX file of the result, checked against the program; None for none.
+        processes: how many processes share the work.
     """
 
     config: dict[str, Any]
@@ -47,6 +52,7 @@ class Job:
     length: int
     options: dict[str, Any]
     out: str | None = None
+    processes: int = 1
 
 
 def measure(job: Job, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -55,7 +61,9 @@ def measure(job: Job, say: Callable[[str], None]) -> list[dict[str, Any]]:
     Raises:
         LoopQError: the process failed, for instance for lack of memory.
     """
-    command = [sys.executable, "-m", "loopq_compile.bench.memory_session", json.dumps(asdict(job))]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.processes)]
+    module = ["-m", "loopq_compile.bench.memory_session", json.dumps(asdict(job))]
+    command = [sys.executable, *(launch if job.processes > 1 else []), *module]
     lines: list[dict[str, Any]] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -133,5 +141,14 @@ def run(job: Job, tell: Callable[[dict[str, Any]], None]) -> None:
     tell({"pass": "all together", "seconds": time.perf_counter() - start, "peak": peak.bytes()})
 
 
+def _tell(line: dict[str, Any]) -> None:
+    peak = torch.tensor(line["peak"])
+    largest([peak])
+    if leads():
+        print(json.dumps({**line, "peak": int(peak)}), flush=True)
+
+
 if __name__ == "__main__":
-    run(Job(**json.loads(sys.argv[1])), lambda line: print(json.dumps(line), flush=True))
+    run(Job(**json.loads(sys.argv[1])), _tell)
+    if dist.is_initialized():
+        dist.destroy_process_group()
