@@ -60,8 +60,8 @@ class TargetStore:
             [found[f"{kind}.{i}"] for i in range(sum(name.startswith(f"{kind}.") for name in found))]
             for kind in ("output", "state")
         )
-        one = (found.get(name) for name in ("logits", "indices", "total"))
-        return Targets(*one, outputs, states, found.get("mask"))
+        logits, indices, total = (found.get(name) for name in ("logits", "indices", "total"))
+        return Targets(logits, indices, total, outputs, states, found.get("mask"))
 
     def put(self, number: int, targets: Targets) -> None:
         """Keeps the targets of batch `number`; does nothing from the moment that the disk is full."""
