@@ -124,6 +124,7 @@ def _quantize(
             graph_module = pipeline.run(graph_module)
         infer_shapes(graph_module)
     finally:
+        state.run.close()
         state.run = RunContext()
     return Program(graph_module)
 

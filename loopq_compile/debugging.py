@@ -15,6 +15,7 @@ from torch import fx
 
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.state import RunContext, attach_state, copy_nodes, get_state
+from loopq_compile.processes import leads
 from loopq_compile.storage.artifact import save
 
 VARIABLE = "LOOPQ_COMPILE_DEBUG"
@@ -86,9 +87,10 @@ class DebugFolder:
 
     @staticmethod
     def from_environment(name: str) -> DebugFolder | None:
-        """The folder for a run of the pipeline `name`; None if `LOOPQ_COMPILE_DEBUG` is not set."""
+        """The folder for a run of the pipeline `name`; None if `LOOPQ_COMPILE_DEBUG` is not set, and in all
+        processes but the first."""
         where = os.environ.get(VARIABLE)
-        if not where:
+        if not where or not leads():
             return None
         folder, number = Path(where) / name, 2
         while folder.exists():

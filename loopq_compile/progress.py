@@ -6,16 +6,18 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+from loopq_compile.processes import leads
+
 Item = TypeVar("Item")
 
 
 def _bar(state: str = "") -> Any:
-    """A `rich.progress.Progress` on standard error; None where nobody would see it.
+    """A `rich.progress.Progress` on standard error; None where nobody would see it, and in all processes but the first.
 
     Args:
         state: a text column for numbers of the step.
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not leads():
         return None
     try:
         from rich import progress

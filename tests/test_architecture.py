@@ -13,6 +13,7 @@ ORDER = [
     "_version",
     "errors",
     "registry",
+    "processes",
     "progress",
     "memory",
     "operators",

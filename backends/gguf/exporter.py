@@ -101,9 +101,9 @@ def export(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        size = part.stat().st_size
     found = Path(path)
     types, change = dict(made.types), made.change
-    size = found.stat().st_size
     return GgufExport(found, size, architecture.name, loops * len(order), len(order), types, change, written)
 
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from loopq_compile.backends.onnx.folder import DATA_FILE, KIND, MODEL_FILE, versions
 from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.processes import leads
 from loopq_compile.storage.atomic import check_folder, writing_folder
 
 EXTERNAL_DATA_THRESHOLD = 2**26
@@ -29,7 +30,7 @@ def check_destination(directory: Path, *, overwrite: bool) -> None:
         LoopQError: `directory` is a file or not writable, or holds a model that must not be overwritten.
     """
     goal = check_folder(directory, KIND)
-    if (goal / MODEL_FILE).exists() and not overwrite:
+    if leads() and (goal / MODEL_FILE).exists() and not overwrite:
         raise LoopQError(f"{goal / MODEL_FILE} exists; choose another directory or give overwrite=True.")
     check_folder(directory, KIND, (MODEL_FILE, DATA_FILE))
 

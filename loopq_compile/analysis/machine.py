@@ -114,15 +114,14 @@ def _seconds(item: object, kind: str, work: Work, options: CalibrationOptions, t
         rows = min(SEQUENCES, max(1, tokens // work.length))
         return rows * machine.step(work, work.length, 5, work.calls)
     if kind == "solver":
-        return _solver_seconds(item, work, tokens, machine)
+        return _solver_seconds(work, min(tokens, item.max_tokens or options.statistics_tokens), machine)  # type: ignore[attr-defined]
     steps = item.steps(options) if isinstance(item, Calibrate) else options.steps or item.default_steps  # type: ignore[attr-defined]
     held = max(1, round(tokens / work.tokens * options.validation))
     evaluations = 1 + math.ceil(steps / options.evaluate_every)
     return steps * machine.step(work, work.tokens, 5) + evaluations * held * machine.step(work, work.tokens, 1)
 
 
-def _solver_seconds(item: object, work: Work, tokens: int, machine: Machine) -> float:
-    seen = min(tokens, item.max_tokens)  # type: ignore[attr-defined]
+def _solver_seconds(work: Work, seen: int, machine: Machine) -> float:
     walks = machine.step(work, seen, 1) * (1 + 1 / max(1.0, work.calls))
     cubes = sum(12.0 * width**3 + 8.0 * outputs * width**2 for outputs, width in work.shapes)
     launches = _LAUNCH * _COLUMN_LAUNCHES * sum(width for _, width in work.shapes)

@@ -18,7 +18,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 
 from loopq_compile.calibration.batches import bind_batch, count_tokens
 from loopq_compile.calibration.data import split
-from loopq_compile.calibration.teacher import CACHE_BYTES, target_bytes
+from loopq_compile.calibration.target_store import MEMORY_BYTES, target_bytes
 from loopq_compile.calibration.training import Training
 from loopq_compile.graph.constants import evaluate
 from loopq_compile.graph.device import device_of
@@ -155,7 +155,7 @@ class Rehearsal:
             return (0.0 if found is None else found.setup + found.step * (self._options.steps or item.default_steps)), 0
         seconds = _timed(lambda: Pipeline([item], self._pipeline.name).run(self._graph))
         if self._tokens and isinstance(item, CollectRanges | SmoothActivations):
-            seconds *= max(1.0, min(self._tokens, item.max_tokens) / self._seen)
+            seconds *= max(1.0, self._measured(item) / self._seen)
         return seconds, 0
 
     def _learn(self, item: Calibrate) -> _Learning | None:
@@ -197,12 +197,11 @@ class Rehearsal:
             return Cost(pass_name(item), 0.0, 0)
         steps, (learn, held) = item.steps(self._options), self._split()
         evaluations = 1 + -(-steps // self._options.evaluate_every)
-        kept = min(CACHE_BYTES // max(1, found.target), learn + held)
         batches = min(steps, learn) + held
-        asked = max(0, batches - self._asked) if batches <= kept else steps + held * evaluations
-        self._asked = max(self._asked, min(batches, kept))
+        asked, self._asked = max(0, batches - self._asked), max(self._asked, batches)
+        answers = min(MEMORY_BYTES, found.target * max(0, batches - 2))
         seconds = found.setup + found.step * steps + found.evaluation * evaluations + found.ask * asked
-        return Cost(pass_name(item), seconds, found.memory + found.target * max(0, min(batches, kept) - 2))
+        return Cost(pass_name(item), seconds, found.memory + answers)
 
     def _select(self, item: SelectTransforms) -> float:
         groups, wanted = item.candidates(self._graph)
@@ -224,7 +223,7 @@ class Rehearsal:
         if not chains:
             return 0.0, 0
         state, options = get_state(self._graph), replace(item.options, solver="gptq")
-        tokens = min(self._tokens, item.max_tokens)
+        tokens = self._measured(item)
         by_shape: dict[tuple[int, int], float] = {}
         seconds = 0.0
         for chain in chains:
@@ -252,6 +251,10 @@ class Rehearsal:
         integers = sum(chain.site.shape[0] * chain.site.shape[1] for chain in chains)
         largest = max(chain.site.shape[0] * chain.site.shape[1] for chain in chains)
         return seconds, kept + integers + 4 * tokens * width + 24 * largest + self._peak.now()
+
+    def _measured(self, item: Any) -> int:
+        """Tokens that a pass measures."""
+        return min(self._tokens, item.max_tokens or self._options.statistics_tokens)
 
     def _forward(self) -> tuple[float, float]:
         """Seconds of one token of a forward pass, and of what no token causes."""

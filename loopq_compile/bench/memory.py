@@ -25,6 +25,7 @@ def memory(
     samples: int = 8,
     length: int = 64,
     options: Mapping[str, Any] | None = None,
+    processes: int = 1,
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Calibrates models of several depths with random weights, each in its own process.
@@ -37,6 +38,7 @@ def memory(
         steps: optimizer steps over all phases.
         samples, length: calibration rows, and tokens in each.
         options: further options of `loopq_compile.compile`.
+        processes: how many processes share each calibration, by `torchrun`; a peak is then the largest of them.
         say: called with what is being done.
 
     Raises:
@@ -49,9 +51,10 @@ def memory(
     runs: list[list[dict[str, Any]]] = []
     counts = sorted(set(layers))
     for count in counts:
-        job = Job(_config(width, count, loops).to_dict(), scheme, method, steps, samples, length, dict(options or {}))
+        config = _config(width, count, loops).to_dict()
+        job = Job(config, scheme, method, steps, samples, length, dict(options or {}), processes=processes)
         say(f"{count} layers x {loops} loops, width {width}, predicted:")
-        predicted = measure(replace(job, rehearse=True), say)
+        predicted = measure(replace(job, rehearse=True, processes=1), say)
         say("measured:")
         runs += [predicted, measure(job, say)]
     weights = [run[0]["weights"] for run in runs[1::2]]
@@ -80,6 +83,9 @@ def memory(
         "the difference of measured peaks between the deepest and the shallowest model, for each weight of its layers."
     ]
     title = f"{method} {scheme}, width {width}, {loops} loops"
+    if processes > 1:
+        title += f", {processes} processes"
+        notes.append("Peaks are those of the largest process; the prediction is for a single one.")
     return Report("memory", title, columns, [_row(line) for line in data], data, notes=notes)
 
 

@@ -2,7 +2,8 @@
 
 Takes a `Job` as JSON. Prints a line of JSON for every pass: its name, `seconds`, and `peak`, the largest resident size
 while it ran minus what was resident before the first pass, in bytes. The line of the model comes first. A job that is
-only rehearsed prints the same lines as the dry run predicts them.
+only rehearsed prints the same lines as the dry run predicts them. Under `torchrun` the first process prints, and a peak
+is the largest of all processes.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from loopq_compile.analysis.estimate import estimate
 from loopq_compile.bench.random_models import random_model
+from loopq_compile.calibration.distributed import largest
 from loopq_compile.capture.to_graph import capture
 from loopq_compile.compiler import compile
 from loopq_compile.errors import LoopQError
@@ -29,6 +32,7 @@ from loopq_compile.memory import Peak
 from loopq_compile.methods import get_pipeline
 from loopq_compile.models import OuroConfig
 from loopq_compile.pipeline import Pipeline, pass_name
+from loopq_compile.processes import leads
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Job:
         options: further options of `loopq_compile.compile`.
         out: folder for an ONNX file of the result, checked against the program; None for none.
         rehearse: only predict.
+        processes: how many processes share the work.
     """
 
     config: dict[str, Any]
@@ -54,6 +59,7 @@ class Job:
     options: dict[str, Any]
     out: str | None = None
     rehearse: bool = False
+    processes: int = 1
 
 
 def measure(job: Job, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -62,7 +68,9 @@ def measure(job: Job, say: Callable[[str], None]) -> list[dict[str, Any]]:
     Raises:
         LoopQError: the process failed, for instance for lack of memory.
     """
-    command = [sys.executable, "-m", "loopq_compile.bench.memory_session", json.dumps(asdict(job))]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.processes)]
+    module = ["-m", "loopq_compile.bench.memory_session", json.dumps(asdict(job))]
+    command = [sys.executable, *(launch if job.processes > 1 else []), *module]
     lines: list[dict[str, Any]] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -153,5 +161,14 @@ def _line(name: str, seconds: float, peak: int) -> dict[str, Any]:
     return {"pass": name, "seconds": seconds, "peak": peak}
 
 
+def _tell(line: dict[str, Any]) -> None:
+    peak = torch.tensor(line["peak"])
+    largest([peak])
+    if leads():
+        print(json.dumps({**line, "peak": int(peak)}), flush=True)
+
+
 if __name__ == "__main__":
-    run(Job(**json.loads(sys.argv[1])), lambda line: print(json.dumps(line), flush=True))
+    run(Job(**json.loads(sys.argv[1])), _tell)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loopq_compile.calibration import distributed
+from loopq_compile.calibration.data import regroup
 from loopq_compile.capture.surroundings import plain
 from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.graph.device import CPU
@@ -47,14 +49,43 @@ def calibration_batches(
         raise LoopQError("calibration is empty: at least one batch is needed (an iterator can be used only once).")
 
 
-def first_batches(batches: Iterable[list[Tensor]], max_tokens: int) -> Iterator[list[Tensor]]:
-    """The first `batches`, until they hold `max_tokens` tokens in total."""
-    tokens = 0
-    for batch in batches:
-        if tokens >= max_tokens:
-            break
-        yield batch
-        tokens += count_tokens(batch)
+def spread(batches: Sequence[list[Tensor]], tokens: int) -> list[list[Tensor]]:
+    """Rows with about this many `tokens` in total, taken evenly from all `batches`, in batches as large as the first.
+
+    Batches without rows (inputs of different lengths) are taken or left as a whole.
+    """
+    counts = [count_tokens(batch) for batch in batches]
+    if sum(counts) <= tokens:
+        return list(batches)
+    part, seen, taken = tokens / sum(counts), 0.0, 0.0
+    found: list[list[Tensor]] = []
+    for batch, count in zip(batches, counts, strict=True):
+        rows = batch[0].shape[0] if len({tensor.shape[:1] for tensor in batch}) == 1 and batch[0].ndim else 1
+        chosen = []
+        for row in range(rows):
+            if taken <= part * seen:
+                chosen.append(row)
+                taken += count / rows
+            seen += count / rows
+        if chosen:
+            found.append(batch if len(chosen) == rows else [tensor[chosen] for tensor in batch])
+    return regroup(found, batches[0][0].shape[0] if batches[0][0].ndim else 1)
+
+
+def statistics_batches(
+    calibration: Any, signature: Signature, vocabulary: int | None, device: torch.device, tokens: int
+) -> list[list[Tensor]]:
+    """What this process measures: its share of about `tokens` tokens, spread over all batches.
+
+    Args:
+        calibration, signature, vocabulary, device: as in `calibration_batches`.
+        tokens: in all processes together.
+
+    Raises:
+        LoopQError: as in `calibration_batches`; or there is less text than processes.
+    """
+    every = list(calibration_batches(calibration, signature, vocabulary, device))
+    return distributed.share(spread(every, tokens), device)
 
 
 def count_tokens(batch: list[Tensor]) -> int:

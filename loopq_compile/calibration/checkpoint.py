@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.processes import first_only
 from loopq_compile.storage.atomic import writing_file
 
 
+@first_only
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Replaces `path` by `tensors` and `facts` atomically: a kill leaves either the old file or the new one.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loopq_compile.calibration import distributed
 from loopq_compile.graph.device import CPU
 from loopq_compile.graph.scheme import quantized_range
 from loopq_compile.operators.quantize import bounded, peak
@@ -83,6 +84,13 @@ class Statistics:
             self.clip_errors + other.clip_errors,
             self.tokens + other.tokens,
         )
+
+    def merge(self) -> None:
+        """Adds what all other processes have measured."""
+        tokens = torch.tensor(self.tokens, device=self.counts.device)
+        distributed.largest([self.largest])
+        distributed.total([self.counts, self.clip_errors, tokens])
+        self.tokens = int(tokens)
 
     def pooled(self) -> Statistics:
         """Statistics of all groups merged into one."""

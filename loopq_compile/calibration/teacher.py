@@ -11,13 +11,11 @@ from torch import Tensor, fx
 from loopq_compile.calibration.batches import token_mask
 from loopq_compile.calibration.objective import Targets, keep_largest
 from loopq_compile.calibration.student import Student
+from loopq_compile.calibration.target_store import TargetStore
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.signature import Signature
 from loopq_compile.graph.texts import logits_of
-
-CACHE_BYTES = 2 << 30
-"""Targets are kept up to this total size; beyond it the teacher runs again."""
 
 
 class Teacher:
@@ -30,6 +28,7 @@ class Teacher:
         vocabulary: size of the vocabulary, None for models without one.
         options: temperature and top-k.
         kept: targets computed by another teacher of the same model, batches and options; this teacher adds its own.
+            None keeps them while this teacher lives.
     """
 
     def __init__(
@@ -39,12 +38,11 @@ class Teacher:
         ends: Sequence[str],
         vocabulary: int | None,
         options: CalibrationOptions,
-        kept: dict[int, Targets] | None = None,
+        kept: TargetStore | None = None,
     ) -> None:
         self._student = Student(graph_module, ends, recompute=False, segments=1, learned=())
         self._signature, self._ends, self._vocabulary, self._options = signature, ends, vocabulary, options
-        self._kept: dict[int, Targets] = {} if kept is None else kept
-        self._bytes = sum(map(target_bytes, self._kept.values()))
+        self._kept = TargetStore() if kept is None else kept
 
     def targets(self, number: int, inputs: Sequence[Tensor]) -> Targets:
         """What the student should predict for batch `number`.
@@ -52,13 +50,11 @@ class Teacher:
         Raises:
             LoopQError: the model in full precision gives NaN.
         """
-        if number not in self._kept:
-            targets = self._ask(inputs)
-            size = target_bytes(targets)
-            if self._bytes + size > CACHE_BYTES:
-                return targets
-            self._kept[number], self._bytes = targets, self._bytes + size
-        return self._kept[number]
+        found = self._kept.get(number)
+        if found is None:
+            found = self._ask(inputs)
+            self._kept.put(number, found)
+        return found
 
     def _ask(self, inputs: Sequence[Tensor]) -> Targets:
         with torch.no_grad():
@@ -86,9 +82,3 @@ def predictions(
         if logits.shape[-1] == vocabulary:
             return logits, outputs
     return None, outputs
-
-
-def target_bytes(targets: Targets) -> int:
-    """The size of the teacher's answer on one batch."""
-    parts = [targets.logits, targets.indices, targets.total, *targets.outputs, *targets.states]
-    return sum(part.nbytes for part in parts if part is not None)

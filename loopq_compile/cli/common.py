@@ -103,10 +103,17 @@ DEFECT = 70
 """Exit status of internal errors; `EX_SOFTWARE` in BSD's sysexits."""
 
 
+def follows() -> bool:
+    """Whether another process of `torchrun` speaks for all. Says so before torch is loaded."""
+    return os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 class Commands(TyperGroup):
     """Commands whose errors reach the user as one message on standard error and exit status 1."""
 
     def invoke(self, ctx: Any) -> Any:
+        if follows():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr):  # characters that a terminal cannot show appear as \\u732b
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
@@ -249,4 +256,5 @@ def checked_choice(option: str, value: str, choices: Sequence[str]) -> str:
 def note(json_output: bool) -> Callable[[str], None]:
     """Prints remarks for people: to standard output, or to standard error if standard output is for JSON."""
     target = console(stderr=json_output)
+    target.quiet = follows()
     return lambda text: target.print(text, markup=False)

@@ -78,6 +78,12 @@ def compile_command(
         int | None, typer.Option(min=1, help="Optimizer steps of methods that learn; by default the method's own.")
     ] = None,
     batch_rows: Annotated[int, typer.Option(min=1, help="Calibration samples in a step.")] = 4,
+    statistics_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Tokens that ranges, smoothing and weight solvers measure, spread over the calibration samples."
+        ),
+    ] = 16384,
     weight_solver: Annotated[
         str | None, typer.Option(help="rtn, gptq or loaq: how integers are found; by default the method's own.")
     ] = None,
@@ -128,6 +134,7 @@ def compile_command(
         steps=steps,
         seed=seed,
         batch_rows=batch_rows,
+        statistics_tokens=statistics_tokens,
         weight_solver=weight_solver,
         precision=precision,
         recompute=recompute,
@@ -175,12 +182,14 @@ def _compile(
 ) -> Program:
     """Quantizes the model, releases its weights one by one, and saves the program with its tokenizer."""
     from loopq_compile.compiler import compile as compile_model
+    from loopq_compile.processes import barrier
     from loopq_compile.storage.artifact import save
 
     program = compile_model(
         loaded.model, scheme=scheme, method=method, calibration=batches, release_model=True, **options.to_dict()
     )
     save(program.graph_module, out, loaded.files())
+    barrier()  # the report reads what the first process wrote
     return program
 
 

@@ -31,6 +31,8 @@ class CalibrationOptions:
         learning_rate: factor on the learning rates of all parameters; 1 is what was tuned.
         weight_solver: "rtn", "gptq" or "loaq": rounding to nearest, or integers found from second-order statistics;
             None for the method's default.
+        statistics_tokens: about how many tokens ranges, smoothing and weight solvers measure, in rows spread evenly
+            over the calibration data.
         transition_rank: rank r of the transition adapter's low-rank part (LoopQ eq. 7).
         selection_budget: share of the transform groups inside loops that get separate transforms and weights for each
             loop (LoopQ section 4.2).
@@ -62,6 +64,7 @@ class CalibrationOptions:
     batch_rows: int = 4
     learning_rate: float = 1.0
     weight_solver: str | None = None
+    statistics_tokens: int = 16384
     transition_rank: int = 8
     selection_budget: float = 0.05
     state_weight: float = 0.1
@@ -83,7 +86,7 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         if self.checkpoint is not None:
             object.__setattr__(self, "checkpoint", os.fspath(self.checkpoint))
-        for field in ("batch_rows", "transition_rank", "refresh", "evaluate_every", "patience"):
+        for field in ("batch_rows", "statistics_tokens", "transition_rank", "refresh", "evaluate_every", "patience"):
             _check_count(field, getattr(self, field), 1)
         _check_count("checkpoint_every", self.checkpoint_every, 1)
         _check_count("seed", self.seed, 0, LARGEST_SEED)

@@ -52,7 +52,7 @@ class RunContext:
     Args:
         calibration: an iterable of inputs; None if there is no calibration data.
         teacher: the captured graph before any pass, with the same node names; None if no pass needs it.
-        targets: cached teacher outputs per batch, by watched nodes; later phases that watch the same nodes reuse them.
+        targets: stores of the teacher's outputs, by watched nodes; later phases that watch the same nodes reuse them.
         statistics: what `collect-ranges` measured, by group and row of its per-loop table.
         release_model: whether to free each weight of the captured model when its integers are stored.
         notes: lines for the log entry of the pass that is running.
@@ -60,10 +60,15 @@ class RunContext:
 
     calibration: Any = None
     teacher: fx.GraphModule | None = None
-    targets: dict[tuple[str, ...], dict[int, Any]] = field(default_factory=dict)
+    targets: dict[tuple[str, ...], Any] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
     release_model: bool = False
     notes: list[str] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Deletes the files of the stores."""
+        for store in self.targets.values():
+            store.close()
 
 
 @dataclass

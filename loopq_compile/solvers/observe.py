@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from loopq_compile.calibration import distributed
 from loopq_compile.calibration.batches import real_tokens
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.solvers.residual import Write, find_write, has_norm, inverse_rms, norm_gain
-from loopq_compile.solvers.statistics import Moments, Sample, Split
+from loopq_compile.solvers.statistics import Sample, Split
 from loopq_compile.solvers.walk import Walk
 
 _aten = torch.ops.aten
@@ -69,10 +70,8 @@ class Observer:
         return None if self._teacher is None or self._form == 1 else find_write(self._counterpart(linear))
 
     def measure(self, layer: Layer) -> Split:
-        """Moments of the input of `layer.linear`; with a teacher, those of one token in four are separate.
-
-        Raises:
-            LoopQError: the inputs are not finite.
+        """Moments of the input of `layer.linear` in this process; with a teacher, those of one token in four are
+        separate.
         """
         linear, write = layer.linear, self.write(layer.linear)
         split: Split | None = None
@@ -82,7 +81,7 @@ class Observer:
             if self._teacher is not None:
                 self._teacher.run(batch, self._counterpart(linear))
             if write is not None and has_norm(write) and gain is None:
-                gain = self._gain(batch, layer, write)
+                gain = distributed.first(self._gain(batch, layer, write))
                 write = None if gain is None else write
             shape = self.walk.value(batch, layer.linear.args[0]).shape  # type: ignore[arg-type]
             sample = _without_padding(self._sample(batch, layer, write, gain), mask, shape)
@@ -92,8 +91,6 @@ class Observer:
         if self._teacher is not None:
             self._teacher.finish(self._counterpart(linear))
         assert split is not None
-        for moments in filter(None, (split.fit, split.held)):
-            _check(linear, moments)
         return split
 
     def _counterpart(self, linear: fx.Node) -> fx.Node:
@@ -156,9 +153,16 @@ def _rows(x: Any) -> Tensor:
     return x.reshape(-1, x.shape[-1]).float()
 
 
-def _check(linear: fx.Node, moments: Moments) -> None:
-    for tensor in (moments.hessian, moments.cross, moments.residual):
-        if tensor is not None and not torch.isfinite(tensor).all():
+def check_finite(linear: fx.Node, split: Split) -> None:
+    """Refuses statistics that no weight can be solved from.
+
+    Raises:
+        LoopQError: the inputs of `linear` are not finite.
+    """
+    for moments in filter(None, (split.fit, split.held)):
+        if not all(
+            torch.isfinite(x).all() for x in (moments.hessian, moments.cross, moments.residual) if x is not None
+        ):
             tag = get_tag(linear)
             raise LoopQError(
                 f"The input of {linear.meta.get(SITE, linear.name)!r} ({tag or 'outside loops'}) becomes "

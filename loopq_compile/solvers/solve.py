@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loopq_compile.calibration import distributed
 from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.solvers.curvature import Curvature
 from loopq_compile.solvers.gptq import gptq, refine_codes, refine_scales
@@ -66,6 +67,21 @@ class Solution:
     after: float
     alpha: float = 0.0
     beta: float = 0.0
+
+    @staticmethod
+    def empty(weight: Tensor, grid: Grid) -> Solution:
+        """A solution of the same size to receive that of another process."""
+        return Solution(torch.zeros_like(weight, dtype=torch.float32), grid, 0.0, 0.0)
+
+    def sent(self, owner: int) -> Solution:
+        """The solution of process `owner`, in every process."""
+        if distributed.world(self.codes.device)[1] == 1:
+            return self
+        codes, scale = self.codes.to(torch.int8), self.grid.scale.clone(memory_format=torch.contiguous_format)
+        numbers = torch.tensor([self.before, self.after, self.alpha, self.beta], dtype=torch.float64)
+        numbers = numbers.to(codes.device)
+        distributed.send(owner, [codes, scale, numbers])
+        return Solution(codes.float(), self.grid.scaled(scale), *numbers.tolist())
 
 
 def solve(weight: Tensor, original: Tensor, grid: Grid, moments: Split, options: Options, where: str) -> Solution:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+
+from loopq_compile.calibration import distributed
 
 Sample = tuple[Tensor, Tensor | None, Tensor | None]
 """Tokens of one batch: inputs `x̂` `[n, K]`, those of the full-precision graph `[n, K₀]`, and `ρ` `[n, out]`; see
@@ -54,6 +57,12 @@ class Moments:
         assert hessian is not None
         return Moments(hessian, cross, residual, self.tokens)
 
+    def gather(self, owner: int) -> None:
+        """Adds the sums of all other processes, in process `owner` only; the sums of the others become useless."""
+        tokens = torch.tensor(self.tokens, device=self.hessian.device)
+        distributed.sum_at(owner, [tokens, *(tensor for tensor in self._tensors() if tensor is not None)])
+        self.tokens = int(tokens)
+
     def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self.hessian, self.cross, self.residual
 
@@ -87,6 +96,22 @@ class Split:
     def times(self, weight: float) -> Split:
         """The sums times `weight`, as new tensors."""
         return Split(self.fit.times(weight), self.held.times(weight) if self.held else None)
+
+    def gather(self, owner: int, held: bool) -> None:
+        """`Moments.gather` of both parts.
+
+        Args:
+            owner: the process that gets the sums.
+            held: whether some process may have held tokens back; those without add nothing.
+        """
+        if distributed.world(self.fit.hessian.device)[1] == 1:
+            return
+        if held and self.held is None:
+            self.held = replace(self.fit.times(0.0), tokens=0)
+        for moments in filter(None, (self.fit, self.held)):
+            moments.gather(owner)
+        if self.held is not None and not self.held.tokens:
+            self.held = None
 
     def whole(self) -> Moments:
         """Moments of all tokens, as new tensors."""

@@ -28,6 +28,7 @@ from loopq_compile.graph.shapes import infer_shapes
 from loopq_compile.graph.signature import signature_from_dict, signature_to_dict
 from loopq_compile.graph.state import CompilerState, LogEntry, Site, attach_state, get_state, get_tensor
 from loopq_compile.graph.verify import verify_tags
+from loopq_compile.processes import first_only
 from loopq_compile.storage.atomic import check_folder, settle, writing_folder
 from loopq_compile.storage.conform import conform
 from loopq_compile.storage.graph_json import graph_from_json, graph_to_json, rolled_from_json
@@ -50,6 +51,7 @@ _LARGEST_HEADER = 100_000_000
 """Bytes; safetensors itself refuses larger ones."""
 
 
+@first_only
 def save(
     graph_module: fx.GraphModule,
     directory: str | os.PathLike[str],
@@ -59,7 +61,8 @@ def save(
 
     Args:
         graph_module: the graph with its compiler state.
-        directory: any folder. An earlier program in it is replaced; everything else stays.
+        directory: any folder. An earlier program in it is replaced; everything else stays. Under `torchrun` only the
+            first process writes.
         extra_files: files by name to add, such as `tokenizer.json`; text is written as UTF-8.
 
     Raises:

@@ -6,6 +6,9 @@ files and moves the new ones up, the manifest last. A kill before the rename lea
 kill following the rename, the next reader or writer of the folder finishes the move.
 
 Only files that a manifest of ours lists are replaced or removed. Everything else in the folder stays.
+
+Under `torchrun` only the first process writes. What the others write goes to a folder for temporary files, and is
+deleted.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.processes import leads
 from loopq_compile.storage.manifest import RESULTS, ManifestKind, listed, manifests, write_manifest
 
 _PART, _NEW = ".loopq-part-", ".loopq-new"
@@ -43,6 +47,10 @@ def writing_folder(
         LoopQError: there is a file with the same name that no manifest lists, or writing fails (no permission, disk
             full).
     """
+    if not leads():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
     goal = check_folder(directory, kind)
     with _cannot_write(goal), _staging(goal) as (made, signals):
         yield made
@@ -68,6 +76,10 @@ def writing_file(file: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         LoopQError: `file` is a folder, or writing fails.
     """
+    if not leads():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch) / Path(file).name
+        return
     check_file(file)
     goal = real_path(file)
     with _cannot_write(goal):

@@ -19,6 +19,7 @@ from loopq_compile.calibration.learnable import RATES, Learnable
 from loopq_compile.calibration.states import adapter_names, loop_ends
 from loopq_compile.calibration.steps import FUSED_STEPS, Plan
 from loopq_compile.calibration.student import Student
+from loopq_compile.calibration.target_store import TargetStore
 from loopq_compile.calibration.teacher import Teacher
 from loopq_compile.calibration.training import Training
 from loopq_compile.errors import InternalError, LoopQError
@@ -143,7 +144,9 @@ class Calibrate(Pass):
             learned=names,
             gradients=torch.bfloat16 if half else torch.float32,
         )
-        kept = state.run.targets.setdefault(tuple(ends), {})
+        kept = state.run.targets.get(tuple(ends))
+        if kept is None:
+            kept = state.run.targets[tuple(ends)] = TargetStore(options.checkpoint, ends)
         teacher = Teacher(_teacher(state), state.signature, ends, vocabulary, options, kept)
         store, mark = None, ""
         if options.checkpoint:

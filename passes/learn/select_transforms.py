@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.calibration import distributed
 from loopq_compile.calibration.batches import calibration_batches
 from loopq_compile.calibration.data import Batch, regroup
 from loopq_compile.calibration.objective import Objective
@@ -95,7 +96,10 @@ class SelectTransforms(Pass):
 
 
 def sharing_gaps(graph_module: fx.GraphModule, groups: list[str]) -> dict[str, float]:
-    """The score of each of `groups`; groups without a transform that calibration may learn score zero."""
+    """The score of each of `groups`; groups without a transform that calibration may learn score zero.
+
+    Under `torchrun` every process takes gradients of its share of the sequences.
+    """
     scoring = Scoring(graph_module, groups)
     for number in progress(range(len(scoring.batches)), "Scoring transforms", len(scoring.batches)):
         scoring.add(number)
@@ -123,14 +127,16 @@ class Scoring:
         self._sums = {item.name: torch.zeros_like(item.raw) for item in self._learnables}
         self._squares = {item.name: torch.zeros_like(item.raw[0]) for item in self._learnables}
         self.batches: list[Batch] = []
-        """The sequences."""
+        """The sequences of this process."""
         if not self._learnables:
             return
         self._ends = loop_ends(relaxed)
         self._adapters = adapter_names(relaxed, self._ends)
         self._vocabulary = vocabulary_size(relaxed)
         every = calibration_batches(state.run.calibration, state.signature, self._vocabulary, device_of(graph_module))
-        self.batches = regroup(list(every), 1)[:SEQUENCES]
+        sequences = regroup(list(every), 1)[:SEQUENCES]
+        self._count = len(sequences)
+        self.batches = distributed.share(sequences, device_of(graph_module))
         watched = [*self._ends, *self._adapters]
         self._student = Student(relaxed, watched, learned={item.name for item in self._learnables}, equal_loops=True)
         assert state.run.teacher is not None
@@ -140,8 +146,8 @@ class Scoring:
     def add(self, number: int) -> None:
         """Adds the gradients of one sequence."""
         inputs = self.batches[number]
-        targets = self._teacher.targets(number, inputs)
-        with torch.enable_grad():
+        with distributed.apart(), torch.enable_grad():
+            targets = self._teacher.targets(number, inputs)
             results, known = self._student.run(inputs, {item.name: item.value() for item in self._learnables})
             logits, outputs = predictions(results, self._signature, self._vocabulary)
             states = [known[name] for name in self._ends]
@@ -150,12 +156,14 @@ class Scoring:
         raws = [item.raw for item in self._learnables]
         gradients = torch.autograd.grad(loss, raws, allow_unused=True, materialize_grads=True)
         for item, gradient in zip(self._learnables, gradients, strict=True):
-            self._sums[item.name] += gradient / len(self.batches)
-            self._squares[item.name] += gradient.square().mean(0) / len(self.batches)
+            self._sums[item.name] += gradient / self._count
+            self._squares[item.name] += gradient.square().mean(0) / self._count
         trim()
 
     def scores(self) -> dict[str, float]:
-        """The score of every group, from the sequences added."""
+        """The score of every group, from the sequences that all processes added."""
+        for learned in (self._sums, self._squares):
+            distributed.total(learned.values())
         scores = dict.fromkeys(self._groups, 0.0)
         for name, total in self._sums.items():
             scores[self._owner[name]] += _score(total, self._squares[name])

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from loopq_compile.calibration.batches import calibration_batches, count_tokens, first_batches, real_tokens, token_mask
+from loopq_compile.calibration import distributed
+from loopq_compile.calibration.batches import count_tokens, real_tokens, statistics_batches, token_mask
 from loopq_compile.calibration.overflow import cause
 from loopq_compile.calibration.ranges import Statistics
 from loopq_compile.errors import InternalError, LoopQError
@@ -28,13 +29,13 @@ class CollectRanges(Pass):
 
     Does nothing for weight-only schemes, nor for dynamic scales without calibration data (their clip ratios stay 1).
 
-    Tokens hidden by an attention mask do not count.
+    Tokens hidden by an attention mask do not count. Under `torchrun` every process measures its share.
 
     Args:
-        max_tokens: statistics come from the first batches, up to about this many tokens in total.
+        max_tokens: about how many tokens are measured; None for the option `statistics_tokens`.
     """
 
-    def __init__(self, max_tokens: int = 16384) -> None:
+    def __init__(self, max_tokens: int | None = None) -> None:
         super().__init__()
         self.max_tokens = max_tokens
 
@@ -55,16 +56,19 @@ class CollectRanges(Pass):
             return PassResult(graph_module, False)
         observer = _Observer(graph_module, state)
         vocabulary, device = vocabulary_size(graph_module), device_of(graph_module)
-        every = calibration_batches(state.run.calibration, state.signature, vocabulary, device)
-        batches = first_batches(every, self.max_tokens)
-        tokens = 0
-        for inputs in progress(batches, "Measuring activations", total=_length(state.run.calibration)):
+        wanted = self.max_tokens or state.options.statistics_tokens
+        batches = statistics_batches(state.run.calibration, state.signature, vocabulary, device, wanted)
+        for inputs in progress(batches, "Measuring activations", len(batches)):
             observer.inputs = inputs
             observer.mask = token_mask(state.signature, inputs)
             run(graph_module, inputs, observer.watch)
-            tokens += count_tokens(inputs)
+        for _, rows in sorted(observer.statistics.items()):
+            for _, statistics in sorted(rows.items()):
+                statistics.merge()
+        tokens = torch.tensor(sum(map(count_tokens, batches)), device=device)
+        distributed.total([tokens])
         state.run.statistics = observer.statistics
-        state.note(f"{tokens} tokens")
+        state.note(f"{int(tokens)} tokens")
         return PassResult(graph_module, False)
 
 
@@ -74,13 +78,6 @@ def vocabulary_size(graph_module: fx.GraphModule) -> int | None:
         if node.target is torch.ops.aten.embedding.default and node.args[1].op == "placeholder":
             return get_tensor(graph_module, str(node.args[0].target)).shape[0]
     return None
-
-
-def _length(calibration: Any) -> int | None:
-    try:
-        return len(calibration)
-    except TypeError:
-        return None
 
 
 class _Observer:

@@ -15,6 +15,9 @@ all loops correct the same error at once, and full steps overshoot.
 **Cost.** A sweep runs both graphs once over all batches and adds `K²` products per token for each input of width K
 (twice that for `loaq`). A weight costs about three Cholesky factorizations and four products `K² out`. Memory holds, in
 addition to the model, the live values of all batches and one `K²` matrix (`loaq`: four) for each looped input.
+
+**Processes.** Under `torchrun` every process walks with its share of the batches. Each family of weights has an owner,
+which gets the sums of all processes, solves, and sends integers and scales to the others.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from loopq_compile.calibration.batches import calibration_batches, first_batches, token_mask
+from loopq_compile.calibration import distributed
+from loopq_compile.calibration.batches import statistics_batches, token_mask
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.graph.device import device_of
 from loopq_compile.graph.loops import get_tag
@@ -34,7 +38,7 @@ from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
 from loopq_compile.progress import progress
 from loopq_compile.solvers.chains import Chain, Family, find_chains, find_families, write_codes
-from loopq_compile.solvers.observe import Layer, Observer
+from loopq_compile.solvers.observe import Layer, Observer, check_finite
 from loopq_compile.solvers.solve import Options, Solution, solve
 from loopq_compile.solvers.statistics import Split
 
@@ -65,7 +69,7 @@ class SolveWeights(Pass):
             number for every row of a per-loop table.
         centered: whether offsets put weights into the middle of their integers' intervals; False keeps weights as near
             to their old values as the integers allow, so that calibration can continue from there.
-        max_tokens: statistics come from the first batches, up to about this many tokens in total.
+        max_tokens: about how many tokens are measured; None for the option `statistics_tokens`.
 
     Raises:
         LoopQError: no calibration data, unusable statistics, or unknown options.
@@ -85,7 +89,7 @@ class SolveWeights(Pass):
         sweeps: int = 1,
         loop_weights: str | Sequence[float] = "equal",
         centered: bool = True,
-        max_tokens: int = 16384,
+        max_tokens: int | None = None,
     ) -> None:
         self.options = Options(solver, damping, act_order, alpha, beta, form, refine, refit_scales)
         if sweeps < 1:
@@ -108,8 +112,8 @@ class SolveWeights(Pass):
         if options.solver == "loaq" and state.run.teacher is None:
             raise InternalError("solve-weights: loaq compares with state.run.teacher, the graph before quantization.")
         vocabulary, device = vocabulary_size(graph_module), device_of(graph_module)
-        every = calibration_batches(state.run.calibration, state.signature, vocabulary, device)
-        batches = list(first_batches(every, self.max_tokens))
+        wanted = self.max_tokens or state.options.statistics_tokens
+        batches = statistics_batches(state.run.calibration, state.signature, vocabulary, device, wanted)
         solver = _Solver(graph_module, state, batches, options, self.loop_weights, self.centered)
         solver.run(chains, self.sweeps)
         for note in solver.notes():
@@ -132,6 +136,7 @@ class _Solver:
         self.graph_module, self.state, self.batches = graph_module, state, batches
         self.options, self.loop_weights, self.centered = options, loop_weights, centered
         self.errors: dict[str, list[tuple[float, ...]]] = {}
+        self.rank, self.world = distributed.world(device_of(graph_module))
 
     def run(self, chains: list[Chain], sweeps: int) -> None:
         """Runs all sweeps."""
@@ -163,7 +168,8 @@ class _Solver:
         later: dict[int, Split] = {}
         stops = [(index, number) for index, family in enumerate(families) for number in range(1, family.calls)]
         for index, _, split, _ in self._walk(families, stops, "Measuring later loops"):
-            later[index] = later[index].add(split) if index in later else split
+            if split is not None:
+                later[index] = later[index].add(split) if index in later else split
         return later
 
     def _sweep(
@@ -175,20 +181,22 @@ class _Solver:
         stops = [(index, call) for index, family in enumerate(families) for call in range(family.calls if again else 1)]
         for index, number, split, observer in self._walk(families, stops, "Solving weights"):
             if number:
-                measured[index] = measured[index].add(split) if index in measured else split
+                if split is not None:
+                    measured[index] = measured[index].add(split) if index in measured else split
                 continue
-            if index in later:
+            if split is not None and index in later:
                 split.add(later.pop(index))
             for chain in families[index].chains:
-                found = self._solve(observer, chain, split, options)
+                found = self._solve(observer, chain, split, options, self._owner(index))
                 errors = found.before, found.after, found.alpha, found.beta
                 self.errors[chain.site.name.rpartition(".")[2]].append(errors)
         return measured
 
     def _walk(
         self, families: list[Family], stops: list[tuple[int, int]], title: str
-    ) -> Iterator[tuple[int, int, Split, Observer]]:
-        """Walks to the `stops` (family and call) in program order, and yields the weighted moments there."""
+    ) -> Iterator[tuple[int, int, Split | None, Observer]]:
+        """Walks to the `stops` (family and call) in program order, and yields the weighted moments there; None if
+        another process owns the family."""
         observer = self._observer()
         position = observer.walk.position
         order = sorted(stops, key=lambda stop: position(families[stop[0]].first(stop[1], position)[0]))
@@ -196,7 +204,17 @@ class _Solver:
             linear, chain = families[index].first(number, position)
             weight = observer.walk.constant(chain.plain).float()
             split = observer.measure(Layer(linear, weight, chain.original(self.graph_module)))
+            owner = self._owner(index)
+            split.gather(owner, held=self.options.solver == "loaq")
+            if owner != self.rank:
+                yield index, number, None, observer
+                continue
+            check_finite(linear, split)
             yield index, number, split.times(self._loop_weight(linear, split)), observer
+
+    def _owner(self, family: int) -> int:
+        """The process that solves a family."""
+        return family % self.world
 
     def _loop_weight(self, linear: fx.Node, split: Split) -> float:
         """The weight of a call in the sum over loops."""
@@ -209,9 +227,13 @@ class _Solver:
             raise LoopQError(f"loop_weights has {len(self.loop_weights)} numbers; {linear.name!r} runs in loop {row}.")
         return float(self.loop_weights[row])
 
-    def _solve(self, observer: Observer, chain: Chain, split: Split, options: Options) -> Solution:
+    def _solve(self, observer: Observer, chain: Chain, split: Split | None, options: Options, owner: int) -> Solution:
         plain = observer.walk.constant(chain.plain)
         grid = chain.grid(observer.walk.constant(chain.quantize.args[1]), plain.shape[1])
-        solution = solve(plain.float(), chain.original(self.graph_module), grid, split, options, chain.where)
+        if split is None:
+            solution = Solution.empty(plain, grid)
+        else:
+            solution = solve(plain.float(), chain.original(self.graph_module), grid, split, options, chain.where)
+        solution = solution.sent(owner)
         write_codes(self.graph_module, chain, plain, solution.codes, solution.grid, self.centered)
         return solution

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from loopq_compile.calibration.batches import calibration_batches, first_batches, real_tokens, token_mask
+from loopq_compile.calibration import distributed
+from loopq_compile.calibration.batches import real_tokens, statistics_batches, token_mask
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.graph.device import device_of
 from loopq_compile.graph.evaluate import run
@@ -41,7 +42,7 @@ class SmoothActivations(Pass):
 
         s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)            (SmoothQuant eq. 4)
 
-    where the maxima are taken over all unmasked calibration tokens in all loops, and over all weights of the group.
+    where the maxima are taken over all unmasked tokens in all loops, and over all weights of the group.
     Channels that are always zero, in the input or in the weights, keep `s_j = 1`. The function stays the same.
 
     Does nothing to groups that already have a transform, and to weight-only schemes. With `foldable`, it does nothing
@@ -50,7 +51,7 @@ class SmoothActivations(Pass):
     Args:
         alpha: how much of the difficulty moves into the weights, from 0 (all stays in activations) to 1.
         learn: whether calibration may change the diagonal.
-        max_tokens: maxima are taken over the first batches, up to about this many tokens in total.
+        max_tokens: about how many tokens are measured; None for the option `statistics_tokens`.
         foldable: only groups whose inputs are all made by one norm, the gain of which nothing else reads.
 
     Raises:
@@ -58,7 +59,7 @@ class SmoothActivations(Pass):
     """
 
     def __init__(
-        self, alpha: float = 0.5, learn: bool = False, max_tokens: int = 16384, foldable: bool = False
+        self, alpha: float = 0.5, learn: bool = False, max_tokens: int | None = None, foldable: bool = False
     ) -> None:
         super().__init__()
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
@@ -86,10 +87,12 @@ class SmoothActivations(Pass):
             return PassResult(graph_module, False)
         observer = _Observer(uses)
         vocabulary, device = vocabulary_size(graph_module), device_of(graph_module)
-        every = calibration_batches(state.run.calibration, state.signature, vocabulary, device)
-        for inputs in progress(first_batches(every, self.max_tokens), "Measuring channels"):
+        wanted = self.max_tokens or state.options.statistics_tokens
+        batches = statistics_batches(state.run.calibration, state.signature, vocabulary, device, wanted)
+        for inputs in progress(batches, "Measuring channels", len(batches)):
             observer.mask = token_mask(state.signature, inputs)
             run(graph_module, inputs, observer.watch)
+        distributed.largest([observer.largest[group] for group in sorted(observer.largest)])
         for group, found in uses.items():
             scale = smoothing_scale(observer.largest[group], _largest_weight(graph_module, found), self.alpha)
             least = torch.finfo(weight_type(graph_module, found)).tiny

@@ -32,3 +32,11 @@ def test_it_needs_two_depths_and_a_width_of_whole_heads():
         memory(64, [2, 2])
     with pytest.raises(lq.LoopQError, match="width=100 is not a multiple of 64"):
         memory(100, [1, 2])
+
+
+def test_processes_report_the_largest_peak_once():
+    options = "--width 64 --layers 1,2 --loops 2 --length 16 --method las --processes 2 --json"
+    result = CliRunner().invoke(app, ["bench", "memory", *options.split()])
+    assert result.exit_code == 0, result.output
+    lines = json.loads(result.stdout)["data"]
+    assert [line["pass"] for line in lines] == [*map(pass_name, get_pipeline("las")), "all together"]

@@ -6,14 +6,18 @@ from torch import nn
 from torch.nn import functional as F
 
 import loopq_compile as lq
+from loopq_compile.calibration import target_store
 from loopq_compile.calibration.batches import token_mask
 from loopq_compile.calibration.data import pick, regroup, split
+from loopq_compile.calibration.target_store import TargetStore
 from loopq_compile.calibration.teacher import Teacher
+from loopq_compile.errors import InternalError
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.state import get_state
+from loopq_compile.passes import Pass
 from loopq_compile.passes.learn.calibrate import Calibrate
 from tests.calibration.tools import assert_same, captured, learned_tensors, prepared
-from tests.tiny import VOCABULARY, tokens
+from tests.tiny import VOCABULARY, tiny_model, tokens
 
 
 def test_batches_of_one_shape_are_regrouped():
@@ -183,3 +187,57 @@ def test_two_calibrations_with_one_seed_are_the_same():
     assert_same(first, second)
     other = learned_tensors(prepared(Calibrate(), steps=3, seed=6))
     assert any(not tensor.equal(other[name]) for name, tensor in first.items())
+
+
+def test_answers_beyond_the_memory_go_to_files_that_are_deleted(monkeypatch, tmp_path):
+    monkeypatch.setattr(target_store, "MEMORY_BYTES", 0)
+    store = TargetStore(str(tmp_path), ["loop_end"])
+    state = get_state(captured())
+    ends = [node.name for node in captured().graph.nodes if node.target is torch.ops.aten.linear.default][:1]
+    teacher = Teacher(captured(), state.signature, ends, VOCABULARY, CalibrationOptions(top_k=5), store)
+    first = teacher.targets(0, [tokens()])
+    assert len(list(tmp_path.glob("targets-0-*/0.safetensors"))) == 1
+    monkeypatch.setattr(teacher, "_ask", None)
+    again = teacher.targets(0, [tokens()])
+    assert again is not first and again.mask is None and again.outputs == []
+    for x, y in zip(
+        (first.logits, first.indices, first.total, *first.states),
+        (again.logits, again.indices, again.total, *again.states),
+        strict=True,
+    ):
+        assert x.dtype == y.dtype and x.equal(y)
+    store.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_compile_leaves_no_answers(monkeypatch, tmp_path):
+    """What is learned is the same with files, and they are deleted after an error, too."""
+    monkeypatch.setattr(target_store, "MEMORY_BYTES", 0)
+    seen = []
+    write = TargetStore._write
+    monkeypatch.setattr(TargetStore, "_write", lambda self, *args: (write(self, *args), seen.append(self._folder))[0])
+    options = {"calibration": [tokens(seed, 4) for seed in range(2)], "group_size": 16, "steps": 2}
+    method = lq.pipelines.loopq().insert_after("calibrate", Failing())
+    with pytest.raises(InternalError, match="on purpose"):
+        lq.compile(tiny_model(), tokens(), method=method, checkpoint=str(tmp_path), **options)
+    assert seen and all(folder.parent == tmp_path for folder in seen)
+    assert not list(tmp_path.glob("targets-*"))
+
+
+class Failing(Pass):
+    """Before and after: nothing."""
+
+    def call(self, graph_module):
+        raise RuntimeError("on purpose")
+
+
+def test_a_full_disk_is_said_once(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(target_store, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(target_store, "save_file", full)
+    teacher = teacher_of(captured())
+    with pytest.warns(UserWarning, match="No space left on device.*asks the teacher again") as told:
+        answers = [teacher.targets(number, [tokens()]) for number in (0, 1, 0)]
+    assert len(told) == 1 and answers[0].logits.equal(answers[2].logits)

@@ -170,6 +170,9 @@ def memory_command(
     samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration rows of random tokens.")] = 8,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a row.")] = 64,
     precision: Annotated[str, typer.Option("--precision", help="Of matrix products: float32 or bfloat16.")] = "float32",
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="Processes that share each calibration; the largest counts.")
+    ] = 1,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -178,7 +181,9 @@ def memory_command(
 
     counts = whole_numbers("--layers", layers)
     options = {"precision": precision}
-    report = memory(width, counts, loops, scheme, method, steps, samples, length, options, say=note(True))
+    report = memory(
+        width, counts, loops, scheme, method, steps, samples, length, options, processes=processes, say=note(True)
+    )
     show(report, out, json)
 
 
