@@ -164,7 +164,11 @@ class Rehearsal:
             if training is None:
                 return None
             setup = time.perf_counter() - start
+            self.observe(training)
             return self._phase_parts(training, setup)
+
+    def observe(self, training: Training) -> None:
+        """Called with every phase that is ready to run; does nothing here."""
 
     def _phase_parts(self, training: Training, setup: float) -> _Learning:
         with fusing(training.worth_fusing()):

@@ -154,20 +154,26 @@ class Steps(ABC):
             parts = None
         self.report.steps += 1
         self.report.tokens += self.batches[number][0].numel()
-        if parts is not None:
-            gradients = [gradient for item in self.learnables if (gradient := item.gradient) is not None]
-            loss = parts.total.detach().clone()
-            distributed.average([*gradients, loss])
-            norm = torch.nn.utils.get_total_norm(gradients)
-            if torch.isfinite(norm) and torch.isfinite(loss):
-                factor = (self.options.gradient_clip / (norm + 1e-6)).clamp_max(1.0)
-                for gradient in gradients:
-                    gradient.mul_(factor.to(gradient.device))
-                self.optimizer.step()
-                self._failures = 0
-                return parts
+        if parts is not None and self.update(parts.total):
+            self._failures = 0
+            return parts
         self._fail()
         return None
+
+    def update(self, loss: Tensor) -> bool:
+        """Moves what is learned along its gradients, averaged over processes; False if these or the `loss` are not
+        finite."""
+        gradients = [gradient for item in self.learnables if (gradient := item.gradient) is not None]
+        loss = loss.detach().clone()
+        distributed.average([*gradients, loss])
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm) or not torch.isfinite(loss):
+            return False
+        factor = (self.options.gradient_clip / (norm + 1e-6)).clamp_max(1.0)
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.device))
+        self.optimizer.step()
+        return True
 
     def _fail(self) -> None:
         self.report.skipped += 1

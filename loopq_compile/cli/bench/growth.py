@@ -1,5 +1,4 @@
-"""`loopq-compile bench loops`, `bench exit`, `bench memory` and `bench compile`: what more loops and layers cost, and
-what fewer save."""
+"""`loopq-compile bench loops`, `exit`, `calibrate`, `memory` and `compile`: what more loops and layers cost."""
 
 from __future__ import annotations
 
@@ -158,6 +157,34 @@ def cache_command(
     bits = [number or None for number in whole_numbers("--values", values)]
     report = caches(loaded.model, tokens, names(schemes), bits, length, say=note(True))
     show(report, out, json, model=f"{model}@{repeat}" if repeat else model, text=source)
+
+
+def calibrate_command(
+    model: Model = "bundled",
+    repeat: RepeatLayers = None,
+    scheme: Annotated[str, typer.Option("--scheme", help="As for compile.")] = "w4a4",
+    method: Annotated[str, typer.Option("--method", help="As for compile.")] = "loopq",
+    batch_rows: Annotated[int, typer.Option("--batch-rows", min=1, help="Rows in a step.")] = 4,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a row.")] = 128,
+    precision: Annotated[str, typer.Option("--precision", help="Of matrix products: float32 or bfloat16.")] = "float32",
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="How often each part is timed.")] = 3,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Seconds of a calibration step by part, in every phase, and tokens a second against the plain forward pass."""
+    from loopq_compile.bench.calibrate import step_parts
+    from loopq_compile.capture.to_graph import capture
+    from loopq_compile.graph.options import CalibrationOptions
+    from loopq_compile.graph.scheme import Scheme
+
+    loaded = load_model(model, None, trust_remote_code, repeat, allow_pickle)
+    batches = calibration_batches("docs", loaded.tokenizer, 4 * batch_rows, length, 0)
+    options = CalibrationOptions(batch_rows=batch_rows, precision=precision)
+    captured = capture(loaded.model)
+    report = step_parts(captured, Scheme.parse(scheme), method, batches, options, repeats, say=note(True))
+    show(report, out, json, model=f"{model}@{repeat}" if repeat else model)
 
 
 def memory_command(
