@@ -36,11 +36,14 @@ from loopq_compile.passes.quantize.solve_weights import SolveWeights
 from loopq_compile.passes.transforms.smooth_activations import SmoothActivations
 from loopq_compile.pipeline import Pipeline, pass_name
 from loopq_compile.solvers.chains import Chain, find_chains, find_families, write_codes
-from loopq_compile.solvers.solve import solve
+from loopq_compile.solvers.rtn import Grid
+from loopq_compile.solvers.solve import Options, solve
 from loopq_compile.solvers.statistics import Split
 
 _SLOW = 20.0
 """What took this many seconds the first time is not done again to see what it takes when it is warm."""
+_SOLVED = 24
+"""Bytes for every number of the largest weight at the height of its solution."""
 _NODE_SECONDS = 0.007
 """Seconds to capture a node and print it, on a core of 2024."""
 
@@ -103,7 +106,8 @@ class Rehearsal:
         peak: Peak | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._peak = peak or Peak(device_of(captured))
+        self._device = device_of(captured)
+        self._peak = peak or Peak(self._device)
         self._pipeline, self._options, self._say = pipeline, options, say
         self._graph = copy_graph(captured)
         state = get_state(self._graph)
@@ -222,39 +226,39 @@ class Rehearsal:
         return setup + first + (min(SEQUENCES, sum(self._rows)) - 1) * second
 
     def _solve(self, item: SolveWeights) -> tuple[float, int]:
-        """Solves one weight of each shape, and rounds all to nearest, which puts the same tables into the graph."""
+        """Solves one weight of each shape, and walks a batch once; the sums of statistics are counted."""
         chains = [chain for chain in find_chains(self._graph) if not chain.solved]
         if not chains:
             return 0.0, 0
-        state, options = get_state(self._graph), replace(item.options, solver="gptq")
-        tokens = self._measured(item)
-        by_shape: dict[tuple[int, int], float] = {}
-        seconds = 0.0
+        seconds = self._round(chains, item)
+        tokens, families = self._measured(item), find_families(chains, lambda linear: False)
+        loops = max(family.calls for family in families)
+        by_token, fixed = self._forward()
+        seconds += tokens * by_token * (1 + 1 / loops) + fixed * (loops + 1)
+        squares = [(family.chains[0].site.shape[1] ** 2, family.calls) for family in families]
+        seconds += sum(2.0 * square * calls * tokens for square, calls in squares) / _product_rate(self._device)
+        sums = 4 * sum(square for square, calls in squares if calls > 1)
+        sizes = [chain.site.shape[0] * chain.site.shape[1] for chain in chains]
+        values = 4 * tokens * max(chain.site.shape[0] for chain in chains)
+        return seconds, self._peak.now() + sums + sum(sizes) + values + _SOLVED * max(sizes)
+
+    def _round(self, chains: list[Chain], item: SolveWeights) -> float:
+        """Rounds all weights to nearest, which puts the same tables into the graph as solving them; the seconds that
+        this and solving take."""
+        options, by_shape, seconds = replace(item.options, solver="gptq"), dict[tuple[int, ...], float](), 0.0
         for chain in chains:
-            plain, grid = _values(self._graph, chain)
-            shape = (plain.shape[0], plain.shape[1])
+            values = dict(evaluate(self._graph, [chain.plain, chain.quantize.args[1]]))
+            plain = values[chain.plain].float()
+            grid = chain.grid(values[chain.quantize.args[1]], plain.shape[1])
+            shape = tuple(plain.shape)
             if shape not in by_shape:
-                width = shape[1]
-                split_ = Split.of((torch.randn(width + 64, width, device=plain.device), None, None), 0)
-                original = chain.original(self._graph)
-                by_shape[shape] = _timed(lambda: solve(plain, original, grid, split_, options, chain.where))  # noqa: B023
+                by_shape[shape] = _solving(plain, chain.original(self._graph), grid, options)
             start = time.perf_counter()
             write_codes(self._graph, chain, plain, grid.nearest(plain), grid, item.centered)
             seconds += by_shape[shape] + time.perf_counter() - start
             trim()
         self._graph.recompile()
-        families = find_families(chains, lambda linear: False)
-        loops = max(family.calls for family in families)
-        walks, fixed = self._forward()
-        seconds += tokens * walks * (1 + 1 / loops) + fixed * (loops + 1)
-        squares = {id(family): family.chains[0].site.shape[1] ** 2 for family in families}
-        rate = _product_rate(device_of(self._graph))
-        seconds += sum(2.0 * squares[id(family)] * family.calls * tokens for family in families) / rate
-        kept = 4 * sum(squares[id(family)] for family in families if family.calls > 1)
-        width = max(site.shape[0] for site in state.sites.values() if site.reason is None)
-        integers = sum(chain.site.shape[0] * chain.site.shape[1] for chain in chains)
-        largest = max(chain.site.shape[0] * chain.site.shape[1] for chain in chains)
-        return seconds, kept + integers + 4 * tokens * width + 24 * largest + self._peak.now()
+        return seconds
 
     def _measured(self, item: Any) -> int:
         """Tokens that a pass measures."""
@@ -263,7 +267,7 @@ class Rehearsal:
     def _forward(self) -> tuple[float, float]:
         """Seconds of one token of a forward pass, and of what no token causes."""
         state = get_state(self._graph)
-        inputs = bind_batch(state.run.calibration[0], state.signature, device=device_of(self._graph))
+        inputs = bind_batch(state.run.calibration[0], state.signature, device=self._device)
         short = [tensor[:, :2] if tensor.ndim > 1 else tensor for tensor in inputs]
         with torch.no_grad():
             self._graph(*inputs)
@@ -271,11 +275,12 @@ class Rehearsal:
         return max(0.0, whole - fixed) / count_tokens(inputs), fixed
 
 
-def _values(graph_module: fx.GraphModule, chain: Chain) -> tuple[Tensor, Any]:
-    """The weight before rounding, and its grid."""
-    values = dict(evaluate(graph_module, [chain.plain, chain.quantize.args[1]]))
-    plain = values[chain.plain].float()
-    return plain, chain.grid(values[chain.quantize.args[1]], plain.shape[1])
+def _solving(plain: Tensor, original: Tensor, grid: Grid, options: Options) -> float:
+    """Seconds to solve a weight, for random inputs."""
+    width = plain.shape[1]
+    inputs = torch.randn(width + 64, width, generator=torch.Generator().manual_seed(0)).to(plain.device)
+    moments = Split.of((inputs, None, None), 0)
+    return _timed(lambda: solve(plain, original, grid, moments, options, "a weight"))
 
 
 def _product_rate(device: torch.device) -> float:
@@ -293,4 +298,6 @@ def _without_gradient(action: Callable[[], Any]) -> Any:
 def _timed(action: Callable[[], Any]) -> float:
     start = time.perf_counter()
     action()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
