@@ -5,6 +5,9 @@ quantize-dequantize pair. Autograd would keep every value of every chain, some 4
 for every loop. Here a step keeps the integers and scales of a chain, and the sum of its weight's gradients over all
 loops. Each product makes the weight anew, forward and backward. When the backward pass has left the first product
 that read a weight, the chain runs once more, and the summed gradient goes through it.
+
+Under `torchrun` each process keeps rows of the integers and of the sum (`sharding`). A product gathers the integers,
+and its gradient is averaged over the processes at once. So what the chain gets is the mean, the same in all processes.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from loopq_compile.calibration.learnable import Offsets, Value
+from loopq_compile.calibration.sharding import Rows, whole
 from loopq_compile.graph.constants import constant_nodes
 from loopq_compile.graph.evaluate import sources_of
 from loopq_compile.memory import trim
@@ -83,13 +87,22 @@ class HeldWeight:
         summed: send the sum of all gradients through the chain, once. Otherwise each goes through it at once: no
             memory, but more work.
         gradient: type of the sum.
+        rows: what this process keeps of integers and sum.
     """
 
     def __init__(
-        self, chain: WeightChain, values: Sequence[Value], integers: Integers, summed: bool, gradient: torch.dtype
+        self,
+        chain: WeightChain,
+        values: Sequence[Value],
+        integers: Integers,
+        summed: bool,
+        gradient: torch.dtype,
+        rows: Rows,
     ) -> None:
         self._chain, self._values, self._summed, self._type = chain, list(values), summed, gradient
-        self._codes, self._scale = integers
+        self._rows = rows
+        codes, self._scale = integers
+        self._codes = rows.own(codes)
         self._sum: Tensor | None = None
         self._through: list[Tensor | None] = []
         self._leaves = [value for value in self._values if isinstance(value, Tensor) and value.requires_grad]
@@ -98,28 +111,28 @@ class HeldWeight:
         """Stands for the weight in autograd's graph; None if nothing of the chain is learned."""
         if not torch.is_grad_enabled() or not any(map(_is_learned, self._values)):
             return None
-        anchor = torch.zeros((), device=self._tensors()[0].device, requires_grad=True)
+        anchor = torch.zeros((), device=self._scale.device, requires_grad=True)
         return _Token.apply(anchor, self, *self._leaves)
 
     def value(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight `[N, K]`, in its own type or in `dtype`."""
-        return weight_values(self._codes, self._scale, self._chain.group_size, dtype or self._scale.dtype)
+        return weight_values(whole(self._codes), self._scale, self._chain.group_size, dtype or self._scale.dtype)
 
     def add(self, grad: Tensor, x: Tensor) -> None:
         """Adds the gradient of one product, from those of its output `[n, N]` and its input `[n, K]`."""
         if not self._summed:
-            self._pass_on(grad.t() @ x)
+            self._pass_on(whole(self._rows.mean(grad.t() @ x)))
         elif self._sum is None:
-            self._sum = (grad.t() @ x).to(self._type)
-        elif self._sum.dtype == x.dtype:
+            self._sum = self._rows.mean(grad.t() @ x).to(self._type)
+        elif self._sum.dtype == x.dtype and self._rows.mesh is None:
             self._sum.addmm_(grad.t(), x)
         else:
-            self._sum += grad.t() @ x
+            self._sum += self._rows.mean(grad.t() @ x)
 
     def gradients(self) -> list[Tensor | None]:
         """The gradients of what is learned, after all products have added theirs."""
         if self._sum is not None:
-            self._pass_on(self._sum)
+            self._pass_on(whole(self._sum))
             self._sum = None
             trim()
         return self._through or [None] * len(self._leaves)
@@ -146,8 +159,8 @@ class HeldWeight:
 
 
 def tensors_of(values: Sequence[Value]) -> list[Tensor]:
-    """The values as a chain reads them."""
-    return [value.steps if isinstance(value, Offsets) else value for value in values]
+    """The values as a chain reads them, whole."""
+    return [whole(value.steps) if isinstance(value, Offsets) else value for value in values]
 
 
 def _is_learned(value: Value) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loopq_compile.calibration.sharding import Rows, divided_as, rows, with_rows
 from loopq_compile.operators.fusion import fused
 from loopq_compile.operators.precision import wide
 from loopq_compile.operators.quantize import bounded
@@ -44,17 +45,20 @@ class Offsets:
     Args:
         steps: offsets in units of the weight's scale, `[N, K]`.
         gradient: the loss by `steps`, `[N, K]` in bfloat16; None before the backward pass.
+
+    Both may be divided among the processes (`sharding`). The gradient is then the mean over all of them.
     """
 
     steps: Tensor
     gradient: Tensor | None = None
 
     def add_gradient(self, gradient: Tensor) -> None:
-        """Adds a part of the gradient, `[N, K]` in any type."""
+        """Adds a part of the gradient, `[N, K]` in any type, all rows."""
+        part = divided_as(gradient, self.steps)
         if self.gradient is None:
-            self.gradient = gradient.to(torch.bfloat16)
+            self.gradient = part.to(torch.bfloat16)
         else:
-            self.gradient += gradient
+            self.gradient += part
 
 
 Value = Tensor | Offsets
@@ -91,9 +95,14 @@ class Learnable:
             x = x.clamp(_LOWEST_CLIP, _HIGHEST_CLIP).logit()
         return Learnable(name, kind, x.clone().requires_grad_(), tensor.dtype)
 
+    def divide(self, rows: Rows) -> None:
+        """Keeps only this process's rows of rounding offsets; other kinds are small and stay whole."""
+        if isinstance(self.coordinates, Offsets):
+            self.coordinates.steps = rows.own(self.coordinates.steps)
+
     @property
     def raw(self) -> Tensor:
-        """The coordinates as a tensor."""
+        """The coordinates as a tensor, divided if `divide` was called."""
         return self.coordinates.steps if isinstance(self.coordinates, Offsets) else self.coordinates
 
     @property
@@ -109,9 +118,9 @@ class Learnable:
             self.coordinates.grad = None
 
     def restore(self, raw: Tensor) -> None:
-        """Goes back to coordinates of an earlier time."""
+        """Goes back to coordinates of an earlier time, all rows of them."""
         if isinstance(self.coordinates, Offsets):
-            self.coordinates.steps = raw.to(self.raw.device)
+            self.coordinates.steps = divided_as(raw, self.raw)
         else:
             with torch.no_grad():
                 self.coordinates.copy_(raw)
@@ -196,7 +205,10 @@ class Optimizer:
             shape = (1, offsets.steps.shape[1])
             noise = torch.randint(1 << _DROPPED, shape, generator=generator, dtype=torch.int32)
             rate = torch.tensor(self._rates[item.name] * factor, device=offsets.steps.device)
-            offsets.steps = _moved(offsets.steps, offsets.gradient, rate, noise.to(offsets.steps.device))
+            kept = rows(offsets.steps)
+            if len(kept):
+                moved = _moved(kept, rows(offsets.gradient), rate, noise.to(kept.device))
+                offsets.steps = with_rows(offsets.steps, moved)
 
     @torch.no_grad()
     def _rotate(self, item: Learnable, factor: float) -> None:

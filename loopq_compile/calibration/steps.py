@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loopq_compile.calibration import checkpoint, distributed
+from loopq_compile.calibration import checkpoint, distributed, sharding
 from loopq_compile.calibration.data import Batch, pick, split
 from loopq_compile.calibration.learnable import Learnable, Offsets, Optimizer, Value
 from loopq_compile.calibration.objective import LossParts
@@ -165,13 +165,12 @@ class Steps(ABC):
         finite."""
         gradients = [gradient for item in self.learnables if (gradient := item.gradient) is not None]
         loss = loss.detach().clone()
-        distributed.average([*gradients, loss])
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = sharding.average_gradients(gradients, loss)
         if not torch.isfinite(norm) or not torch.isfinite(loss):
             return False
         factor = (self.options.gradient_clip / (norm + 1e-6)).clamp_max(1.0)
         for gradient in gradients:
-            gradient.mul_(factor.to(gradient.device))
+            sharding.rows(gradient).mul_(factor.to(gradient.device))
         self.optimizer.step()
         return True
 
@@ -216,7 +215,7 @@ class Steps(ABC):
         return {item.name: item.now() for item in self.learnables}
 
     def _save(self) -> None:
-        if self.store is None or self.rank:
+        if self.store is None:
             return
         raws = self._raws()
         tensors = {f"raw.{name}": tensor for name, tensor in raws.items()}
@@ -224,7 +223,7 @@ class Steps(ABC):
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         tensors |= {f"extra.{name}": tensor for name, tensor in self.extra().items()}
         facts = {"stale": self._stale, "failures": self._failures, "report": vars(self.report)}
-        checkpoint.write(self.store, tensors, {"fingerprint": self.fingerprint, **facts})
+        checkpoint.write(self.store, sharding.whole_in_first(tensors), {"fingerprint": self.fingerprint, **facts})
 
     def _resume(self) -> None:
         found = checkpoint.read(self.store, self.fingerprint) if self.store is not None else None
@@ -235,7 +234,7 @@ class Steps(ABC):
             item.restore(tensors[f"raw.{item.name}"])
         for name, raw in self._raws().items():
             best = tensors.get(f"best.{name}")
-            self.best[name] = raw if best is None else best.to(raw.device)
+            self.best[name] = raw if best is None else sharding.divided_as(best, raw)
         self.optimizer.restore(_under("optimizer.", tensors))
         self.restore_extra(_under("extra.", tensors))
         self.report = Report(**facts["report"])

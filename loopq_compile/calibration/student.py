@@ -26,6 +26,7 @@ from loopq_compile.calibration.held_weights import (
     tensors_of,
 )
 from loopq_compile.calibration.learnable import Value
+from loopq_compile.calibration.sharding import Rows
 from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.recurrence import weight_roots
 from loopq_compile.graph.state import copy_nodes, get_tensor
@@ -56,6 +57,7 @@ class Student:
         equal_loops: the chains of a weight have the same values in all loops, as right after `widen`. They share their
             integers, and every gradient goes through its chain at once, so that nothing is kept for each loop.
         gradients: type of the sums of weights' gradients.
+        rows: what this process keeps for each weight; by default everything. Divided, all processes must run the same.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class Student:
         learned: Collection[str] | None = None,
         equal_loops: bool = False,
         gradients: torch.dtype = torch.float32,
+        rows: Rows | None = None,
     ) -> None:
         graph = copy_nodes(graph_module.graph)
         fuse_pairs(graph)
         self.recompute, self._equal_loops, self._gradients = recompute, equal_loops, gradients
+        self._rows = rows or Rows()
         self.tensors: dict[str, Tensor] = {
             str(node.target): get_tensor(graph_module, str(node.target))
             for node in graph.nodes
@@ -160,7 +164,7 @@ class Student:
             integers = chain.codes(tensors)
             if self._equal_loops:
                 known.append((tensors, integers))
-        weight = HeldWeight(chain, read, integers, not self._equal_loops, self._gradients)
+        weight = HeldWeight(chain, read, integers, not self._equal_loops, self._gradients, self._rows)
         return weight, weight.token()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from loopq_compile.calibration.batches import calibration_batches
 from loopq_compile.calibration.data import Batch, regroup
 from loopq_compile.calibration.learnable import RATES, Learnable
+from loopq_compile.calibration.sharding import Rows, whole
 from loopq_compile.calibration.states import adapter_names, loop_ends
 from loopq_compile.calibration.steps import FUSED_STEPS, Plan
 from loopq_compile.calibration.student import Student
@@ -84,7 +85,7 @@ class Calibrate(Pass):
                 return PassResult(graph_module, False)
             learned = training.run(f"Calibrating {state.method}")
         for name, value in learned.items():
-            set_tensor(graph_module, name, value.to(get_tensor(graph_module, name).dtype).contiguous())
+            set_tensor(graph_module, name, whole(value).to(get_tensor(graph_module, name).dtype).contiguous())
         report, phases = training.report, state.results.setdefault("calibration", [])
         phases.append({**asdict(report), "phase": len(phases), "learned": count_by_kind(training.learnables)})
         state.note(
@@ -137,12 +138,16 @@ class Calibrate(Pass):
         recompute = self._recompute(graph_module, batches[0])
         half = options.precision == "bfloat16" or any(item.kind == "rounding" for item in learnables)
         half = half or quantized_weights(graph_module) > LARGE
+        rows = Rows.among(device_of(graph_module))
+        for item in learnables:
+            item.divide(rows)
         student = Student(
             graph_module,
             [*ends, *adapters],
             recompute,
             learned=names,
             gradients=torch.bfloat16 if half else torch.float32,
+            rows=rows,
         )
         kept = state.run.targets.get(tuple(ends))
         if kept is None:
@@ -172,7 +177,7 @@ class Calibrate(Pass):
 @contextlib.contextmanager
 def _without_offsets(graph_module: fx.GraphModule, training: Training) -> Iterator[None]:
     """Takes rounding offsets out of the graph while they are learned, so that they are not there once more; puts the
-    best back."""
+    best back. After an error they stay divided if the processes divide them: other processes may have had no error."""
     names = [item.name for item in training.learnables if item.kind == "rounding"]
     for name in names:
         table = get_tensor(graph_module, name)
@@ -183,6 +188,8 @@ def _without_offsets(graph_module: fx.GraphModule, training: Training) -> Iterat
     finally:
         for name in names:
             set_tensor(graph_module, name, training.best[name].contiguous())
+    for name in names:
+        set_tensor(graph_module, name, whole(training.best[name]).contiguous())
 
 
 def find_learnables(graph_module: fx.GraphModule, kinds: frozenset[str]) -> list[Learnable]:

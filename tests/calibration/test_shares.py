@@ -67,6 +67,16 @@ def test_only_the_first_process_writes(shared):
     assert folders == sorted(f"{name}-0" for name in JOBS)
 
 
+def test_each_process_keeps_its_rows_of_what_a_step_holds(tmp_path):
+    """Gradients are those of a single process, and a killed calibration continues with the same numbers."""
+    printed = torchrun("-m", "tests.calibration.divided", str(tmp_path))
+    facts = [json.loads(line) for line in printed.splitlines()]
+    assert sorted(fact["rank"] for fact in facts) == [0, 1]
+    for fact in facts:
+        assert fact["shares"] == dict.fromkeys(("steps", "gradient", "codes", "sum"), 0.5)
+        assert fact["error"] < 0.01
+
+
 def test_the_command_line_speaks_once(tmp_path):
     command = ["compile", "bundled", "--out", str(tmp_path / "out"), "--samples", "4", "--length", "16", "--json"]
     options = ["--method", "smoothquant", "--scheme", "w8a8"]
