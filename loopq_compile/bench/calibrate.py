@@ -49,7 +49,7 @@ def step_parts(
     watched.run()
     if not watched.phases:
         raise LoopQError(f"method={method!r} takes no steps of end-to-end calibration; loopq and flatquant-e2e do.")
-    data = []
+    data: list[dict[str, Any]] = []
     for learned, (tokens, parts) in watched.phases.items():
         step = sum(seconds for name, seconds in parts.items() if name != "plain forward")
         data.append({"learns": learned, "tokens": tokens, "step": step, **parts})
