@@ -35,6 +35,7 @@ from loopq_compile.passes.quantize.collect_ranges import CollectRanges
 from loopq_compile.passes.quantize.solve_weights import SolveWeights
 from loopq_compile.passes.transforms.smooth_activations import SmoothActivations
 from loopq_compile.pipeline import Pipeline, pass_name
+from loopq_compile.processes import apart
 from loopq_compile.solvers.chains import Chain, find_chains, find_families, write_codes
 from loopq_compile.solvers.rtn import Grid
 from loopq_compile.solvers.solve import Options, solve
@@ -124,7 +125,12 @@ class Rehearsal:
             return_large_tensors()
 
     def run(self) -> list[Cost]:
-        """What every pass needs, in their order; capture comes first and the shapes of all nodes last."""
+        """What every pass needs, in their order; capture comes first and the shapes of all nodes last. Under `torchrun`
+        every process rehearses for itself."""
+        with apart():
+            return self._run()
+
+    def _run(self) -> list[Cost]:
         costs: list[Cost | Calibrate] = []
         learned: dict[frozenset[str], _Learning | None] = {}
         last = {item.kinds: number for number, item in enumerate(self._pipeline) if isinstance(item, Calibrate)}
