@@ -97,7 +97,7 @@ def predict(
         model_bytes: size of the model, which lies there too.
 
     Raises:
-        LoopQError: it would not fit there.
+        LoopQError: it would not fit there, or the method learns nothing.
     """
     memory = work.phases(pipeline, options)
     check_fits(work, list(pipeline), options, round(machine.memory) - model_bytes)
@@ -106,6 +106,10 @@ def predict(
         kind = kind_of(item, options)
         if kind is not None:
             costs.append(Cost(pass_name(item), _seconds(item, kind, work, options, tokens, machine), memory[kind]))
+    if not costs:
+        raise LoopQError(
+            f"Method {pipeline.name!r} learns nothing, so there is no cost to predict for another machine."
+        )
     return costs
 
 

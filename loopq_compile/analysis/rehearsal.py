@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase
 
-from loopq_compile.calibration.batches import bind_batch, count_tokens
+from loopq_compile.calibration.batches import bind_batch, count_rows, count_tokens
 from loopq_compile.calibration.data import split
 from loopq_compile.calibration.target_store import MEMORY_BYTES, target_bytes
 from loopq_compile.calibration.training import Training
@@ -114,7 +114,7 @@ class Rehearsal:
         state = get_state(self._graph)
         state.scheme, state.method, state.options = scheme, pipeline.name, replace(options, checkpoint=None)
         bound = [bind_batch(batch, state.signature) for batch in batches]
-        self._rows = [batch[0].shape[0] for batch in bound]
+        self._rows = list(map(count_rows, bound))
         self._tokens = sum(map(count_tokens, bound))
         enough = next((n for n in range(len(bound)) if sum(self._rows[:n]) >= 2 * options.batch_rows), len(bound))
         state.run.calibration = list(batches[:enough]) or None

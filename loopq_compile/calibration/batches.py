@@ -88,6 +88,11 @@ def statistics_batches(
     return distributed.share(spread(every, tokens), device)
 
 
+def count_rows(batch: Sequence[Tensor]) -> int:
+    """Rows of a batch, by its first input."""
+    return batch[0].shape[0] if batch[0].ndim else 1
+
+
 def count_tokens(batch: list[Tensor]) -> int:
     """Tokens in the first input of a batch: ids, or vectors."""
     first = batch[0]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
+from loopq_compile.calibration.batches import count_rows
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.weights import site_calls
@@ -26,10 +27,10 @@ _SAVED = 1.5
 """What a quantized program keeps for its backward pass, relative to the values of the captured graph."""
 _LOGITS = 5
 """Tensors of the size of the logits at the height of a step."""
-_WEIGHT = {"transforms": 4, "rounding": 9, "selection": 5, "solver": 3}
+_WEIGHT = {"transforms": 4, "blocks": 4, "rounding": 9, "selection": 5, "solver": 3}
 """Bytes for every quantized weight: integers 1, the sum of gradients 2, offsets 2, their gradient 2, best offsets 2;
 the rest is measured."""
-_LARGEST = {"transforms": 24, "rounding": 48, "selection": 24, "solver": 24}
+_LARGEST = {"transforms": 24, "blocks": 24, "rounding": 48, "selection": 24, "solver": 24}
 """Bytes for every number of the largest weight, on which one chain works at a time."""
 _SQUARES = 7
 """Matrices `[K, K]` at the height of a solution."""
@@ -86,8 +87,9 @@ class Work:
         found = site_calls(annotated)
         sizes = [math.prod(site.shape) for site, _ in found]
         length = max(batch[0].shape[1] if batch[0].ndim > 1 else 1 for batch in batches)
-        rows = min(options.batch_rows, sum(batch[0].shape[0] for batch in batches))
-        batch = [tensor[:1].expand(rows, *tensor.shape[1:]) for tensor in max(batches, key=lambda b: b[0].numel())]
+        rows = min(options.batch_rows, sum(map(count_rows, batches)))
+        largest = max(batches, key=lambda batch: batch[0].numel())
+        batch = [tensor[:1].expand(rows, *tensor.shape[1:]) if tensor.ndim else tensor for tensor in largest]
         inputs = {linear.args[0]: site.shape[1] for site, linears in found for linear in linears}
         again = {linears[0].args[0]: site.shape[1] for site, linears in found if len(linears) > 1}
         outputs = _outputs(annotated)
@@ -128,20 +130,21 @@ class Work:
             return total + 4 * self.squares + 4 * _SQUARES * self.widest**2
         rows = 1.0 if kind != "selection" else self.length / self.tokens
         kept = _SAVED * self.values
-        if kind == "selection" or self.recomputes(options):
+        if kind in ("selection", "blocks") or self.recomputes(options):
             kept = kept / self.layers + 8.0 * self.tokens * self.widest
         return total + rows * (kept + _LOGITS * self.logits)
 
 
 def kind_of(item: object, options: CalibrationOptions) -> str | None:
-    """What a pass does that takes memory: "transforms", "rounding", "selection", "solver"; None for other passes."""
+    """What a pass does that takes memory: "transforms", "blocks" (of transforms), "rounding", "selection", "solver"; None
+    for other passes."""
     if isinstance(item, Calibrate):
         return "rounding" if "rounding" in item.kinds else "transforms"
     if isinstance(item, SelectTransforms):
         return "selection" if options.selection_budget else None
     if isinstance(item, SolveWeights):
         return None if (options.weight_solver or item.options.solver) == "rtn" else "solver"
-    return "transforms" if isinstance(item, CalibrateBlocks) else None
+    return "blocks" if isinstance(item, CalibrateBlocks) else None
 
 
 def _outputs(graph_module: fx.GraphModule) -> int:

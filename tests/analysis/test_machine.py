@@ -12,16 +12,17 @@ from loopq_compile.analysis.machine import Machine
 from loopq_compile.capture.to_graph import capture
 from loopq_compile.cli import app
 from loopq_compile.graph.options import CalibrationOptions
+from loopq_compile.methods import get_pipeline, method_names
 from tests.tiny import tiny_model, tokens
 
 CARD = Machine.parse("32GiB, 105TFLOPS, 1.79TB/s")
 
 
-def predicted(machine=CARD, **options):
+def predicted(machine=CARD, method="loopq", **options):
     graph = capture(tiny_model(), tokens())
     batches = [tokens(seed) for seed in range(8)]
     given = CalibrationOptions(**options)
-    return estimate(graph, lq.Scheme.parse("w4a4"), lq.pipelines.loopq(), batches, given, machine=machine)
+    return estimate(graph, lq.Scheme.parse("w4a4"), get_pipeline(method), batches, given, machine=machine)
 
 
 def test_a_machine_is_read():
@@ -39,6 +40,14 @@ def test_time_grows_with_steps_and_falls_with_the_rates():
     assert few.memory == many.memory
     names = [cost.name for cost in few.passes]
     assert names == ["calibrate", "select-transforms"] * 2 + ["calibrate", "solve-weights", "calibrate"]
+
+
+def test_every_method_that_learns_is_predicted():
+    for method in method_names():
+        try:
+            assert predicted(method=method).seconds > 0
+        except lq.LoopQError as error:
+            assert method in ("symmetric", "smoothquant", "quarot", "las") and "learns nothing" in str(error)
 
 
 def test_a_machine_that_is_too_small_is_refused():
