@@ -136,8 +136,7 @@ class Work:
 
 
 def kind_of(item: object, options: CalibrationOptions) -> str | None:
-    """What a pass does that takes memory: "transforms", "blocks" (of transforms), "rounding", "selection", "solver"; None
-    for other passes."""
+    """What a pass does that takes memory: "transforms", "blocks", "rounding", "selection", "solver"; None for others."""
     if isinstance(item, Calibrate):
         return "rounding" if "rounding" in item.kinds else "transforms"
     if isinstance(item, SelectTransforms):
