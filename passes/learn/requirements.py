@@ -136,7 +136,7 @@ class Work:
 
 
 def kind_of(item: object, options: CalibrationOptions) -> str | None:
-    """What a pass does that takes memory: "transforms", "blocks", "rounding", "selection", "solver"; None for others."""
+    """What a pass does that takes memory: "transforms", "blocks", "rounding", "selection", "solver"; else None."""
     if isinstance(item, Calibrate):
         return "rounding" if "rounding" in item.kinds else "transforms"
     if isinstance(item, SelectTransforms):

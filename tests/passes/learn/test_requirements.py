@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_refused_with_what_would(work):
     warning = check_fits(big, passes, OPTIONS, round(needed * 0.9))
     assert warning is not None and "GiB are available" in warning
     with pytest.raises(lq.LoopQError, match="It would fit with recompute='on' and batch_rows=1"):
-        check_fits(big, passes, OPTIONS, 25 << 30)
+        check_fits(big, passes, OPTIONS, 30 << 30)
     with pytest.raises(lq.LoopQError, match="a machine with more memory"):
         check_fits(big, passes, OPTIONS, 1 << 20)
 
