@@ -170,7 +170,7 @@ def teacher_of(graph_module, **options):
 def test_the_teacher_is_asked_once_for_a_batch(monkeypatch):
     teacher = teacher_of(captured())
     first = teacher.targets(0, [tokens()])
-    monkeypatch.setattr(teacher, "_ask", None)
+    monkeypatch.setattr(teacher, "ask", None)
     assert teacher.targets(0, [tokens()]) is first
 
 
@@ -197,7 +197,7 @@ def test_answers_beyond_the_memory_go_to_files_that_are_deleted(monkeypatch, tmp
     teacher = Teacher(captured(), state.signature, ends, VOCABULARY, CalibrationOptions(top_k=5), store)
     first = teacher.targets(0, [tokens()])
     assert len(list(tmp_path.glob("targets-0-*/0.safetensors"))) == 1
-    monkeypatch.setattr(teacher, "_ask", None)
+    monkeypatch.setattr(teacher, "ask", None)
     again = teacher.targets(0, [tokens()])
     assert again is not first and again.mask is None and again.outputs == []
     for x, y in zip(

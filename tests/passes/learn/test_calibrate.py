@@ -144,8 +144,8 @@ def test_later_phases_remember_what_the_teacher_said(monkeypatch):
     from loopq_compile.calibration.teacher import Teacher
 
     asked = []
-    ask = Teacher._ask
-    monkeypatch.setattr(Teacher, "_ask", lambda self, inputs: asked.append(1) or ask(self, inputs))
+    ask = Teacher.ask
+    monkeypatch.setattr(Teacher, "ask", lambda self, inputs: asked.append(1) or ask(self, inputs))
     graph_module = prepared(Calibrate(0.5), Calibrate(0.5), Calibrate(0.5, trajectory=False), steps=12, validation=0.5)
     assert len(get_state(graph_module).results["calibration"]) == 3
     assert len(asked) == 6 + 6, "once for every batch, and once more where no states are looked at"
