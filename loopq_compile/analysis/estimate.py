@@ -5,6 +5,7 @@ Time and memory are those of a rehearsal (`loopq_compile.analysis.rehearsal`). T
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -94,7 +95,9 @@ def estimate(
             model_bytes = sum(tensor.nbytes for tensor in tensors.values())
             costs = predict(work, pipeline, options, sum(map(count_tokens, batches)), machine, model_bytes)
         else:
-            check_fits(work, list(pipeline), options, available_memory(device_of(captured)))
+            warning = check_fits(work, list(pipeline), options, available_memory(device_of(captured)))
+            if warning:
+                warnings.warn(warning, stacklevel=2)
     elif machine is not None:
         raise LoopQError("A prediction for another machine needs calibration data: how long its rows are.")
     costs = costs or Rehearsal(captured, scheme, pipeline, list(calibration), options, peak, say).run()

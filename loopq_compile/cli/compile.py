@@ -237,13 +237,9 @@ def _predict(
 
 def duration(seconds: float) -> str:
     """`"40 s"`, `"12 min"` or `"3.5 h"`."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _show(program: Program, out: Path, json: bool) -> None:
