@@ -22,7 +22,7 @@ from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.shapes import infer_shapes
 from loopq_compile.graph.state import RunContext, copy_graph, get_state
-from loopq_compile.memory import LARGE, available_memory, return_large_tensors
+from loopq_compile.memory import LARGE, available_memory, bound_heap
 from loopq_compile.methods import get_pipeline, reference_graph
 from loopq_compile.passes.learn.requirements import Work, check_fits, kind_of
 from loopq_compile.pipeline import Pipeline
@@ -117,7 +117,7 @@ def _quantize(
     state.run.calibration = _repeatable(calibration)
     state.run.teacher = copy_graph(graph_module)
     if sum(tensor.numel() for tensor in graph_module.parameters()) > LARGE:
-        return_large_tensors()
+        bound_heap()
         _check_memory(graph_module, scheme, pipeline)
     try:
         with says_how_to_go_on(state), failures_with_programs():

@@ -107,7 +107,7 @@ def estimate(
         linears=len(state.sites),
         parameters=parameters,
         bytes=size,
-        memory=max(cost.memory for cost in costs),
+        memory=max(size, *(cost.memory for cost in costs)),
         seconds=sum(cost.seconds for cost in costs) if len(calibration) else None,
         passes=costs,
     )

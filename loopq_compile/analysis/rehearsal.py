@@ -26,7 +26,7 @@ from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.shapes import infer_shapes
 from loopq_compile.graph.state import copy_graph, get_state
-from loopq_compile.memory import LARGE, Peak, return_large_tensors, trim
+from loopq_compile.memory import LARGE, Peak, bound_heap, trim
 from loopq_compile.operators.fusion import fusing
 from loopq_compile.passes.learn.calibrate import Calibrate
 from loopq_compile.passes.learn.calibrate_blocks import CalibrateBlocks
@@ -122,7 +122,7 @@ class Rehearsal:
         state.run.teacher = copy_graph(captured)
         self._asked = 0
         if sum(tensor.numel() for tensor in captured.parameters()) > LARGE:
-            return_large_tensors()
+            bound_heap()
 
     def run(self) -> list[Cost]:
         """What every pass needs, in their order; capture comes first and the shapes of all nodes last. Under `torchrun`

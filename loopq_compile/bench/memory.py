@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from loopq_compile.bench.memory_session import Job, measure
+from loopq_compile.bench.random_models import sized
 from loopq_compile.bench.results import Report
 from loopq_compile.errors import LoopQError
 from loopq_compile.models import OuroConfig
@@ -87,6 +92,51 @@ def memory(
         title += f", {processes} processes"
         notes.append("Peaks are those of the largest process; the prediction is for a single one.")
     return Report("memory", title, columns, [_row(line) for line in data], data, notes=notes)
+
+
+def memory_of(
+    name: str,
+    layers: int | None = None,
+    scheme: str = "w4a4",
+    method: str = "loopq",
+    steps: int = 24,
+    samples: int = 8,
+    length: int = 512,
+    options: Mapping[str, Any] | None = None,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Calibrates a model of published size with random weights and exports it (`onnxruntime`, rolled, with a cache), in
+    a separate process. The export checks the file against the program.
+
+    Args:
+        name: one of `random_models.SIZES`.
+        layers: number of layers, fewer than the model has, to try it out.
+        scheme, method, steps, samples, length, options: as for `memory`.
+        say: called with what is being done.
+
+    Raises:
+        LoopQError: the model is unknown, or the process failed.
+    """
+    config = sized(name, layers)
+    say(f"{name}, {config.num_hidden_layers} layers x {config.total_ut_steps} loops:")
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(config.to_dict(), scheme, method, steps, samples, length, dict(options or {}), out=folder)
+        model, *lines = measure(job, say)
+        disk = sum(file.stat().st_size for file in Path(folder).iterdir())
+    rows = [("the model itself", "", f"{model['peak'] / 2**30:.2f}", f"{model['peak'] / model['weights']:.1f}")]
+    for line in lines:
+        peak = line["peak"]
+        rows.append((line["pass"], f"{line['seconds']:,.0f}", f"{peak / 2**30:.2f}", f"{peak / model['weights']:.1f}"))
+    rows.append(("on disk", "", f"{disk / 2**30:.2f}", f"{disk / model['weights']:.1f}"))
+    notes = [
+        "Peak resident memory while a pass runs, beyond the float32 model, which lies there before; and divided by the "
+        f"{model['weights']:,} weights of its layers. {steps} steps, {samples} rows of {length} tokens, "
+        f"{torch.get_num_threads()} threads. The weights are random."
+    ]
+    title = f"{name}, {config.num_hidden_layers} layers x {config.total_ut_steps} loops, {method} {scheme}"
+    data = [model, *lines, {"pass": "on disk", "bytes": disk}]
+    return Report("memory-of", title, ("pass", "seconds", "GiB", "bytes a weight"), rows, data, notes=notes)
 
 
 def _config(width: int, layers: int, loops: int) -> OuroConfig:

@@ -4,7 +4,8 @@ A quantized weight is the end of a chain of constant nodes: a stored weight, inv
 quantize-dequantize pair. Autograd would keep every value of every chain, some 40 bytes a weight, and the weight once
 for every loop. Here a step keeps the integers and scales of a chain, and the sum of its weight's gradients over all
 loops. Each product makes the weight anew, forward and backward. When the backward pass has left the first product
-that read a weight, the chain runs once more, and the summed gradient goes through it.
+that read a weight, the chain runs once more, and the summed gradient goes through it. A chain runs on some rows of
+its weight at a time, so that its temporary tensors are small, whatever the weight's size.
 
 Under `torchrun` each process keeps rows of the integers and of the sum (`sharding`). A product gathers the integers,
 and its gradient is averaged over the processes at once. So what the chain gets is the mean, the same in all processes.
@@ -12,6 +13,7 @@ and its gradient is averaged over the processes at once. So what the chain gets 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +25,22 @@ from loopq_compile.calibration.learnable import Offsets, Value
 from loopq_compile.calibration.sharding import Rows, whole
 from loopq_compile.graph.constants import constant_nodes
 from loopq_compile.graph.evaluate import sources_of
-from loopq_compile.memory import trim
+from loopq_compile.memory import trim_excess
 from loopq_compile.operators import ops
 from loopq_compile.operators.precision import wide
 from loopq_compile.operators.straight_through import weight_codes, weight_values
+
+_NUMBERS = 1 << 20
+"""About how many numbers of a weight go through its chain at a time."""
+_BY_ROW: dict[Any, int] = {
+    ops.kronecker.default: 1,
+    ops.offset.default: 3,
+    ops.dynamic_scale.default: 2,
+    ops.fake_quantize.default: 2,
+    ops.fake_quantize_dynamic.default: 2,
+    torch.ops.aten.mul.Tensor: 1,  # by a diagonal
+}
+"""How many of an operator's arguments, from the first, have a row for every row of the weight."""
 
 Integers = tuple[Tensor, Tensor]
 """Codes `[N, K]` and scales `[N, groups]` of a weight."""
@@ -55,6 +69,8 @@ class WeightChain:
                 copied[node] = graph.node_copy(node, copied.__getitem__)
         graph.output((copied[x], copied[scale]))  # type: ignore[index]
         self._parts = fx.GraphModule(torch.nn.Module(), graph)
+        by_row = _read_by_row(end)
+        self._by_row = [by_row.get(node) for node in stored]
         self.targets = tuple(str(node.target) for node in stored)
         """Names of the stored tensors that the chain reads."""
 
@@ -65,16 +81,49 @@ class WeightChain:
 
     def codes(self, tensors: Sequence[Tensor]) -> Integers:
         """Integers `[N, K]` and scales `[N, groups]` of the weight, without gradients."""
+        size, q_min, q_max, *limit = self._limits
+        found: list[Integers] = []
         with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-            x, scale = self._parts(*tensors)
-            size, q_min, q_max, *limit = self._limits
-            if self._operator is ops.fake_quantize_dynamic.default:
-                scale = ops.dynamic_scale(x, scale, size, *limit)
-            return weight_codes(x, scale, size, q_min, q_max), scale
+            for rows in self.parts(tensors):
+                x, scale = self._parts(*self.some(tensors, rows))
+                if self._operator is ops.fake_quantize_dynamic.default:
+                    scale = ops.dynamic_scale(x, scale, size, *limit)
+                found.append((weight_codes(x, scale, size, q_min, q_max), scale))
+        if len(found) == 1:
+            return found[0]
+        return torch.cat([codes for codes, _ in found]), torch.cat([scale for _, scale in found])
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The quantized weight `[N, K]`, differentiable with respect to `tensors`."""
+        """The quantized weight `[N, K]`, differentiable with respect to `tensors`; or some rows of it, from `some`."""
         return self._operator(*self._parts(*tensors), *self._limits)
+
+    def parts(self, tensors: Sequence[Tensor]) -> list[slice]:
+        """The rows that go through the chain together, in turn; all at once if its operators do not allow less.
+
+        Args:
+            tensors: what the chain reads.
+        """
+        divided = [(x, dim) for x, dim in zip(tensors, self._by_row, strict=True) if dim is not None]
+        counts = {x.shape[dim] for x, dim in divided}
+        shape = max((x.shape[dim:] for x, dim in divided), key=math.prod, default=())
+        if len(counts) != 1 or any(x.shape[-2:] == shape for x, dim in zip(tensors, self._by_row) if dim is None):
+            return [slice(None)]
+        count, numbers = shape[0], math.prod(shape)
+        size = -(-count // -(-numbers // _NUMBERS))
+        return [slice(begin, begin + size) for begin in range(0, count, size)]
+
+    def dim(self, place: int) -> int | None:
+        """Where the tensor at this place of `targets` has the rows of the weight; None if it has none."""
+        return self._by_row[place]
+
+    def some(self, tensors: Sequence[Tensor], rows: slice) -> list[Tensor]:
+        """What the chain reads for some rows of its weight."""
+        if rows == slice(None):
+            return list(tensors)
+        return [
+            x if dim is None else x[(slice(None),) * dim + (rows,)]
+            for x, dim in zip(tensors, self._by_row, strict=True)
+        ]
 
 
 class HeldWeight:
@@ -134,28 +183,73 @@ class HeldWeight:
         if self._sum is not None:
             self._pass_on(whole(self._sum))
             self._sum = None
-            trim()
         return self._through or [None] * len(self._leaves)
 
     def _pass_on(self, grad: Tensor) -> None:
         """Sends a gradient of the weight through the chain."""
-        learned = {place: value for place, value in enumerate(self._values) if _is_learned(value)}
-        tensors = self._tensors()
-        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-            for place in learned:
-                tensors[place] = wide(tensors[place].detach()).requires_grad_()
-            weight = self._chain.value(tensors)
-        found = torch.autograd.grad(weight, [tensors[i] for i in learned], grad.to(weight.dtype), allow_unused=True)
-        through: list[Tensor | None] = []
-        for value, part in zip(learned.values(), found, strict=True):
+        learned = [place for place, value in enumerate(self._values) if _is_learned(value)]
+        tensors, chain = self._tensors(), self._chain
+        found: dict[int, Tensor] = {}
+        for rows in chain.parts(tensors):
+            some = chain.some(tensors, rows)
+            with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+                for place in learned:
+                    some[place] = wide(some[place].detach()).requires_grad_()
+                weight = chain.value(some)
+            leaves = [some[place] for place in learned]
+            gradients = torch.autograd.grad(weight, leaves, grad[rows].to(weight.dtype), allow_unused=True)
+            for place, gradient in zip(learned, gradients, strict=True):
+                if gradient is not None:
+                    self._collect(found, place, rows, gradient, tensors[place])
+        through = []
+        for place in learned:
+            value, total = self._values[place], found.get(place)
             if not isinstance(value, Offsets):
-                through.append(None if part is None else part.to(value.dtype))
-            elif part is not None:
-                value.add_gradient(part)
+                through.append(total)
+            elif total is not None:
+                value.add_gradient(total)
         self._through = [_sum(*pair) for pair in zip(self._through, through, strict=True)] if self._through else through
+        trim_excess()
+
+    def _collect(self, found: dict[int, Tensor], place: int, rows: slice, gradient: Tensor, like: Tensor) -> None:
+        """Puts the gradient by some rows of the tensor `like`, or by a tensor that all rows read, to what is `found`."""
+        value, dim = self._values[place], self._chain.dim(place)
+        gradient = gradient.to(torch.bfloat16 if isinstance(value, Offsets) else like.dtype)
+        if rows == slice(None):
+            found[place] = gradient
+        elif dim is None:
+            found[place] = gradient if place not in found else found[place] + gradient
+        else:
+            if place not in found:
+                found[place] = torch.zeros_like(like, dtype=gradient.dtype)
+            found[place][(slice(None),) * dim + (rows,)] = gradient
 
     def _tensors(self) -> list[Tensor]:
         return tensors_of(self._values)
+
+
+def _read_by_row(end: fx.Node) -> dict[fx.Node, int | None]:
+    """By stored tensor of a chain, the dimension that has the rows of the weight; None for what all rows read. Empty if
+    the chain does not tell."""
+    found: dict[fx.Node, int | None] = {}
+    stack: list[tuple[Any, int | None]] = [(end, 0)]
+    while stack:
+        node, dim = stack.pop()
+        if not isinstance(node, fx.Node):
+            continue
+        if node.op == "get_attr":
+            if found.setdefault(node, dim) != dim:
+                return {}
+        elif dim is None:
+            stack.extend((argument, None) for argument in node.all_input_nodes)
+        elif node.target is torch.ops.aten.select.int and dim == 0 and node.args[1] == 0:
+            stack.append((node.args[0], 1))
+        elif node.target in _BY_ROW and dim == 0:
+            count = _BY_ROW[node.target]
+            stack += [(argument, 0 if place < count else None) for place, argument in enumerate(node.args)]
+        else:
+            return {}
+    return found
 
 
 def tensors_of(values: Sequence[Value]) -> list[Tensor]:

@@ -23,6 +23,7 @@ from loopq_compile.graph.keys import MADE_BY, SITE
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.signature import InputSpec
 from loopq_compile.graph.state import get_state, get_tensor
+from loopq_compile.operators import ops
 
 _SIZES = {"batch": 2}
 _LENGTH = 32
@@ -94,8 +95,13 @@ def _message(who: str, node: fx.Node) -> str:
 
 
 def stored(graph_module: fx.GraphModule) -> list[Tensor]:
-    """The tensors that a graph reads."""
-    return [get_tensor(graph_module, str(node.target)) for node in graph_module.graph.nodes if node.op == "get_attr"]
+    """The tensors that a graph computes with, without rounding offsets, whose type is not the model's."""
+    nodes = [node for node in graph_module.graph.nodes if node.op == "get_attr"]
+    return [get_tensor(graph_module, str(node.target)) for node in nodes if not all(map(_is_offset, node.users))]
+
+
+def _is_offset(node: fx.Node) -> bool:
+    return node.target is ops.offset.default
 
 
 def origins(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> list[fx.Node]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from loopq_compile.calibration import distributed
 from loopq_compile.graph.device import CPU
 from loopq_compile.graph.scheme import quantized_range
+from loopq_compile.operators.fusion import fused
 from loopq_compile.operators.quantize import bounded, peak
 
 BINS_PER_OCTAVE = 16
@@ -136,6 +137,21 @@ def dynamic_clip(statistics: Statistics) -> Tensor:
     return torch.tensor(CLIP_RATIOS, device=statistics.clip_errors.device)[statistics.clip_errors.argmin(0)]
 
 
+@fused
+def rounding_errors(groups: Tensor, scale: Tensor, importance: Tensor | None, q_min: int, q_max: int) -> Tensor:
+    """Squared errors of rounding `[outputs, groups, size]` with `scale` `[outputs, groups]`, summed over each group.
+
+    Args:
+        groups: what is rounded, float32.
+        scale: not zero.
+        importance: factors on the squares, `[groups, size]`; None for equal ones.
+        q_min, q_max: range of the integers.
+    """
+    steps = scale.unsqueeze(-1)
+    squares = (groups / steps).round_().clamp_(q_min, q_max).mul_(steps).sub_(groups).square_()
+    return (squares if importance is None else squares.mul_(importance)).sum(-1)
+
+
 def weight_scale(weight: Tensor, group_size: int, bits: int, method: str, limit: int) -> Tensor:
     """Scales of a weight `[outputs, inputs]`, `[outputs, inputs / group_size]`.
 
@@ -153,9 +169,9 @@ def weight_scale(weight: Tensor, group_size: int, bits: int, method: str, limit:
         full = bounded(peak(groups, limit) / limit)
         best, least = full, torch.full_like(full, float("inf"))
         for ratio in weight_ratios(limit, q_max) if method == "mse" else (1.0,):
-            scale = (full * ratio).unsqueeze(-1)
-            error = ((groups / scale).round().clamp(q_min, q_max) * scale - groups).square().sum(-1)
-            best = torch.where(error < least, scale.squeeze(-1), best)
+            scale = full * ratio
+            error = rounding_errors(groups, scale, None, q_min, q_max)
+            best = torch.where(error < least, scale, best)
             least = torch.minimum(error, least)
         scales.append(best)
     return bounded(torch.cat(scales).to(weight.dtype))

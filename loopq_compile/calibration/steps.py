@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,15 +19,12 @@ from loopq_compile.calibration.objective import LossParts
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.operators.fusion import fusing
+from loopq_compile.operators.precision import products_in
 from loopq_compile.progress import StepProgress
 
 Values = dict[str, Tensor]
 _FAILURES = 10
 """This many steps in a row without a finite loss end the calibration."""
-
-
-FUSED_STEPS = 50
-"""Calibrations of at least this many steps compile their elementwise functions by default."""
 
 
 @dataclass
@@ -138,8 +135,7 @@ class Steps(ABC):
 
     def worth_fusing(self) -> bool:
         """Whether compiling saves more seconds than it takes."""
-        wanted = self.options.fused
-        return wanted == "on" if wanted != "auto" else self.steps >= FUSED_STEPS
+        return self.options.fuses(self.steps)
 
     def values(self) -> dict[str, Value]:
         """The current values by constant name: differentiable tensors, and offsets that keep their own gradient."""
@@ -204,12 +200,9 @@ class Steps(ABC):
         row = {name: float(getattr(parts, name)) if parts is not None else 0.0 for name in names}
         report.curve.append({"step": report.steps, "validation": loss, "rate": self.optimizer.factor, **row})
 
-    @contextlib.contextmanager
-    def precision(self) -> Iterator[None]:
+    def precision(self) -> contextlib.AbstractContextManager[None]:
         """Runs matrix products in the type that the options ask for."""
-        enabled = self.options.precision == "bfloat16"
-        with torch.autocast(self.batches[0][0].device.type, dtype=torch.bfloat16, enabled=enabled):
-            yield
+        return products_in(self.options.precision, self.batches[0][0].device)
 
     def _raws(self) -> Values:
         return {item.name: item.now() for item in self.learnables}

@@ -1,4 +1,4 @@
-"""The teacher: the captured model in full precision, run once for every batch."""
+"""The teacher: the captured model before quantization, run once for every batch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from loopq_compile.errors import LoopQError
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.signature import Signature
 from loopq_compile.graph.texts import logits_of
+from loopq_compile.operators.precision import products_in
 
 
 class Teacher:
@@ -26,7 +27,7 @@ class Teacher:
         signature: its calling convention.
         ends: nodes that hold the state at the end of each loop.
         vocabulary: size of the vocabulary, None for models without one.
-        options: temperature and top-k.
+        options: temperature and top-k; `precision` of its products.
         kept: targets computed by another teacher of the same model, batches and options; this teacher adds its own.
             None keeps them while this teacher lives.
     """
@@ -58,7 +59,7 @@ class Teacher:
 
     def ask(self, inputs: Sequence[Tensor]) -> Targets:
         """`targets` without looking up what is kept."""
-        with torch.no_grad():
+        with torch.no_grad(), products_in(self._options.precision, inputs[0].device):
             results, known = self._student.run(inputs, {})
         logits, outputs = predictions(results, self._signature, self._vocabulary)
         states = [known[name] for name in self._ends]

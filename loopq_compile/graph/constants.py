@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from loopq_compile.graph.evaluate import sources_of
 from loopq_compile.graph.state import get_tensor
-from loopq_compile.memory import trim
+from loopq_compile.memory import trim_excess
 
 _aten = torch.ops.aten
 _MADE = {
@@ -81,7 +81,7 @@ def evaluate(graph_module: fx.GraphModule, targets: Iterable[fx.Node]) -> Iterat
         if not readers[node]:
             del values[node]
         if large and node in wanted:
-            trim()
+            trim_excess()
 
 
 def root_weight(end: fx.Node) -> fx.Node:

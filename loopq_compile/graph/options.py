@@ -19,6 +19,10 @@ _CHOICES = {
     "fused": _SWITCH,
 }
 
+FUSED_STEPS, FUSED_WEIGHTS = 50, 16 << 20
+"""With `fused="auto"`, calibrations of at least this many steps compile their elementwise functions, and so do all
+passes over more quantized weights than this."""
+
 
 @dataclass(frozen=True)
 class CalibrationOptions:
@@ -51,7 +55,7 @@ class CalibrationOptions:
         recompute: what is kept for the backward pass: "on" keeps only values between layers, "off" everything; "auto"
             decides by size.
         fused: "on" compiles elementwise functions with torch.compile, which needs a C++ compiler and some seconds;
-            "auto" does so for long calibrations.
+            "auto" does so for long calibrations and large models.
         checkpoint: folder for checkpoints; a killed calibration resumes from it when it is started again.
         checkpoint_every: steps between checkpoints.
 
@@ -104,6 +108,11 @@ class CalibrationOptions:
             if value not in choices:
                 names = [choice for choice in choices if choice]
                 raise LoopQError(f"{field}={value!r} is unknown.{did_you_mean(str(value), names)}")
+
+    def fuses(self, steps: int = 0, weights: int = 0) -> bool:
+        """Whether elementwise functions are compiled for something that is done in this many `steps`, or for this many
+        quantized `weights`."""
+        return self.fused == "on" or (self.fused == "auto" and (steps >= FUSED_STEPS or weights > FUSED_WEIGHTS))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -7,6 +7,7 @@ row of the transform's table.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
@@ -38,6 +39,11 @@ def site_calls(graph_module: fx.GraphModule) -> list[tuple[Site, list[fx.Node]]]
         if node.target is _aten.linear.default and name in sites:
             calls[name].append(node)
     return [(sites[name], nodes) for name, nodes in calls.items()]
+
+
+def quantized_weights(graph_module: fx.GraphModule) -> int:
+    """How many weights are quantized."""
+    return sum(math.prod(site.shape) for site in get_state(graph_module).sites.values() if site.reason is None)
 
 
 def weight_chain(linear: fx.Node) -> list[fx.Node]:

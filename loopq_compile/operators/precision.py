@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -36,3 +38,8 @@ def all_wide(*tensors: Tensor) -> list[Tensor]:
     """The tensors in one type that holds all of them, single precision at least."""
     common = wide_type(*(x.dtype for x in tensors))
     return [x.to(common) for x in tensors]
+
+
+def products_in(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """While it is open, matrix products of single-precision tensors run in `precision`, the calibration option."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loopq_compile.operators.fusion import fused
 from loopq_compile.operators.precision import all_wide, wide, wide_type
 
 SMALLEST_SCALE = 1e-12
@@ -104,8 +105,13 @@ def dynamic_scale(x: Tensor, clip: Tensor, group_size: int, limit: int) -> Tenso
     Returns:
         Scales `[..., K / group_size]` in the type of `x`, their magnitude at least `smallest_scale`.
     """
-    largest = wide(peak(x.unflatten(-1, (-1, group_size)), limit))
-    return bounded((largest * (wide(clip) / limit)).to(x.dtype))
+    return _peak_scale(x.unflatten(-1, (-1, group_size)), clip, limit)
+
+
+@fused
+def _peak_scale(groups: Tensor, clip: Tensor, limit: int) -> Tensor:
+    largest = wide(peak(groups, limit))
+    return bounded((largest * (wide(clip) / limit)).to(groups.dtype))
 
 
 @dynamic_scale.register_fake
@@ -126,9 +132,14 @@ def offset(x: Tensor, steps: Tensor, scale: Tensor, group_size: int) -> Tensor:
     Returns:
         `[N, K]` in single precision at least.
     """
+    groups = x.unflatten(-1, (-1, group_size)), steps.unflatten(-1, (-1, group_size))
+    return _shift(*groups, scale.unsqueeze(-1)).flatten(-2)
+
+
+@fused
+def _shift(x: Tensor, steps: Tensor, scale: Tensor) -> Tensor:
     x, steps, scale = all_wide(x, steps, scale)
-    factors = scale.unsqueeze(-1)
-    return (x.unflatten(-1, (-1, group_size)) + steps.unflatten(-1, (-1, group_size)) * factors).flatten(-2)
+    return x + steps * scale
 
 
 @offset.register_fake

@@ -190,11 +190,16 @@ def _backward_offset(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> 
     groups = grad.unflatten(-1, (-1, ctx.group_size))  # type: ignore[attr-defined]
     grad_steps = grad_scale = None
     if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-        grad_steps = (groups * scale.unsqueeze(-1)).flatten(-2).to(steps.dtype)
+        grad_steps = _times(groups, scale.unsqueeze(-1), steps.dtype).flatten(-2)
     if ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
         slope = (groups * steps.unflatten(-1, groups.shape[-2:])).sum(-1)
         grad_scale = slope.sum_to_size(scale.shape).to(scale.dtype)
     return grad.to(ctx.dtype), grad_steps, grad_scale, None  # type: ignore[attr-defined]
+
+
+@fused
+def _times(groups: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (groups * scale).to(dtype)
 
 
 offset.register_autograd(_backward_offset, setup_context=_save_offset)

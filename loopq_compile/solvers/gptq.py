@@ -67,14 +67,20 @@ def refine_scales(codes: Tensor, target: Tensor, curvature: Curvature, grid: Gri
     matrix, columns = curvature.matrix, codes.t().contiguous()
     scale = grid.scale.clone()
     slope = matrix @ (target - grid.values(codes)).t()
-    for group in range(scale.shape[1]):
-        members = slice(group * grid.size, (group + 1) * grid.size)
-        effect = matrix[:, members] @ columns[members]
-        gain = (columns[members] * slope[members]).sum(0)
-        curve = (columns[members] * effect[members]).sum(0)
-        move = torch.where(curve > 0, gain / curve, torch.zeros_like(curve))
-        # Beyond a factor of two the codes would differ: descent in codes comes first.
-        move = torch.where(1 + move / scale[:, group] > 0.5, move, torch.zeros_like(move))
-        scale[:, group] += move
-        slope.addcmul_(effect, move, value=-1)
+    block = max(grid.size, BLOCK // grid.size * grid.size)
+    for begin in range(0, len(columns), block):
+        end = min(begin + block, len(columns))
+        moves = columns[begin:end].clone()
+        for first in range(begin, end, grid.size):
+            group, members = first // grid.size, slice(first, first + grid.size)
+            effect = matrix[first:end, members] @ columns[members]
+            gain = (columns[members] * slope[members]).sum(0)
+            curve = (columns[members] * effect[: grid.size]).sum(0)
+            move = torch.where(curve > 0, gain / curve, torch.zeros_like(curve))
+            # Beyond a factor of two the codes would differ: descent in codes comes first.
+            move = torch.where(1 + move / scale[:, group] > 0.5, move, torch.zeros_like(move))
+            scale[:, group] += move
+            slope[first:end].addcmul_(effect, move, value=-1)
+            moves[first - begin : first - begin + grid.size] *= move
+        slope[end:].addmm_(matrix[end:, begin:end], moves, alpha=-1)
     return grid.scaled(scale)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loopq_compile.calibration.ranges import weight_ratios
+from loopq_compile.calibration.ranges import rounding_errors, weight_ratios
 from loopq_compile.operators.quantize import peak
 
 
@@ -66,9 +66,7 @@ def searched(weight: Tensor, importance: Tensor, grid: Grid) -> Grid:
     best, least = grid.scale, torch.full_like(grid.scale, torch.inf)
     for scale in (grid.scale, *(full * ratio for ratio in weight_ratios(limit, grid.q_max))):
         scale = torch.where(scale != 0, scale, grid.scale)
-        steps = scale.unsqueeze(-1)
-        rounded = (groups / steps).round_().clamp_(grid.q_min, grid.q_max).mul_(steps)
-        error = rounded.sub_(groups).square_().mul_(weights).sum(-1)
+        error = rounding_errors(groups, scale, weights, grid.q_min, grid.q_max)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return grid.scaled(best)

@@ -18,7 +18,7 @@ from loopq_compile.calibration.data import Batch, regroup
 from loopq_compile.calibration.learnable import RATES, Learnable
 from loopq_compile.calibration.sharding import Rows, whole
 from loopq_compile.calibration.states import adapter_names, loop_ends
-from loopq_compile.calibration.steps import FUSED_STEPS, Plan
+from loopq_compile.calibration.steps import Plan
 from loopq_compile.calibration.student import Student
 from loopq_compile.calibration.target_store import TargetStore
 from loopq_compile.calibration.teacher import Teacher
@@ -28,6 +28,7 @@ from loopq_compile.graph.device import device_of
 from loopq_compile.graph.keys import GROUP, LEARN
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.state import CompilerState, get_state, get_tensor, set_tensor
+from loopq_compile.graph.weights import quantized_weights
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
 
@@ -110,7 +111,8 @@ class Calibrate(Pass):
             options = dataclasses.replace(options, final_share=self.final_share)
         if options.fused == "auto":  # the phases of a method share the cost of compiling
             total = options.steps or self.default_steps
-            options = dataclasses.replace(options, fused="on" if total >= FUSED_STEPS else "off")
+            fused = options.fuses(total, quantized_weights(graph_module))
+            options = dataclasses.replace(options, fused="on" if fused else "off")
         learnables = find_learnables(graph_module, self.kinds)
         if not learnables:
             yield None
@@ -219,11 +221,6 @@ def guard(values: dict[str, Tensor]) -> str | None:
         if name.endswith((".left", ".right")) and torch.linalg.cond(value.float()).max() > LARGEST_CONDITION:
             return f"{name} has a condition number above {LARGEST_CONDITION:g}"
     return None
-
-
-def quantized_weights(graph_module: fx.GraphModule) -> int:
-    """How many weights are quantized."""
-    return sum(math.prod(site.shape) for site in get_state(graph_module).sites.values() if site.reason is None)
 
 
 def activation_bytes(graph_module: fx.GraphModule, batch: Batch) -> float:

@@ -18,7 +18,10 @@ from loopq_compile.errors import InternalError
 from loopq_compile.graph.device import device_of
 from loopq_compile.graph.keys import TRANSFORM
 from loopq_compile.graph.state import attach_state, copy_graph, get_state
+from loopq_compile.graph.weights import quantized_weights
 from loopq_compile.memory import trim
+from loopq_compile.operators.fusion import fusing
+from loopq_compile.operators.precision import products_in
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.learn.calibrate import find_learnables
 from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
@@ -116,6 +119,7 @@ class Scoring:
 
     def __init__(self, graph_module: fx.GraphModule, groups: list[str]) -> None:
         state = get_state(graph_module)
+        self._options, self._fused = state.options, state.options.fuses(weights=quantized_weights(graph_module))
         relaxed = copy_graph(graph_module)
         attach_state(relaxed, dataclasses.replace(state, results={}))
         widen(relaxed, *groups)
@@ -146,8 +150,13 @@ class Scoring:
     def add(self, number: int) -> None:
         """Adds the gradients of one sequence."""
         inputs = self.batches[number]
-        with distributed.apart(), torch.enable_grad():
-            targets = self._teacher.targets(number, inputs)
+        with fusing(self._fused), distributed.apart(), torch.enable_grad():
+            self._add(number, inputs)
+        trim()
+
+    def _add(self, number: int, inputs: Batch) -> None:
+        targets = self._teacher.targets(number, inputs)
+        with products_in(self._options.precision, inputs[0].device):
             results, known = self._student.run(inputs, {item.name: item.value() for item in self._learnables})
             logits, outputs = predictions(results, self._signature, self._vocabulary)
             states = [known[name] for name in self._ends]
@@ -158,7 +167,6 @@ class Scoring:
         for item, gradient in zip(self._learnables, gradients, strict=True):
             self._sums[item.name] += gradient / self._count
             self._squares[item.name] += gradient.square().mean(0) / self._count
-        trim()
 
     def scores(self) -> dict[str, float]:
         """The score of every group, from the sequences that all processes added."""

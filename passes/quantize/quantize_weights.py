@@ -12,8 +12,9 @@ from loopq_compile.graph.insert import add_constant, call, inserting
 from loopq_compile.graph.keys import BITS, LEARN
 from loopq_compile.graph.scheme import Scheme, quantized_range
 from loopq_compile.graph.state import Site, get_tensor
-from loopq_compile.graph.weights import site_calls, weight_chain
+from loopq_compile.graph.weights import quantized_weights, site_calls, weight_chain
 from loopq_compile.operators import ops
+from loopq_compile.operators.fusion import fusing
 from loopq_compile.operators.precision import OFFSETS, wide
 from loopq_compile.passes.base import Pass, PassResult
 
@@ -55,7 +56,8 @@ class QuantizeWeights(Pass):
                 chain = weight_chain(linear)
                 if not any(node.target in _QUANTIZED for node in chain):
                     chains.setdefault(chain[-1], (site, []))[1].append(linear)
-        ranges = {end: self._range(scheme, weight) for end, weight in evaluate(graph_module, chains)}
+        with fusing(self.state(graph_module).options.fuses(weights=quantized_weights(graph_module))):
+            ranges = {end: self._range(scheme, weight) for end, weight in evaluate(graph_module, chains)}
         for end, (site, linears) in chains.items():
             result = self._insert(graph_module, end, site, ranges[end])
             for linear in linears:

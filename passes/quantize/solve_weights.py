@@ -34,6 +34,8 @@ from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.graph.device import device_of
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import CompilerState
+from loopq_compile.graph.weights import quantized_weights
+from loopq_compile.operators.fusion import fusing
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
 from loopq_compile.progress import progress
@@ -115,7 +117,8 @@ class SolveWeights(Pass):
         wanted = self.max_tokens or state.options.statistics_tokens
         batches = statistics_batches(state.run.calibration, state.signature, vocabulary, device, wanted)
         solver = _Solver(graph_module, state, batches, options, self.loop_weights, self.centered)
-        solver.run(chains, self.sweeps)
+        with fusing(state.options.fuses(weights=quantized_weights(graph_module))):
+            solver.run(chains, self.sweeps)
         for note in solver.notes():
             state.note(note)
         return PassResult(graph_module, True)

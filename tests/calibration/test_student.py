@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loopq_compile.calibration import held_weights
 from loopq_compile.calibration.student import Student
 from loopq_compile.graph.state import get_tensor
 from loopq_compile.passes.transforms.widen import loop_groups, widen
@@ -156,3 +157,19 @@ def test_gradients_by_loop_need_no_weights_by_loop():
         found.append({name: leaf.grad for name, leaf in leaves.items()})
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("relax", [False, True], ids=["shared", "by loop"])
+def test_a_weight_may_go_through_its_chain_some_rows_at_a_time(monkeypatch, relax):
+    """With transforms, clip ratios and rounding offsets; the last part has fewer rows than the others."""
+    program = prepared(loops=3)
+    if relax:
+        widen(program, "layers.0.gate+up")
+    whole = gradients(program, False)
+    taken = []
+    parts = held_weights.WeightChain.parts
+    monkeypatch.setattr(held_weights.WeightChain, "parts", lambda *args: taken.append(parts(*args)) or taken[-1])
+    monkeypatch.setattr(held_weights, "_NUMBERS", 7 * 32)
+    for name, gradient in gradients(program, False).items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6)
+    assert taken and all(len(found) > 2 for found in taken)

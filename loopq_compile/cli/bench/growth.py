@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -189,7 +190,7 @@ def calibrate_command(
 
 def memory_command(
     width: Annotated[int, typer.Option("--width", min=64, help="Features of the residual stream.")] = 1024,
-    layers: Annotated[str, typer.Option("--layers", metavar="LIST", help="Numbers of layers.")] = "2,4",
+    layers: Annotated[str | None, typer.Option("--layers", metavar="LIST", help="Numbers of layers: 2,4.")] = None,
     loops: Annotated[int, typer.Option("--loops", min=1, help="Times that the layers run.")] = 3,
     scheme: Annotated[str, typer.Option("--scheme", help="As for compile.")] = "w4a4",
     method: Annotated[str, typer.Option("--method", help="As for compile.")] = "loopq",
@@ -200,14 +201,31 @@ def memory_command(
     processes: Annotated[
         int, typer.Option("--processes", min=1, help="Processes that share each calibration; the largest counts.")
     ] = 1,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME", help="One of published size, with its file: ouro-1.4b, ouro-2.6b."),
+    ] = None,
+    batch_rows: Annotated[int, typer.Option("--batch-rows", min=1, help="Rows in a step.")] = 4,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", metavar="DIR", help="With --model: continue if it is started again.")
+    ] = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
     """Time and peak memory of a calibration by pass at several depths, as predicted by the dry run and as measured."""
-    from loopq_compile.bench.memory import memory
+    from loopq_compile.bench.memory import memory, memory_of
 
-    counts = whole_numbers("--layers", layers)
-    options = {"precision": precision}
+    counts = whole_numbers("--layers", layers) if layers else []
+    options: dict[str, Any] = {"precision": precision, "batch_rows": batch_rows}
+    if model is not None:
+        if len(counts) > 1:
+            raise LoopQError(f"--model measures one number of layers; got --layers {layers}.")
+        if checkpoint is not None:
+            options["checkpoint"] = str(checkpoint)
+        only = counts[0] if counts else None
+        show(memory_of(model, only, scheme, method, steps, samples, length, options, say=note(True)), out, json)
+        return
+    counts = counts or [2, 4]
     report = memory(
         width, counts, loops, scheme, method, steps, samples, length, options, processes=processes, say=note(True)
     )
