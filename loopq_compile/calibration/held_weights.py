@@ -103,12 +103,14 @@ class WeightChain:
         Args:
             tensors: what the chain reads.
         """
-        divided = [(x, dim) for x, dim in zip(tensors, self._by_row, strict=True) if dim is not None]
-        counts = {x.shape[dim] for x, dim in divided}
-        shape = max((x.shape[dim:] for x, dim in divided), key=math.prod, default=())
-        if len(counts) != 1 or any(x.shape[-2:] == shape for x, dim in zip(tensors, self._by_row) if dim is None):
+        known = list(zip(tensors, self._by_row, strict=True))
+        shapes = [x.shape[dim:] for x, dim in known if dim is not None]
+        largest = max(shapes, key=math.prod, default=())
+        alike = all(len(shape) == 2 and shape[0] == largest[0] for shape in shapes)
+        # A factor as large as the weight may belong to its rows.
+        if not shapes or not alike or any(x.shape[-2:] == largest for x, dim in known if dim is None):
             return [slice(None)]
-        count, numbers = shape[0], math.prod(shape)
+        count, numbers = largest[0], math.prod(largest)
         size = -(-count // -(-numbers // _NUMBERS))
         return [slice(begin, begin + size) for begin in range(0, count, size)]
 
@@ -212,7 +214,7 @@ class HeldWeight:
         trim_excess()
 
     def _collect(self, found: dict[int, Tensor], place: int, rows: slice, gradient: Tensor, like: Tensor) -> None:
-        """Puts the gradient by some rows of the tensor `like`, or by a tensor that all rows read, to what is `found`."""
+        """Adds to `found` the gradient by some rows of the tensor `like`, or by a tensor that all rows read."""
         value, dim = self._values[place], self._chain.dim(place)
         gradient = gradient.to(torch.bfloat16 if isinstance(value, Offsets) else like.dtype)
         if rows == slice(None):

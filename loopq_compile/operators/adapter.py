@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopq_compile.operators.precision import all_wide
+from loopq_compile.operators.precision import all_wide, in_own_types
 
 EPSILON = 1e-6
 """Added to the mean square before the root."""
@@ -30,7 +30,8 @@ def transition_adapter(
     Returns:
         The state that the next loop reads, `[..., d]` in the type of `u`; arithmetic in single precision at least.
     """
-    return _definition(*all_wide(u, gate, gain, shift, mix, down, up)).to(u.dtype)
+    with in_own_types(u):
+        return _definition(*all_wide(u, gate, gain, shift, mix, down, up)).to(u.dtype)
 
 
 @transition_adapter.register_fake

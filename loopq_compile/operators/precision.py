@@ -40,6 +40,11 @@ def all_wide(*tensors: Tensor) -> list[Tensor]:
     return [x.to(common) for x in tensors]
 
 
+def in_own_types(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """While it is open, products on the device of `x` run in the types of their tensors, inside `products_in` too."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def products_in(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """While it is open, matrix products of single-precision tensors run in `precision`, the calibration option."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loopq_compile.operators.precision import all_wide
+from loopq_compile.operators.precision import all_wide, in_own_types
 
 
 @torch.library.custom_op("loopq::kronecker", mutates_args=())
@@ -20,7 +20,8 @@ def kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     Returns:
         `[..., d1 * d2]` in the type of `x`; arithmetic in single precision at least.
     """
-    return _apply(*all_wide(x, left, right)).to(x.dtype)
+    with in_own_types(x):
+        return _apply(*all_wide(x, left, right)).to(x.dtype)
 
 
 def _apply(x: Tensor, left: Tensor, right: Tensor) -> Tensor:

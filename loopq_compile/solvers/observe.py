@@ -15,6 +15,7 @@ from loopq_compile.calibration.batches import real_tokens
 from loopq_compile.errors import InternalError, LoopQError
 from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.loops import get_tag
+from loopq_compile.graph.state import get_state
 from loopq_compile.solvers.residual import Write, find_write, has_norm, inverse_rms, norm_gain
 from loopq_compile.solvers.statistics import Sample, Split
 from loopq_compile.solvers.walk import Walk
@@ -58,10 +59,11 @@ class Observer:
         form: int,
         masks: Sequence[Tensor | None],
     ) -> None:
-        self.walk = Walk(graph_module, batches)
+        precision = get_state(graph_module).options.precision
+        self.walk = Walk(graph_module, batches, precision)
         self._masks = masks
         self._nodes = {node.name: node for node in graph_module.graph.nodes}
-        self._teacher = None if teacher is None else Walk(teacher, batches)
+        self._teacher = None if teacher is None else Walk(teacher, batches, precision)
         self._teacher_nodes = {} if teacher is None else {node.name: node for node in teacher.graph.nodes}
         self._form = form
 

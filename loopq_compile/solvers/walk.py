@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from loopq_compile.graph.device import device_of
 from loopq_compile.graph.evaluate import call_node
+from loopq_compile.operators.precision import products_in
 
 _SMALL = 1 << 21
 """Bytes up to which a constant is kept; tables of scales are below."""
@@ -25,9 +27,13 @@ class Walk:
     Args:
         graph_module: the graph; nodes may be inserted into constant chains while it runs.
         batches: the graph's inputs, one list per batch.
+        precision: of products along the way, as the calibration option; those of constants run in their own types.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, batches: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, batches: Sequence[Sequence[Tensor]], precision: str = "float32"
+    ) -> None:
+        self._precision = precision
         self._graph_module = graph_module
         nodes = list(graph_module.graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
@@ -40,7 +46,7 @@ class Walk:
         self._last_use = {argument: self._position[node] for node in self._plan for argument in node.all_input_nodes}
         self._values: list[dict[fx.Node, Any]] = [dict(zip(inputs, batch, strict=True)) for batch in batches]
         self._constants: dict[fx.Node, Any] = {}
-        self._start = 0
+        self._start, self._device = 0, device_of(graph_module)
 
     def position(self, node: fx.Node) -> int:
         """The position of `node` in program order."""
@@ -51,7 +57,8 @@ class Walk:
         values = self._values[batch]
         for index in range(self._start, self._position[stop]):
             node = self._plan[index]
-            values[node] = self._compute(node, values)
+            with products_in(self._precision, self._device):
+                values[node] = self._compute(node, values)
             for used in (*node.all_input_nodes, node):
                 if self._last_use.get(used, -1) <= index:
                     values.pop(used, None)
@@ -77,7 +84,8 @@ class Walk:
         if node not in self._constants:
             if node.op == "get_attr":
                 return call_node(self._graph_module, node, self.constant)
-            value = self._compute(node, {})
+            with products_in("float32", self._device):
+                value = self._compute(node, {})
             if isinstance(value, Tensor) and value.dtype != torch.int8 and value.nbytes > _SMALL:
                 return value
             self._constants[node] = value

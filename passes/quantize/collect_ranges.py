@@ -17,6 +17,7 @@ from loopq_compile.graph.evaluate import run
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import CompilerState, get_tensor
 from loopq_compile.graph.weights import site_calls
+from loopq_compile.operators.precision import products_in
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.progress import progress
 
@@ -61,7 +62,8 @@ class CollectRanges(Pass):
         for inputs in progress(batches, "Measuring activations", len(batches)):
             observer.inputs = inputs
             observer.mask = token_mask(state.signature, inputs)
-            run(graph_module, inputs, observer.watch)
+            with products_in(state.options.precision, device):
+                run(graph_module, inputs, observer.watch)
         for _, rows in sorted(observer.statistics.items()):
             for _, statistics in sorted(rows.items()):
                 statistics.merge()

@@ -15,6 +15,7 @@ from loopq_compile.graph.evaluate import run
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import get_tensor
 from loopq_compile.graph.weights import weight_chain
+from loopq_compile.operators.precision import products_in
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
 from loopq_compile.passes.transforms.fold_diagonals import Gain, find_gain
@@ -91,7 +92,8 @@ class SmoothActivations(Pass):
         batches = statistics_batches(state.run.calibration, state.signature, vocabulary, device, wanted)
         for inputs in progress(batches, "Measuring channels", len(batches)):
             observer.mask = token_mask(state.signature, inputs)
-            run(graph_module, inputs, observer.watch)
+            with products_in(state.options.precision, device):
+                run(graph_module, inputs, observer.watch)
         distributed.largest([observer.largest[group] for group in sorted(observer.largest)])
         for group, found in uses.items():
             scale = smoothing_scale(observer.largest[group], _largest_weight(graph_module, found), self.alpha)
