@@ -22,7 +22,7 @@ from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.shapes import infer_shapes
 from loopq_compile.graph.state import RunContext, copy_graph, get_state
-from loopq_compile.memory import LARGE, available_memory, bound_heap
+from loopq_compile.memory import LARGE, available_memory, bound_heap, trim
 from loopq_compile.methods import get_pipeline, reference_graph
 from loopq_compile.passes.learn.requirements import Work, check_fits, kind_of
 from loopq_compile.pipeline import Pipeline
@@ -126,6 +126,7 @@ def _quantize(
     finally:
         state.run.close()
         state.run = RunContext()
+        trim()
     return Program(graph_module)
 
 

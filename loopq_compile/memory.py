@@ -130,10 +130,11 @@ def bound_heap() -> None:
     """
     global _outside
     if _mallopt is not None and _mallinfo is not None and _malloc_trim is not None:
-        _mallopt(_MMAP_THRESHOLD, 32 << 20)
-        _mallopt(_TRIM_THRESHOLD, 1 << 30)
-        _outside = 0
-        trim()
+        with contextlib.suppress(OSError):  # a system without /proc
+            _outside = _resident()
+            _mallopt(_MMAP_THRESHOLD, 32 << 20)
+            _mallopt(_TRIM_THRESHOLD, 1 << 30)
+            trim()
 
 
 def trim() -> None:

@@ -26,6 +26,7 @@ from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.shapes import infer_shapes
 from loopq_compile.graph.state import copy_graph, get_state
+from loopq_compile.graph.weights import quantized_weights
 from loopq_compile.memory import LARGE, Peak, bound_heap, trim
 from loopq_compile.operators.fusion import fusing
 from loopq_compile.passes.learn.calibrate import Calibrate
@@ -236,7 +237,8 @@ class Rehearsal:
         chains = [chain for chain in find_chains(self._graph) if not chain.solved]
         if not chains:
             return 0.0, 0
-        seconds = self._round(chains, item)
+        with fusing(self._options.fuses(weights=quantized_weights(self._graph))):
+            seconds = self._round(chains, item)
         tokens, families = self._measured(item), find_families(chains, lambda linear: False)
         loops = max(family.calls for family in families)
         by_token, fixed = self._forward()

@@ -30,8 +30,9 @@ from loopq_compile.operators import ops
 from loopq_compile.operators.precision import wide
 from loopq_compile.operators.straight_through import weight_codes, weight_values
 
-_NUMBERS = 1 << 20
-"""About how many numbers of a weight go through its chain at a time."""
+_NUMBERS, _NUMBERS_ELSEWHERE = 1 << 20, 1 << 24
+"""About how many numbers of a weight go through its chain at a time: on a CPU, which has them in its cache, and on
+other devices, where every operation must be large."""
 _BY_ROW: dict[Any, int] = {
     ops.kronecker.default: 1,
     ops.offset.default: 3,
@@ -110,8 +111,8 @@ class WeightChain:
         # A factor as large as the weight may belong to its rows.
         if not shapes or not alike or any(x.shape[-2:] == largest for x, dim in known if dim is None):
             return [slice(None)]
-        count, numbers = largest[0], math.prod(largest)
-        size = -(-count // -(-numbers // _NUMBERS))
+        count, most = largest[0], _NUMBERS if tensors[0].device.type == "cpu" else _NUMBERS_ELSEWHERE
+        size = -(-count // -(-math.prod(largest) // most))
         return [slice(begin, begin + size) for begin in range(0, count, size)]
 
     def dim(self, place: int) -> int | None:
@@ -223,7 +224,7 @@ class HeldWeight:
             found[place] = gradient if place not in found else found[place] + gradient
         else:
             if place not in found:
-                found[place] = torch.zeros_like(like, dtype=gradient.dtype)
+                found[place] = torch.empty_like(like, dtype=gradient.dtype)
             found[place][(slice(None),) * dim + (rows,)] = gradient
 
     def _tensors(self) -> list[Tensor]:

@@ -42,9 +42,15 @@ def all_wide(*tensors: Tensor) -> list[Tensor]:
 
 def in_own_types(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """While it is open, products on the device of `x` run in the types of their tensors, inside `products_in` too."""
-    return torch.autocast(x.device.type, enabled=False)
+    return _autocast(x.device, enabled=False)
 
 
 def products_in(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """While it is open, matrix products of single-precision tensors run in `precision`, the calibration option."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    return _autocast(device, enabled=precision == "bfloat16")
+
+
+def _autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager[None]:
+    if not enabled and not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

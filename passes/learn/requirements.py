@@ -16,6 +16,7 @@ from loopq_compile.calibration.batches import count_rows
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.weights import site_calls
+from loopq_compile.memory import SLACK
 from loopq_compile.passes.learn.calibrate import KEPT_BYTES, LARGE, WEIGHT_BYTES, Calibrate, activation_bytes
 from loopq_compile.passes.learn.calibrate_blocks import CalibrateBlocks
 from loopq_compile.passes.learn.select_transforms import SelectTransforms
@@ -126,6 +127,7 @@ class Work:
     def _bytes(self, kind: str, options: CalibrationOptions) -> float:
         each = _WEIGHT[kind] + 2 * (kind == "transforms" and self.weights <= LARGE)
         total = _FIXED + _NODE * self.nodes + each * self.weights + _LARGEST[kind] * self.largest
+        total += SLACK * (self.weights > LARGE)
         if kind == "solver":
             return total + 4 * self.squares + 4 * _SQUARES * self.widest**2
         rows = 1.0 if kind != "selection" else self.length / self.tokens

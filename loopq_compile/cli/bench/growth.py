@@ -168,6 +168,7 @@ def calibrate_command(
     batch_rows: Annotated[int, typer.Option("--batch-rows", min=1, help="Rows in a step.")] = 4,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a row.")] = 128,
     precision: Annotated[str, typer.Option("--precision", help="Of matrix products: float32 or bfloat16.")] = "float32",
+    recompute: Annotated[str, typer.Option("--recompute", help="As for compile: auto, on or off.")] = "auto",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="How often each part is timed.")] = 3,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -182,7 +183,7 @@ def calibrate_command(
 
     loaded = load_model(model, None, trust_remote_code, repeat, allow_pickle)
     batches = calibration_batches("docs", loaded.tokenizer, 4 * batch_rows, length, 0)
-    options = CalibrationOptions(batch_rows=batch_rows, precision=precision)
+    options = CalibrationOptions(batch_rows=batch_rows, precision=precision, recompute=recompute)
     captured = capture(loaded.model)
     report = step_parts(captured, Scheme.parse(scheme), method, batches, options, repeats, say=note(True))
     show(report, out, json, model=f"{model}@{repeat}" if repeat else model)
