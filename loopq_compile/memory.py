@@ -156,6 +156,12 @@ def trim_excess() -> None:
         trim()
 
 
+def trim_bounded() -> None:
+    """`trim_excess`, but only if the heap is bounded: for places that are too busy to trim a small model's."""
+    if _outside is not None:
+        trim_excess()
+
+
 def _resident() -> int:
     """Resident bytes of the process."""
     with open("/proc/self/statm", "rb") as file:

@@ -25,7 +25,7 @@ from loopq_compile.calibration.learnable import Offsets, Value
 from loopq_compile.calibration.sharding import Rows, whole
 from loopq_compile.graph.constants import constant_nodes
 from loopq_compile.graph.evaluate import sources_of
-from loopq_compile.memory import trim_excess
+from loopq_compile.memory import trim_bounded, trim_excess
 from loopq_compile.operators import ops
 from loopq_compile.operators.precision import wide
 from loopq_compile.operators.straight_through import weight_codes, weight_values
@@ -168,6 +168,7 @@ class HeldWeight:
 
     def value(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight `[N, K]`, in its own type or in `dtype`."""
+        trim_bounded()
         return weight_values(whole(self._codes), self._scale, self._chain.group_size, dtype or self._scale.dtype)
 
     def add(self, grad: Tensor, x: Tensor) -> None:
