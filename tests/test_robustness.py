@@ -166,7 +166,7 @@ def test_the_estimate_times_a_batch():
     assert plain.bytes < learned.bytes, "selected groups have weights per loop"
     few, many = (
         estimate(graph, lq.Scheme.parse("w4a8"), lq.pipelines.flatquant_e2e(), data, options)
-        for options in (CalibrationOptions(steps=steps, fused="off") for steps in (1, 2000))
+        for options in (CalibrationOptions(steps=steps, fused="off") for steps in (1, 20_000))
     )
-    assert many.seconds > 20 * few.seconds
+    assert many.seconds > 5 * few.seconds, "what one step takes, on a machine that may be busy"
     assert len(graph.graph.nodes) == nodes and not get_state(graph).log, "the model's graph stays as it was"
