@@ -106,7 +106,7 @@ class WeightChain:
         """
         known = list(zip(tensors, self._by_row, strict=True))
         shapes = [x.shape[dim:] for x, dim in known if dim is not None]
-        largest = max(shapes, key=math.prod, default=())
+        largest = max(shapes, key=math.prod, default=torch.Size())
         alike = all(len(shape) == 2 and shape[0] == largest[0] for shape in shapes)
         # A factor as large as the weight may belong to its rows.
         if not shapes or not alike or any(x.shape[-2:] == largest for x, dim in known if dim is None):
