@@ -25,7 +25,7 @@ from loopq_compile.calibration.learnable import Offsets, Value
 from loopq_compile.calibration.sharding import Rows, whole
 from loopq_compile.graph.constants import constant_nodes
 from loopq_compile.graph.evaluate import sources_of
-from loopq_compile.memory import trim_bounded, trim_excess
+from loopq_compile.memory import trim_bounded
 from loopq_compile.operators import ops
 from loopq_compile.operators.precision import wide
 from loopq_compile.operators.straight_through import weight_codes, weight_values
@@ -33,6 +33,8 @@ from loopq_compile.operators.straight_through import weight_codes, weight_values
 _NUMBERS, _NUMBERS_ELSEWHERE = 1 << 20, 1 << 24
 """About how many numbers of a weight go through its chain at a time: on a CPU, which has them in its cache, and on
 other devices, where every operation must be large."""
+_PASSED = 32
+"""Bytes of temporary tensors for every number of a gradient that goes through a chain."""
 _BY_ROW: dict[Any, int] = {
     ops.kronecker.default: 1,
     ops.offset.default: 3,
@@ -168,8 +170,9 @@ class HeldWeight:
 
     def value(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight `[N, K]`, in its own type or in `dtype`."""
-        trim_bounded()
-        return weight_values(whole(self._codes), self._scale, self._chain.group_size, dtype or self._scale.dtype)
+        codes, dtype = whole(self._codes), dtype or self._scale.dtype
+        trim_bounded(codes.numel() * dtype.itemsize)
+        return weight_values(codes, self._scale, self._chain.group_size, dtype)
 
     def add(self, grad: Tensor, x: Tensor) -> None:
         """Adds the gradient of one product, from those of its output `[n, N]` and its input `[n, K]`."""
@@ -213,7 +216,7 @@ class HeldWeight:
             elif total is not None:
                 value.add_gradient(total)
         self._through = [_sum(*pair) for pair in zip(self._through, through, strict=True)] if self._through else through
-        trim_excess()
+        trim_bounded(_PASSED * grad.numel())
 
     def _collect(self, found: dict[int, Tensor], place: int, rows: slice, gradient: Tensor, like: Tensor) -> None:
         """Adds to `found` the gradient by some rows of the tensor `like`, or by a tensor that all rows read."""

@@ -26,6 +26,7 @@ from loopq_compile.calibration.held_weights import (
     tensors_of,
 )
 from loopq_compile.calibration.learnable import Value
+from loopq_compile.calibration.regions import fuse_regions
 from loopq_compile.calibration.sharding import Rows
 from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.recurrence import weight_roots
@@ -109,6 +110,8 @@ class Student:
             for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)
             if end > start
         ]
+        for segment in self._segments:
+            fuse_regions(segment.module)
         self._last_use = _last_uses(self._segments, kept)
 
     def run(self, inputs: Sequence[Any], values: Mapping[str, Value]) -> tuple[Any, dict[str, Any]]:

@@ -41,7 +41,7 @@ class Teacher:
         options: CalibrationOptions,
         kept: TargetStore | None = None,
     ) -> None:
-        self._student = Student(graph_module, ends, recompute=False, segments=1, learned=())
+        self._student = Student(graph_module, ends, recompute=False, learned=())
         self._signature, self._ends, self._vocabulary, self._options = signature, ends, vocabulary, options
         self._kept = TargetStore() if kept is None else kept
 
@@ -63,12 +63,14 @@ class Teacher:
             results, known = self._student.run(inputs, {})
         logits, outputs = predictions(results, self._signature, self._vocabulary)
         states = [known[name] for name in self._ends]
-        if not all(torch.isfinite(x).all() for x in ([logits] if logits is not None else outputs)):
-            raise LoopQError("The model in full precision predicts NaN or infinite values on the calibration data.")
         mask = token_mask(self._signature, inputs)
         if logits is None:
-            return Targets(None, None, None, outputs, states, mask)
-        return Targets(*keep_largest(logits, self._options), [], states, mask)
+            targets = Targets(None, None, None, outputs, states, mask)
+        else:
+            targets = Targets(*keep_largest(logits, self._options), [], states, mask)
+        if not all(torch.isfinite(x).all() for x in ([targets.total] if targets.total is not None else outputs)):
+            raise LoopQError("The model in full precision predicts NaN or infinite values on the calibration data.")
+        return targets
 
 
 def predictions(

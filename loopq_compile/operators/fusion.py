@@ -35,6 +35,11 @@ def fusing(wanted: bool = True) -> Iterator[None]:
         _wanted = before
 
 
+def is_fusing() -> bool:
+    """Whether functions marked as `fused` run compiled now."""
+    return _wanted and not _broken
+
+
 def fused(function: Function) -> Function:
     """`function`, which runs compiled inside `fusing` if possible.
 
@@ -45,7 +50,7 @@ def fused(function: Function) -> Function:
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         global _broken
-        if not _wanted or _broken:
+        if not is_fusing():
             return function(*args)
         try:
             _tidy_at_exit()
