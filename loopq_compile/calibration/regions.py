@@ -19,7 +19,14 @@ from loopq_compile.operators.fusion import fused, is_fusing
 
 _aten = torch.ops.aten
 _NORMS = {_aten.rms_norm.default, _aten.layer_norm.default}
-_ROWS = {_aten.mean.dim, _aten.cat.default, _aten.clone.default, _aten.contiguous.default, _aten.to.dtype, _aten._to_copy.default}
+_ROWS = {
+    _aten.mean.dim,
+    _aten.cat.default,
+    _aten.clone.default,
+    _aten.contiguous.default,
+    _aten.to.dtype,
+    _aten._to_copy.default,
+}
 _VIEWS = {
     _aten.view.default,
     _aten.reshape.default,
