@@ -17,17 +17,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from loopq_compile.calibration.held_weights import (
-    HeldWeight,
-    Integers,
-    WeightChain,
-    held_linear,
-    hold_weights,
-    tensors_of,
-)
+from loopq_compile.calibration.held_weights import HeldWeight, held_linear, hold_weights, tensors_of
 from loopq_compile.calibration.learnable import Value
 from loopq_compile.calibration.regions import fuse_regions
 from loopq_compile.calibration.sharding import Rows
+from loopq_compile.calibration.weight_chain import Integers, WeightChain
 from loopq_compile.graph.keys import SITE
 from loopq_compile.graph.recurrence import weight_roots
 from loopq_compile.graph.state import copy_nodes, get_tensor

@@ -16,10 +16,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+import torch.utils.checkpoint
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _KERNELS = 64
 """Most variants of one function (types, broadcasting, sizes of groups); beyond them the plain function runs."""
+_STOPPED: Any = getattr(torch.utils.checkpoint, "_StopRecomputationError", ())
+"""Leaves a function early when recomputation has all that the backward pass needs."""
 _wanted = False
 _broken = False
 
@@ -56,6 +59,8 @@ def fused(function: Function) -> Function:
             _tidy_at_exit()
             with torch._dynamo.config.patch(recompile_limit=_KERNELS):
                 return compiled(*args)
+        except _STOPPED:
+            raise
         except Exception as error:  # the compiler or its toolchain may raise anything
             _broken = True
             logging.getLogger(__name__).debug("torch.compile failed", exc_info=error)

@@ -1,14 +1,17 @@
 """Elementwise regions: the same numbers and gradients, one function for equal regions, products left alone."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from loopq_compile.calibration import regions
 from loopq_compile.calibration.regions import Region, fuse_regions
+from loopq_compile.operators import fusion
 from loopq_compile.operators.fusion import fusing
 
 
@@ -82,3 +85,21 @@ def test_after_some_combinations_of_shapes_one_function_serves_the_others(export
             count = len([node for node in region._plain.graph.nodes if node.op == "placeholder"])
             region(*[torch.rand(rows, 8)] * count)
     assert len(region._compiled) == 3
+
+
+def test_recomputation_may_stop_inside_a_region(exported):
+    """Torch's checkpoint leaves by an exception when it has all saved tensors; that is not a failure to compile."""
+    norms = torch.ops.aten.rms_norm.default
+    last = next(item for item in fused_copy(exported)[1] if norms not in {n.target for n in item._plain.graph.nodes})
+    inputs = [torch.rand(5, 8, requires_grad=True) for node in last._plain.graph.nodes if node.op == "placeholder"]
+
+    def total(result):
+        return sum(item.square().sum() for item in (result if isinstance(result, tuple) else (result,)))
+
+    wanted = torch.autograd.grad(total(last._plain(*inputs)), inputs)
+    with fusing(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = torch.autograd.grad(total(checkpoint(last, *inputs, use_reentrant=False)), inputs)
+    for got, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert not fusion._broken

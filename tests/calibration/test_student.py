@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loopq_compile.calibration import held_weights
+from loopq_compile.calibration import weight_chain
+from loopq_compile.calibration.learnable import Offsets
 from loopq_compile.calibration.student import Student
 from loopq_compile.graph.state import get_tensor
 from loopq_compile.passes.transforms.widen import loop_groups, widen
@@ -167,9 +168,27 @@ def test_a_weight_may_go_through_its_chain_some_rows_at_a_time(monkeypatch, rela
         widen(program, "layers.0.gate+up")
     whole = gradients(program, False)
     taken = []
-    parts = held_weights.WeightChain.parts
-    monkeypatch.setattr(held_weights.WeightChain, "parts", lambda *args: taken.append(parts(*args)) or taken[-1])
-    monkeypatch.setattr(held_weights, "_NUMBERS", 7 * 32)
+    parts = weight_chain.WeightChain.parts
+    monkeypatch.setattr(weight_chain.WeightChain, "parts", lambda *args: taken.append(parts(*args)) or taken[-1])
+    monkeypatch.setattr(weight_chain, "_NUMBERS", 7 * 32)
     for name, gradient in gradients(program, False).items():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6)
     assert taken and all(len(found) > 2 for found in taken)
+
+
+@pytest.mark.parametrize("numbers", [1 << 20, 7 * 32], ids=["whole", "by rows"])
+def test_offsets_get_the_gradient_that_autograd_would_give_them(program, monkeypatch, numbers):
+    monkeypatch.setattr(weight_chain, "_NUMBERS", numbers)
+    names = [name for name in learned_tensors(program) if name.endswith("_rounding")]
+    steps = {name: 0.6 * torch.randn(get_tensor(program, name).shape).to(torch.float16) for name in names}
+    leaves = {name: value.float().requires_grad_() for name, value in steps.items()}
+    offsets = {name: Offsets(value) for name, value in steps.items()}
+    for values in (leaves, offsets):
+        results, _ = Student(program, learned=names).run([tokens(3)], values)
+        results[0].square().mean().backward()
+    assert names
+    for name in names:
+        found, wanted = offsets[name].gradient.float(), leaves[name].grad
+        assert wanted.count_nonzero() > 0
+        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2 * wanted.abs().max().item(), msg=name)
+        assert found.count_nonzero() == wanted.to(torch.bfloat16).count_nonzero(), "nothing passes a clipped weight"
