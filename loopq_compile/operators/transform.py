@@ -52,7 +52,12 @@ def _backward(
     wide_grad = grad.to(x.dtype)
     rows, grads = x.reshape(-1, d1, d2), wide_grad.reshape(-1, d1, d2)
     grad_x = grad_left = grad_right = None
-    if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+    if ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
+        moved = torch.matmul(left, grads)  # both gradients below read it
+        grad_right = _sum_of_products(rows, moved).to(saved[2].dtype)
+        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+            grad_x = (moved.view(-1, d2) @ right.t()).view(x.shape).to(saved[0].dtype)
+    elif ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
         grad_x = _apply(wide_grad, left.t().contiguous(), right.t().contiguous()).to(saved[0].dtype)
     if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
         inner = (rows.reshape(-1, d2) @ right).view(-1, d1, d2)
@@ -61,8 +66,6 @@ def _backward(
         else:
             grad_left = _sum_of_products(inner.transpose(1, 2), grads.transpose(1, 2))
         grad_left = grad_left.to(saved[1].dtype)
-    if ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
-        grad_right = _sum_of_products(torch.matmul(left.t(), rows), grads).to(saved[2].dtype)
     return grad_x, grad_left, grad_right
 
 
