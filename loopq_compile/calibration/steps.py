@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loopq_compile.calibration import checkpoint, distributed, sharding
+from loopq_compile.calibration.best_state import on_disk
 from loopq_compile.calibration.data import Batch, pick, split
 from loopq_compile.calibration.learnable import Learnable, Offsets, Optimizer, Value
 from loopq_compile.calibration.objective import LossParts
@@ -193,7 +194,7 @@ class Steps(ABC):
             report.start = loss
         if loss < report.best:
             report.best, report.best_step, self._stale = loss, report.steps, 0
-            self.best = self._raws()
+            self.best = on_disk(self._raws(), self.store.parent if self.store else None)
         else:
             self._stale += 1
         names = ("prediction", "trajectory", "transition")
@@ -212,7 +213,8 @@ class Steps(ABC):
             return
         raws = self._raws()
         tensors = {f"raw.{name}": tensor for name, tensor in raws.items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items() if tensor is not raws[name]}
+        if self.report.best_step != self.report.steps:  # otherwise the best state is the current one
+            tensors |= {f"best.{name}": tensor for name, tensor in self.best.items() if tensor is not raws[name]}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         tensors |= {f"extra.{name}": tensor for name, tensor in self.extra().items()}
         facts = {"stale": self._stale, "failures": self._failures, "report": vars(self.report)}
