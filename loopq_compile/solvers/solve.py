@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loopq_compile.calibration import distributed
 from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.memory import trim_bounded
 from loopq_compile.solvers.curvature import Curvature
 from loopq_compile.solvers.gptq import gptq, refine_codes, refine_scales
 from loopq_compile.solvers.loaq import choose, corrections
@@ -16,6 +17,10 @@ from loopq_compile.solvers.rtn import Grid, searched
 from loopq_compile.solvers.statistics import Split
 
 SOLVERS = ("rtn", "gptq", "loaq")
+
+
+_MADE = 32
+"""Bytes of temporary tensors for every number of a weight in one sweep of refinement."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,11 @@ def _rounded(weight: Tensor, target: Tensor, curvature: Curvature, grid: Grid, o
     codes = torch.where(worse.unsqueeze(1), nearest, codes)
     found = grid.scaled(torch.where(worse.unsqueeze(1), grid.scale, start.scale))
     for _ in range(options.refine):
+        trim_bounded(_MADE * weight.numel())
         if options.refit_scales:
             found = refine_scales(codes, target, curvature, found)
         codes = refine_codes(codes, target, curvature, found)
+    trim_bounded(_MADE * weight.numel())
     if options.refit_scales:
         found = refine_scales(codes, target, curvature, found)
     return codes, found
