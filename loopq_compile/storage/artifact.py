@@ -23,6 +23,7 @@ from loopq_compile.errors import InternalError, LoopQError, first_line
 from loopq_compile.graph.keys import BITS, GROUP, LEARN, MADE_BY, TRANSFORM
 from loopq_compile.graph.loops import LoopStructure, LoopTag
 from loopq_compile.graph.names import safe_name, shown_name
+from loopq_compile.graph.origin import Origin
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.shapes import infer_shapes
 from loopq_compile.graph.signature import signature_from_dict, signature_to_dict
@@ -174,6 +175,7 @@ def _describe(graph_module: fx.GraphModule) -> dict[str, Any]:
         "loopq_compile": __version__,
         "torch": torch.__version__,
         "model": state.model_name,
+        "origin": _plain(state.origin.to_dict()),
         "signature": signature_to_dict(state.signature),
         "scheme": state.scheme.to_dict() if state.scheme else None,
         "method": state.method,
@@ -303,6 +305,7 @@ def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.Graph
     state = CompilerState(
         signature=signature_from_dict(data["signature"]),
         model_name=str(data["model"]),
+        origin=Origin.from_dict(data.get("origin")),
         loops=LoopStructure.from_dict(data["loops"]),
         tags=None if data["tags"] is None else {name: LoopTag(*map(tuple, tag)) for name, tag in data["tags"].items()},
         scheme=Scheme(**_known(Scheme, data["scheme"])) if data["scheme"] else None,
