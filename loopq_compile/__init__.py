@@ -13,6 +13,7 @@ from loopq_compile._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from loopq_compile import methods as pipelines
+    from loopq_compile.sources.auto_classes import register_with_transformers
     from loopq_compile.compiler import compile, load
     from loopq_compile.errors import CaptureError, LoopQError
     from loopq_compile.graph.loops import LoopStructure
@@ -33,6 +34,7 @@ _HOMES = {
     "Scheme": "graph.scheme",
     "compile": "compiler",
     "load": "compiler",
+    "register_with_transformers": "sources.auto_classes",
 }
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "compile",
     "load",
     "pipelines",
+    "register_with_transformers",
 ]
 
 

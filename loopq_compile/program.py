@@ -193,11 +193,14 @@ class Program:
                 be written.
         """
         from loopq_compile.backends.onnx import export
+        from loopq_compile.storage.card import write_card
 
         options: dict[str, Any] = {"cache": cache, "last_token": last_token, "products": products}
         options |= {"head_bits": head_bits, "kv_bits": kv_bits, "early_exit": early_exit, "float_bits": float_bits}
         options["external_data_threshold"] = external_data_threshold
-        return export(self.graph_module, directory, target=target, form=form, **options)
+        report = export(self.graph_module, directory, target=target, form=form, **options)
+        write_card(directory, get_state(self.graph_module), "onnx")
+        return report
 
     def export_gguf(
         self,

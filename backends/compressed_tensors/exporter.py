@@ -20,6 +20,7 @@ from loopq_compile.backends.plain import plain_linears
 from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.graph.state import get_state
 from loopq_compile.storage.atomic import check_folder, writing_folder
+from loopq_compile.storage.card import write_card
 from loopq_compile.storage.manifest import ManifestKind
 
 KIND = ManifestKind("hugging_face_manifest.json", "loopq_compile.hugging_face", 1, "export")
@@ -94,6 +95,7 @@ def export(
             shutil.copyfile(file, folder / file.name)
         origin.copy_settings(folder, None if tokenizer is None else Path(tokenizer))
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    write_card(directory, state, ENGINE)
     copies = len(made.grids) - len({id(linear) for linear in linears})
     kinds = Counter(made.grids.values())
     return HuggingFaceExport(

@@ -68,7 +68,8 @@ def build_skeleton(state: CompilerState, source: Source, quantized: set[str]) ->
         raise
     except Exception as error:  # code of a model may raise anything
         raise LoopQError(
-            f"{state.model_name} cannot be built from its configuration: {first_line(error)}. Export the program as ONNX."
+            f"{state.model_name} cannot be built from its configuration: {first_line(error)}. Export the program as "
+            "ONNX."
         ) from error
     if auto_map := getattr(config, "auto_map", None):
         config.auto_map = plain_references(auto_map)

@@ -100,7 +100,9 @@ class Source:
                     continue
                 file = self.folder / f"{_plain(reference).partition('.')[0]}.py"
                 if not file.is_file():
-                    raise LoopQError(f"{self.folder} lacks {file.name}, which its config.json names. Download it again.")
+                    raise LoopQError(
+                        f"{self.folder} lacks {file.name}, which its config.json names. Download it again."
+                    )
                 found |= dict.fromkeys([file, *map(Path, get_relative_import_files(str(file)))])
         return list(found)
 
@@ -168,4 +170,3 @@ def plain_references(auto_map: Any) -> dict[str, Any]:
 def _plain(reference: str) -> str:
     """`REPOSITORY--module.Class` as `module.Class`."""
     return reference.rpartition("--")[2]
-

@@ -110,7 +110,9 @@ class TensorWriter:
         if value.is_floating_point() and self._dtype is not None:
             value = value.to(self._dtype)
         pointer = value.untyped_storage().data_ptr()  # tensors of a file may not share memory
-        whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes and pointer not in self._shared
+        whole = (
+            value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes and pointer not in self._shared
+        )
         self.tensors[name] = value if whole else value.clone(memory_format=torch.contiguous_format)
         self._shared.add(pointer)
 

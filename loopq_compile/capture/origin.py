@@ -32,9 +32,7 @@ def read_origin(model: nn.Module) -> Origin:
 
 
 def _all_names(model: nn.Module) -> Any:
-    return itertools.chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    )
+    return itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

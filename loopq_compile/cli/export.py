@@ -154,7 +154,9 @@ def export_command(
     }  # fmt: skip
     if target == "compressed-tensors":
         if architectures or genai or gguf != _NO_GGUF_OPTIONS or options != _NO_ONNX_OPTIONS:
-            raise LoopQError(f"--target {target} goes with --source, --dtype, --zero-points and --trust-remote-code only.")
+            raise LoopQError(
+                f"--target {target} goes with --source, --dtype, --zero-points and --trust-remote-code only."
+            )
         return _export_hugging_face(loaded, out, folder, json)
     if folder != _NO_HUGGING_FACE_OPTIONS:
         raise LoopQError(

@@ -87,7 +87,7 @@ def test_rounded_activations(
         return scale * (127.5 / 127), zero_point
 
     monkeypatch.setattr(forward, "compute_dynamic_scales_and_zp", ours)
-    assert difference(program, model) < 0.1 * change
+    assert difference(program, model) < 0.2 * change
 
 
 def test_negative_scales_are_refused_or_get_zero_points(tmp_path: Path) -> None:
@@ -110,38 +110,43 @@ def test_a_tied_head_is_stored_once_and_untied_if_it_is_quantized(tmp_path: Path
     model = load(tmp_path / "tied")
     assert model.lm_head.weight is model.model.embed_tokens.weight and difference(program, model) < 1e-5
 
-    program = compiled(lq.Scheme(4, 16, quantize=("lm_head", "model.embed_tokens"), **POSITIVE), tied=True)
+    program = compiled(lq.Scheme(4, 16, quantize=("*embed_tokens",), **POSITIVE), tied=True)
     report = program.export_hugging_face(tmp_path / "untied")
     assert report.ignored == 0
-    assert {"lm_head.weight_packed", "model.embed_tokens.weight"} <= set(load_file(tmp_path / "untied/model.safetensors"))
+    assert {"lm_head.weight_packed", "model.embed_tokens.weight"} <= set(
+        load_file(tmp_path / "untied/model.safetensors")
+    )
     assert difference(program, load(tmp_path / "untied")) < 1e-5
 
 
 def test_learned_weights_and_folded_gains_arrive(tmp_path: Path) -> None:
     """`loopq-plain` moves smoothing factors into the gains of norms; a saved program knows all that the export needs."""
     model = looped_llama()
-    scheme = lq.Scheme(4, 16, **POSITIVE)
+    scheme = lq.Scheme(4, 8, **POSITIVE)
     learned = lq.compile(model, scheme=scheme, method="loopq-plain", calibration=[tokens(2)], steps=2)
     learned.save(tmp_path / "program")
     program = lq.load(tmp_path / "program")
     program.export_hugging_face(tmp_path / "out", dtype="float16")
     back = load(tmp_path / "out", dtype=torch.float32)
-    gain = get_tensor(program.graph_module, "model.norm.weight")
-    torch.testing.assert_close(back.model.norm.weight.data, gain.data, rtol=1e-3, atol=0)
-    changed = [
-        name
-        for name, value in back.named_parameters()
-        if "layernorm" in name and not torch.allclose(value, model.get_parameter(name), rtol=1e-2)
-    ]
-    assert changed
-    assert difference(program, back) < 2e-3
+    changed = 0
+    for layer in (0, 1, 3):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            name = f"model.layers.{layer}.{name}.weight"
+            gain, found = get_tensor(program.graph_module, name), back.get_parameter(name)
+            torch.testing.assert_close(found.data, gain.data, rtol=1e-3, atol=0)
+            changed += not torch.allclose(found, model.get_parameter(name), rtol=1e-2)
+    assert changed == 6
+    assert difference(program, back) < 0.2
 
 
 def test_mixed_precision_names_its_layers(tmp_path: Path) -> None:
     program = compiled(lq.Scheme(4, 16, skip=("*.o_proj",), **POSITIVE))
     report = program.export_hugging_face(tmp_path)
     ignored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["ignore"]
-    assert report.ignored == 5 and set(ignored) == {"lm_head", *(f"model.layers.{i}.self_attn.o_proj" for i in range(4))}
+    assert report.ignored == 5 and set(ignored) == {
+        "lm_head",
+        *(f"model.layers.{i}.self_attn.o_proj" for i in range(4)),
+    }
     assert difference(program, load(tmp_path)) < 1e-5
 
 
@@ -177,10 +182,10 @@ def test_tokenizer_and_settings_are_copied_and_other_files_stay(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"scheme": lq.Scheme(4, 4, **POSITIVE)}, "4-bit activations"),
+        ({"scheme": lq.Scheme(4, 4, **POSITIVE), "calibration": None}, "4-bit activations"),
         ({"scheme": lq.Scheme(4, 8, activation="static", **POSITIVE)}, "static scales of activations"),
         ({"method": "smoothquant"}, "a transform of activations"),
-        ({"method": lq.pipelines.las(), "scheme": lq.Scheme(8, 8)}, "ranges per loop of activations"),
+        ({}, "clipped ranges of activations"),
     ],
 )
 def test_what_the_format_cannot_express(options: dict[str, Any], words: str, tmp_path: Path) -> None:
