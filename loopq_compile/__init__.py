@@ -13,13 +13,13 @@ from loopq_compile._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from loopq_compile import methods as pipelines
-    from loopq_compile.sources.auto_classes import register_with_transformers
     from loopq_compile.compiler import compile, load
     from loopq_compile.errors import CaptureError, LoopQError
     from loopq_compile.graph.loops import LoopStructure
     from loopq_compile.graph.scheme import Scheme
     from loopq_compile.pipeline import Pipeline
     from loopq_compile.program import Program
+    from loopq_compile.sources.auto_classes import register_with_transformers
 
 if not Path(__file__).with_name("passes").is_dir():
     # A checkout that nobody installed: `passes/` and `backends/` lie beside this folder (see pyproject.toml).

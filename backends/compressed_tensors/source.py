@@ -65,8 +65,8 @@ class Source:
         reference = (origin.config.get(_CODE_NAME) or {}).get("AutoModelForCausalLM")
         if not reference:
             raise LoopQError(
-                f"{name} is not a model of transformers, so transformers and vLLM cannot load it. Export the program as "
-                "ONNX."
+                f"{name} is not a model of transformers, so transformers and vLLM cannot load it. Export the program "
+                "as ONNX."
             )
         if self.folder is None:
             raise LoopQError(
@@ -75,8 +75,8 @@ class Source:
             )
         if not self.trusted:
             raise LoopQError(
-                f"{name} brings its own Python code, which would run on this machine with all your rights. Read the .py "
-                f"files of {self.model} first; then allow it with trust_remote_code=True (--trust-remote-code)."
+                f"{name} brings its own Python code, which would run on this machine with all your rights. Read the "
+                f".py files of {self.model} first; then allow it with trust_remote_code=True (--trust-remote-code)."
             )
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 

@@ -64,8 +64,8 @@ class TensorWriter:
                 missing[name] = shape
         if left := sorted(set(self._linears) - used):
             raise LoopQError(
-                f"{left[0]!r} is quantized, and {type(skeleton.model).__name__} has no nn.Linear of that name, which is "
-                "what compressed-tensors quantizes. Leave it out with skip=(...), or export the program as ONNX."
+                f"{left[0]!r} is quantized, and {type(skeleton.model).__name__} has no nn.Linear of that name, which "
+                "is what compressed-tensors quantizes. Leave it out with skip=(...), or export the program as ONNX."
             )
         self._add_missing(missing, source)
 
@@ -135,9 +135,9 @@ def check_places(graph_module: fx.GraphModule, skeleton: Skeleton) -> None:
     names = {*skeleton.stored, *(name for name, _ in skeleton.model.named_buffers())}
     for node in graph_module.graph.nodes:
         name = shown_name(str(node.target))
-        if node.op == "get_attr" and MADE_BY in node.meta and name not in names:
-            if not name.endswith(("_codes", "_scale")) and "activation_clip" not in name:
-                raise LoopQError(
-                    f"compressed-tensors has no place for {name!r}, which the pass {node.meta[MADE_BY]} made. Compile "
-                    f"the model with method={METHOD!r}."
-                )
+        known = name in names or name.endswith(("_codes", "_scale")) or "activation_clip" in name
+        if node.op == "get_attr" and MADE_BY in node.meta and not known:
+            raise LoopQError(
+                f"compressed-tensors has no place for {name!r}, which the pass {node.meta[MADE_BY]} made. Compile "
+                f"the model with method={METHOD!r}."
+            )

@@ -104,10 +104,9 @@ def export(
         writer.close()
         size = part.stat().st_size
     found = Path(path)
-    if all(
-        file.suffix == ".gguf" or file.name.startswith((".", CARD_FILE)) for file in real_path(path).parent.iterdir()
-    ):
-        write_card(found.parent, state, "gguf")  # a folder of GGUF files, as the hub has them
+    others = (file for file in real_path(path).parent.iterdir() if not file.name.startswith((".", CARD_FILE)))
+    if all(file.suffix == ".gguf" for file in others):  # a folder of GGUF files, as the hub has them
+        write_card(found.parent, state, "gguf")
     types, change = dict(made.types), made.change
     return GgufExport(found, size, architecture.name, loops * len(order), len(order), types, change, written)
 

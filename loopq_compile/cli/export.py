@@ -115,8 +115,8 @@ def export_command(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="With --target compressed-tensors: the compiled model's folder or hub id, for its own code and weights "
-            "that the program does not use.",
+            help="With --target compressed-tensors: the compiled model's folder or hub id, for its own code and "
+            "weights that the program does not use.",
         ),
     ] = None,
     dtype: Annotated[

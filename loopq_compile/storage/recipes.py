@@ -90,7 +90,8 @@ RECIPES = {
         (),
         {
             "loopq_compile": _python(
-                'from loopq_compile.backends.triton import load\n\nexecutable = load("DIR")\nlogits = executable(input_ids)'
+                "from loopq_compile.backends.triton import load\n\n"
+                'executable = load("DIR")\nlogits = executable(input_ids)'
             )
         },
     ),

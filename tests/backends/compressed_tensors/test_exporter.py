@@ -120,7 +120,7 @@ def test_a_tied_head_is_stored_once_and_untied_if_it_is_quantized(tmp_path: Path
 
 
 def test_learned_weights_and_folded_gains_arrive(tmp_path: Path) -> None:
-    """`loopq-plain` moves smoothing factors into the gains of norms; a saved program knows all that the export needs."""
+    """`loopq-plain` moves smoothing factors into gains of norms. A saved program knows all that the export needs."""
     model = looped_llama()
     scheme = lq.Scheme(4, 8, **POSITIVE)
     learned = lq.compile(model, scheme=scheme, method="loopq-plain", calibration=[tokens(2)], steps=2)
