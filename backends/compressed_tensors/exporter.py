@@ -16,15 +16,13 @@ from loopq_compile.backends.compressed_tensors.configuration import ENGINE, Grid
 from loopq_compile.backends.compressed_tensors.skeleton import Skeleton, build_skeleton
 from loopq_compile.backends.compressed_tensors.source import Source
 from loopq_compile.backends.compressed_tensors.tensors import TensorWriter, check_places
+from loopq_compile.backends.compressed_tensors.verify import CONFIG_FILE, KIND
 from loopq_compile.backends.plain import plain_linears
 from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.graph.state import get_state
 from loopq_compile.storage.atomic import check_folder, writing_folder
 from loopq_compile.storage.card import write_card
-from loopq_compile.storage.manifest import ManifestKind
 
-KIND = ManifestKind("hugging_face_manifest.json", "loopq_compile.hugging_face", 1, "export")
-CONFIG_FILE = "config.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARD = "5GB"
 

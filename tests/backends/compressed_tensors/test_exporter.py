@@ -11,10 +11,12 @@ import pytest
 import torch
 import transformers
 from compressed_tensors.quantization.lifecycle import forward
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
 
 import loopq_compile as lq
+from loopq_compile.backends.compressed_tensors.verify import verify
 from loopq_compile.graph.state import get_tensor
 from tests.backends.gguf.files import looped_llama, save_tokenizer, tokens
 
@@ -171,12 +173,17 @@ def test_tokenizer_and_settings_are_copied_and_other_files_stay(tmp_path: Path) 
     assert (goal / "notes.txt").read_text() == "mine"
     assert (goal / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert load(goal).generation_config.eos_token_id == 3
+    assert "compressed-tensors" in ModelCard.load(goal / "README.md").data.tags
+    assert verify(goal).unlisted == ("notes.txt",)
     assert transformers.AutoTokenizer.from_pretrained(goal)("the loop")["input_ids"]
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/config.json").write_text("{}")
     with pytest.raises(lq.LoopQError, match="no manifest says"):
         program.export_hugging_face(tmp_path / "theirs")
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["config.json"]
+    (goal / "config.json").write_text("{}")
+    with pytest.raises(lq.LoopQError, match="changed or cut off"):
+        verify(goal)
 
 
 @pytest.mark.parametrize(
