@@ -8,7 +8,7 @@ would fit. What only one engine cannot do, its own backend refuses.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, fx
@@ -105,15 +105,17 @@ def _linear(graph_module: fx.GraphModule, engine: str, site: Site, calls: list[f
     (chain,) = chains.values()
     if len(chain) != 2 or chain[1].target is not ops.dequantize.default:
         refuse(engine, "a weight that is not packed", calls[0], site.name, "Run the pass pack-weights.")
-    codes, scale, group = chain[1].args
+    codes, scale, group = cast(tuple[fx.Node, fx.Node, int], chain[1].args)
+    bits, size = inputs.pop()
     return PlainLinear(
-        site,
-        get_tensor(graph_module, str(codes.target)),  # type: ignore[union-attr]
-        get_tensor(graph_module, str(scale.target)),  # type: ignore[union-attr]
-        chain[1].meta.get(BITS, 8),
-        int(group),  # type: ignore[call-overload]
-        *inputs.pop(),
-        calls[0],
+        site=site,
+        codes=get_tensor(graph_module, str(codes.target)),
+        scale=get_tensor(graph_module, str(scale.target)),
+        bits=chain[1].meta.get(BITS, 8),
+        group=group,
+        activation_bits=bits,
+        activation_group=size,
+        node=calls[0],
     )
 
 

@@ -114,8 +114,8 @@ class Source:
         """
         if first is not None and not first.is_dir():
             raise LoopQError(f"{first} is not a folder. Name the one that has tokenizer.json.")
-        for folder in (self.folder, first):
-            for name in _SETTINGS if folder is not None else ():
+        for folder in filter(None, (self.folder, first)):
+            for name in _SETTINGS:
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, goal / name)
         generation = getattr(self.model, "generation_config", None)
@@ -129,7 +129,7 @@ class Source:
             return {name: value.detach() for name, value in self.model.state_dict().items() if name in wanted}
         from safetensors import safe_open
 
-        folder, found = self._find("*.safetensors", "*.json"), {}
+        folder, found = self._find("*.safetensors", "*.json"), dict[str, Tensor]()
         for file in sorted(folder.glob("*.safetensors")) if folder else []:
             with safe_open(file, "pt") as stored:
                 found |= {name: stored.get_tensor(name) for name in wanted & set(stored.keys())}

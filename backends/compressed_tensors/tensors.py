@@ -53,8 +53,7 @@ class TensorWriter:
         for name, shape in skeleton.stored.items():
             module, first = name.removesuffix(_WEIGHT), self._aliases.get(name, name)
             if first in self._linears and module in skeleton.linears:
-                found: Tensor | None = self._linears[first].codes
-                self._check(name, found, shape)
+                self._check(name, self._linears[first].codes, shape)
                 self._add_linear(module, first)
                 used.add(first)
             elif (found := self._floats.get(first)) is not None:

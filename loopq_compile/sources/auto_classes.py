@@ -32,7 +32,9 @@ class SavedProgramForCausalLM(ProgramForCausalLM):
     """A `ProgramForCausalLM` that `from_pretrained` reads from a folder or from the hub."""
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], *_: Any, config: Any = None, **options: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]
+        cls, name: str | os.PathLike[str], *_: Any, config: Any = None, **options: Any
+    ) -> Any:
         """Reads a saved program.
 
         Args:

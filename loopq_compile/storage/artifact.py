@@ -74,8 +74,8 @@ def save(
         LoopQError: the folder cannot be written, or holds a file with one of these names that is not ours; the graph
             holds something that files cannot name; or a tensor holds NaN.
     """
-    extra = {check_name(name): content for name, content in (extra_files or {}).items()}
-    extra = hub_config(get_state(graph_module), directory) | extra
+    given = {**hub_config(get_state(graph_module), directory), **(extra_files or {})}
+    extra = {check_name(name): content for name, content in given.items()}
     check_folder(directory, PROGRAM, (*FILES, *extra))
     description = _describe(graph_module)
     tensors = _stored_tensors(graph_module, description["packed"])

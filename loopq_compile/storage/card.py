@@ -52,14 +52,15 @@ def card_text(state: CompilerState, kind: str, tags: Iterable[str] = ()) -> str:
 
     recipe = RECIPES[kind]
     facts = {"scheme": state.scheme.name, "method": state.method} if state.scheme else {}
+    more: dict[str, Any] = {"quantized_by": "loopq_compile"}
+    more |= {"base_model_relation": "quantized"} if state.origin.hub_id else {}
+    more |= {"quantization": facts} if facts else {}
     data = ModelCardData(
         base_model=state.origin.hub_id or None,
         library_name=recipe.library,
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys([*recipe.tags, "loopq", *(["quantized"] if facts else []), *tags])),
-        quantized_by="loopq_compile",
-        **({"base_model_relation": "quantized"} if state.origin.hub_id else {}),
-        **({"quantization": facts} if facts else {}),
+        **more,
     )
     title = f"{state.origin.hub_id or state.model_name}{f' in {state.scheme.name}' if state.scheme else ''}"
     parts = [f"# {title}, as {recipe.what}", _facts(state), "## How to run it"]
