@@ -52,7 +52,7 @@ class SavedProgramForCausalLM(ProgramForCausalLM):
         hub = {key: options.pop(key) for key in _HUB if key in options}
         for key in _IGNORED:
             options.pop(key, None)
-        if left := sorted(key for key, value in options.items() if value is not None):
+        if left := sorted(key for key, value in options.items() if value not in (None, "", False)):
             raise LoopQError(f"A saved program takes no {left[0]!r}: it is a finished graph. Leave that option out.")
         folder = _folder(name, hub)
         generation = folder if (folder / GENERATION_CONFIG_NAME).is_file() else None
