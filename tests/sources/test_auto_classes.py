@@ -43,7 +43,7 @@ def test_options_that_would_change_it_are_refused(saved: tuple[lq.Program, Path]
     load = transformers.AutoModelForCausalLM.from_pretrained
     for options, words in (
         ({"dtype": torch.float16}, "computes in torch.float32"),
-        ({"attn_implementation": "eager"}, "takes no 'attn_implementation'"),
+        ({"offload_folder": "x"}, "takes no 'offload_folder'"),
         ({"device_map": {"a": "cpu", "b": "cuda"}}, "lies on one device"),
     ):
         with pytest.raises(lq.LoopQError, match=words):

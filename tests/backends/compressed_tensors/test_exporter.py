@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import loopq_compile as lq
 from loopq_compile.backends.compressed_tensors.verify import verify
-from loopq_compile.graph.state import get_tensor
+from loopq_compile.graph.state import get_tensor, set_tensor
 from tests.backends.gguf.files import looped_llama, save_tokenizer, tokens
 
 POSITIVE = {"signed_scales": False}
@@ -192,7 +193,6 @@ def test_tokenizer_and_settings_are_copied_and_other_files_stay(tmp_path: Path) 
         ({"scheme": lq.Scheme(4, 4, **POSITIVE), "calibration": None}, "4-bit activations"),
         ({"scheme": lq.Scheme(4, 8, activation="static", **POSITIVE)}, "static scales of activations"),
         ({"method": "smoothquant"}, "a transform of activations"),
-        ({}, "clipped ranges of activations"),
     ],
 )
 def test_what_the_format_cannot_express(options: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -201,6 +201,15 @@ def test_what_the_format_cannot_express(options: dict[str, Any], words: str, tmp
     with pytest.raises(lq.LoopQError, match=words) as caught:
         program.export_hugging_face(tmp_path)
     assert "loopq-plain" in str(caught.value) or "scheme" in str(caught.value)
+
+
+@pytest.mark.parametrize(("rows", "words"), [(1, "clipped ranges"), (2, "ranges per loop")])
+def test_clipped_ranges(rows: int, words: str, tmp_path: Path) -> None:
+    program = copy.deepcopy(compiled(lq.Scheme(4, 8, **POSITIVE)))
+    name = next(name for name, _ in program.graph_module.named_buffers() if "activation_clip" in name)
+    set_tensor(program.graph_module, name, get_tensor(program.graph_module, name).repeat(rows, 1) * 0.9)
+    with pytest.raises(lq.LoopQError, match=f"{words} of activations .*loopq-plain"):
+        program.export_hugging_face(tmp_path)
 
 
 def test_other_models_and_caches(tmp_path: Path) -> None:
