@@ -48,6 +48,7 @@ class SavedProgramForCausalLM(ProgramForCausalLM):
         """
         place = _device(options.pop("device_map", None))
         wanted = options.pop("dtype", None) or options.pop("torch_dtype", None)
+        wanted = wanted or getattr(config, "dtype", None)  # where transformers hands it over depends on the release
         info = options.pop("output_loading_info", False)
         hub = {key: options.pop(key) for key in _HUB if key in options}
         for key in _IGNORED:
