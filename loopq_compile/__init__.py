@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loopq_compile.graph.scheme import Scheme
     from loopq_compile.pipeline import Pipeline
     from loopq_compile.program import Program
+    from loopq_compile.sources.auto_classes import register_with_transformers
 
 if not Path(__file__).with_name("passes").is_dir():
     # A checkout that nobody installed: `passes/` and `backends/` lie beside this folder (see pyproject.toml).
@@ -33,6 +34,7 @@ _HOMES = {
     "Scheme": "graph.scheme",
     "compile": "compiler",
     "load": "compiler",
+    "register_with_transformers": "sources.auto_classes",
 }
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "compile",
     "load",
     "pipelines",
+    "register_with_transformers",
 ]
 
 

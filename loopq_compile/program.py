@@ -32,6 +32,7 @@ from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.state import LogEntry, attach_state, copy_graph, get_state
 
 if TYPE_CHECKING:
+    from loopq_compile.backends.compressed_tensors import HuggingFaceExport
     from loopq_compile.backends.gguf import GgufExport
     from loopq_compile.backends.onnx import OnnxExport
     from loopq_compile.generation.transformers_model import ProgramForCausalLM
@@ -192,11 +193,14 @@ class Program:
                 be written.
         """
         from loopq_compile.backends.onnx import export
+        from loopq_compile.storage.card import write_card
 
         options: dict[str, Any] = {"cache": cache, "last_token": last_token, "products": products}
         options |= {"head_bits": head_bits, "kv_bits": kv_bits, "early_exit": early_exit, "float_bits": float_bits}
         options["external_data_threshold"] = external_data_threshold
-        return export(self.graph_module, directory, target=target, form=form, **options)
+        report = export(self.graph_module, directory, target=target, form=form, **options)
+        write_card(directory, get_state(self.graph_module), "onnx")
+        return report
 
     def export_gguf(
         self,
@@ -233,6 +237,43 @@ class Program:
 
         options: dict[str, Any] = {"tokenizer": tokenizer, "config": config, "embeddings": embeddings, "head": head}
         return export(self.graph_module, path, **options, pre_tokenizer=pre_tokenizer)
+
+    def export_hugging_face(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        source: nn.Module | str | os.PathLike[str] | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        dtype: str | None = None,
+        zero_points: bool = False,
+        trust_remote_code: bool = False,
+    ) -> HuggingFaceExport:
+        """Writes a folder that transformers and vLLM load, in the format of compressed-tensors; integers go in
+        unchanged.
+
+        Args:
+            directory: created if needed; earlier files of such an export are replaced, all others stay.
+            source: the model that was compiled, its folder, or its hub id: for its own code, tokenizer, and weights
+                that the program does not use. None: where the model was loaded from, if that is on this machine.
+            tokenizer: folder with `tokenizer.json` and generation settings to copy, such as a saved program.
+            dtype: "float32", "float16" or "bfloat16" for scales and what is not quantized; None keeps the types.
+            zero_points: whether weights with negative scales (`signed_scales`, the default below 8 bits) are written
+                with zero points: the same numbers, in a form that vLLM reads and transformers only with
+                `CompressedTensorsConfig(dequantize=True)`.
+            trust_remote_code: whether code in the folder of `source` may run.
+
+        Returns:
+            Path, size, how many linears are quantized in which way, and by how much scales were rounded.
+
+        Raises:
+            LoopQError: the format cannot express the program (transforms, adapters, tables per loop, static or clipped
+                ranges, activations of other than 8 bits), it is no model of transformers, or something is missing.
+        """
+        from loopq_compile.backends.compressed_tensors import export
+
+        options: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "dtype": dtype}
+        options["zero_points"] = zero_points
+        return export(self.graph_module, directory, **options, trust_remote_code=trust_remote_code)
 
     def with_cache(self, *, stacked: bool = False, last_token: bool = False, kv_bits: int | None = None) -> Program:
         """This program with a key-value cache: a call takes new tokens and the cache of earlier calls, and returns a

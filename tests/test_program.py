@@ -76,7 +76,7 @@ def test_saving_and_loading_keeps_every_bit(scheme, tmp_path):
     assert torch.equal(loaded(tokens(9))["logits"], program(tokens(9))["logits"])
     assert str(loaded) == str(program) and loaded.summary() == program.summary()
     assert loaded.loops == program.loops and loaded.scheme == program.scheme
-    assert {path.suffix for path in (tmp_path / "p").iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in (tmp_path / "p").iterdir()} == {".json", ".md", ".safetensors"}
 
 
 def test_four_bit_weights_take_half_a_byte_on_disk(tmp_path):

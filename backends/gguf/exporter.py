@@ -18,7 +18,8 @@ from loopq_compile.backends.gguf.tensors import FLOATS, TensorWriter
 from loopq_compile.backends.gguf.vocabulary import add_tokenizer
 from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.graph.state import get_state
-from loopq_compile.storage.atomic import writing_file
+from loopq_compile.storage.atomic import real_path, writing_file
+from loopq_compile.storage.card import CARD_FILE, write_card
 
 EMBEDDINGS, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
@@ -103,6 +104,9 @@ def export(
         writer.close()
         size = part.stat().st_size
     found = Path(path)
+    others = (file for file in real_path(path).parent.iterdir() if not file.name.startswith((".", CARD_FILE)))
+    if all(file.suffix == ".gguf" for file in others):  # a folder of GGUF files, as the hub has them
+        write_card(found.parent, state, "gguf")
     types, change = dict(made.types), made.change
     return GgufExport(found, size, architecture.name, loops * len(order), len(order), types, change, written)
 

@@ -14,8 +14,8 @@ import numpy as np
 from loopq_compile.backends.gguf.architectures import Architecture
 from loopq_compile.errors import LoopQError, first_line
 
-CONFIG_FILES = "config.json", "source_config.json"
-"""In a model's folder, and in that of a saved program."""
+CONFIG_FILES = "source_config.json", "config.json"
+"""In the folder of a saved program, whose `config.json` is about the program, and in a model's."""
 _ROTATIONS = "default", "llama3", "linear"
 
 

@@ -23,6 +23,7 @@ from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
 from loopq_compile.errors import LoopQError, first_line
 from loopq_compile.storage.artifact import Verified
 from loopq_compile.storage.atomic import check_folder, settle, writing_folder
+from loopq_compile.storage.card import CARD_FILE
 from loopq_compile.storage.manifest import ManifestKind, check_files, check_name, check_regular, read_json
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
@@ -74,7 +75,7 @@ def verify(directory: Path) -> Verified:
     from_json(metadata[METADATA_KEY])
     _check_values(path, model)
     _check_nodes(path, model)
-    here = {file.name for file in directory.iterdir()} - set(records) - {KIND.file}
+    here = {file.name for file in directory.iterdir()} - set(records) - {KIND.file, CARD_FILE}
     return Verified(
         directory=str(directory),
         version=read_json(directory / KIND.file)["version"],

@@ -104,7 +104,7 @@ def save(
             tensors |= {f"{key}.{kind}": data for kind, data in _binary(case, architecture).items()}
     described = json.dumps({"triton": triton.__version__, "kernels": entries}, indent=1)
     files: dict[str, str | bytes] = {**(extra_files or {}), CASE_FILE: described, BINARY_FILE: save_tensors(tensors)}
-    artifact.save(graph_module, directory, files)
+    artifact.save(graph_module, directory, files, card="triton")
     size = sum(tensor.nbytes for tensor in tensors.values())
     return Saved(str(directory), len(entries), tuple(architectures), size)
 

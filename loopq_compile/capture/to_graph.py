@@ -21,6 +21,7 @@ from loopq_compile.capture.example_inputs import Dimensions, bind_example, name_
 from loopq_compile.capture.exporter import captured_sizes, export
 from loopq_compile.capture.model_checks import check_model, check_stored_weights, check_weights
 from loopq_compile.capture.module_state import ModelState
+from loopq_compile.capture.origin import first_names, identity, read_origin
 from loopq_compile.capture.sizes import necessary
 from loopq_compile.capture.surroundings import undisturbed, with_plain_tensors
 from loopq_compile.errors import CaptureError, LoopQError
@@ -71,7 +72,7 @@ def _capture_model(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         for module, mode in training.items():
             module.training = mode
     fold_weights(graph_module)
-    attach_state(graph_module, CompilerState(signature, model_name=type(model).__name__))
+    attach_state(graph_module, CompilerState(signature, type(model).__name__, read_origin(model)))
     return graph_module
 
 
@@ -87,9 +88,9 @@ def _check_input_names(arguments: Mapping[str, Any]) -> None:
 def _capture(
     model: nn.Module, names: list[str], arguments: dict[str, Any], named: Dimensions, state: ModelState
 ) -> tuple[fx.GraphModule, Signature]:
-    first_names = _first_names(model)
+    names_of = first_names(model)
     found = export(model, arguments, named, state)
-    graph_module = _lower_to_graph_module(found.program, arguments, first_names)
+    graph_module = _lower_to_graph_module(found.program, arguments, names_of)
     inputs = tuple(InputSpec(name, value.dtype, found.shapes[name]) for name, value in found.values.items())
     constants = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
     signature = Signature(tuple(names), inputs, constants, found.program.call_spec.out_spec)
@@ -107,22 +108,8 @@ def _capture(
     return graph_module, signature
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """A key that is equal for two names of the same tensor."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
-
-
-def _first_names(model: nn.Module) -> dict[tuple[Any, ...], str]:
-    """The first name of every tensor; the exporter's choice among several names is arbitrary."""
-    names: dict[tuple[Any, ...], str] = {}
-    for source in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        for name, tensor in source:
-            names.setdefault(_identity(tensor), name)
-    return names
-
-
 def _lower_to_graph_module(
-    exported: ExportedProgram, arguments: Mapping[str, Any], first_names: Mapping[tuple[Any, ...], str]
+    exported: ExportedProgram, arguments: Mapping[str, Any], names_of: Mapping[tuple[Any, ...], str]
 ) -> fx.GraphModule:
     """Moves lifted weights back into `get_attr` nodes, one per tensor, and renames nodes in order."""
     signature = exported.graph_signature
@@ -151,7 +138,7 @@ def _lower_to_graph_module(
                 target = lifted[node.name].target
                 copied[node] = _weight_node(
                     graph,
-                    safe_name(first_names.get(_identity(tensors[target]), target)),
+                    safe_name(names_of.get(identity(tensors[target]), target)),
                     tensors[target],
                     attributes,
                     shared,
@@ -203,12 +190,12 @@ def _is_identity(node: fx.Node) -> bool:
 def _weight_node(
     graph: fx.Graph, target: str, tensor: Tensor, attributes: dict[str, Tensor], shared: dict[Any, fx.Node]
 ) -> fx.Node:
-    identity = _identity(tensor)
-    if identity not in shared:
+    found = identity(tensor)
+    if found not in shared:
         frozen = nn.Parameter(tensor.detach(), requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor
         attributes[target] = frozen
-        shared[identity] = graph.get_attr(target)
-    return shared[identity]
+        shared[found] = graph.get_attr(target)
+    return shared[found]
 
 
 def _check_plain_function(node: fx.Node) -> None:

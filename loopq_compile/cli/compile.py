@@ -59,6 +59,10 @@ def compile_command(
         ),
     ] = "dynamic",
     group_size: Annotated[int, typer.Option(help="Neighbouring features that share a scale; -1 for whole rows.")] = 32,
+    positive_scales: Annotated[
+        bool,
+        typer.Option("--positive-scales", help="No negative scales, for engines that take none (compressed-tensors)."),
+    ] = False,
     skip: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Linear layers to leave in floating point: '*.o_proj'. Repeatable."),
@@ -128,7 +132,8 @@ def compile_command(
     from loopq_compile.storage.atomic import check_file, check_folder
     from loopq_compile.storage.manifest import PROGRAM
 
-    wanted = Scheme.parse(scheme, activation=activation, group_size=group_size, skip=tuple(skip or ()))
+    chosen = {"group_size": group_size, "signed_scales": not positive_scales, "skip": tuple(skip or ())}
+    wanted = Scheme.parse(scheme, activation=activation, **chosen)
     get_pipeline(method)  # unknown names fail before a model is loaded
     options = CalibrationOptions(
         steps=steps,

@@ -1,17 +1,18 @@
-"""`loopq-compile export`: ONNX files, GGUF files, and lowered programs with kernels for NVIDIA GPUs."""
+"""`loopq-compile export`: ONNX and GGUF files, Hugging Face folders, and lowered programs with kernels for GPUs."""
 
 from __future__ import annotations
 
+import contextlib
 import json as json_module
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loopq_compile.cli.common import Json, load, note, print_json, whole_numbers
+from loopq_compile.cli.common import Json, TrustRemoteCode, load, note, print_json, whole_numbers
 from loopq_compile.errors import LoopQError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ _NO_ONNX_OPTIONS = {
 
 _NO_GGUF_OPTIONS = {"embeddings": "q8_0", "head": "q8_0", "config": None, "pre_tokenizer": None}
 
+_NO_HUGGING_FACE_OPTIONS = {"source": None, "dtype": None, "zero_points": False, "trust_remote_code": False}
+
 _ONLY_ONNX = ("products", "head_bits", "early_exit", "float_bits", "external_data_threshold")
 
 
@@ -42,7 +45,8 @@ def export_command(
         str,
         typer.Option(
             help="qdq: ONNX with standard operators, for any runtime; onnxruntime: ONNX with packed products; "
-            "triton: fused kernels, compiled for NVIDIA GPUs; gguf: a file for llama.cpp."
+            "triton: fused kernels, compiled for NVIDIA GPUs; gguf: a file for llama.cpp; compressed-tensors: a folder "
+            "for transformers and vLLM."
         ),
     ] = "qdq",
     form: Annotated[
@@ -107,9 +111,26 @@ def export_command(
             help="With --target gguf: llama.cpp's name for how text is split; none leaves the tokenizer out.",
         ),
     ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="With --target compressed-tensors: the compiled model's folder or hub id, for its own code and "
+            "weights that the program does not use.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="With --target compressed-tensors: float32, bfloat16 or float16 for all but the integers."),
+    ] = None,
+    zero_points: Annotated[
+        bool,
+        typer.Option("--zero-points", help="With --target compressed-tensors: write negative scales as zero points."),
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Write a compiled program as an ONNX file, as a GGUF file, or lowered to kernels for NVIDIA GPUs.
+    """Write a compiled program as an ONNX file, for llama.cpp, vLLM or transformers, or as kernels for NVIDIA GPUs.
 
     ONNX files pass the ONNX checker and run in ONNX Runtime: try `loopq-compile generate DIR` on one.
     """
@@ -128,6 +149,19 @@ def export_command(
         "external_data_threshold": external_data_threshold,
     }
     gguf = {"embeddings": embeddings, "head": head, "config": config, "pre_tokenizer": pre_tokenizer}
+    folder = {
+        "source": source, "dtype": dtype, "zero_points": zero_points, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    if target == "compressed-tensors":
+        if architectures or genai or gguf != _NO_GGUF_OPTIONS or options != _NO_ONNX_OPTIONS:
+            raise LoopQError(
+                f"--target {target} goes with --source, --dtype, --zero-points and --trust-remote-code only."
+            )
+        return _export_hugging_face(loaded, out, folder, json)
+    if folder != _NO_HUGGING_FACE_OPTIONS:
+        raise LoopQError(
+            "--source, --dtype, --zero-points and --trust-remote-code go with --target compressed-tensors."
+        )
     if target == "gguf":
         if architectures or genai or options != _NO_ONNX_OPTIONS:
             raise LoopQError("--target gguf goes with --embeddings, --head, --config and --pre-tokenizer only.")
@@ -150,14 +184,32 @@ def _export_gguf(loaded: Loaded, out: Path, options: dict[str, Any], json: bool)
     """Writes `model.gguf` into the folder `out`, or the file `out` if it ends in .gguf."""
     file = out if out.suffix == ".gguf" else out / "model.gguf"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in loaded.files().items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
+    with _settings_of(loaded) as folder:
         with_tokenizer = loaded.tokenizer is not None and options["pre_tokenizer"] != "none"
         config = options["config"] or folder
         report = loaded.model.export_gguf(
             file, **{**options, "config": config}, tokenizer=folder if with_tokenizer else None
         )
+    _show(report, json)
+
+
+def _export_hugging_face(loaded: Loaded, out: Path, options: dict[str, Any], json: bool) -> None:
+    with _settings_of(loaded) as folder:
+        report = loaded.model.export_hugging_face(out, tokenizer=folder, **options)
+    _show(report, json)
+
+
+@contextlib.contextmanager
+def _settings_of(loaded: Loaded) -> Iterator[Path]:
+    """A temporary folder with the tokenizer and the settings of a program."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in loaded.files().items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        yield Path(folder)
+
+
+def _show(report: Any, json: bool) -> None:
+    """Prints the report of an export, a dataclass with a `path`."""
     if json:
         print_json({**asdict(report), "path": str(report.path)})
     else:

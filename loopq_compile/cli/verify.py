@@ -45,6 +45,7 @@ def verify_command(
 
 def _verify(directory: Path) -> list[Verified]:
     """Checks a folder with a program, an export, or both."""
+    from loopq_compile.backends.compressed_tensors import verify as weights
     from loopq_compile.backends.onnx import folder
     from loopq_compile.storage import artifact
     from loopq_compile.storage.atomic import settle
@@ -53,6 +54,8 @@ def _verify(directory: Path) -> list[Verified]:
         directory = directory.parent
     settle(directory)
     exported = (directory / folder.MODEL_FILE).exists() or (directory / folder.KIND.file).exists()
-    saved = (directory / artifact.GRAPH_FILE).exists() or not exported
+    for_engines = (directory / weights.KIND.file).exists()
+    saved = (directory / artifact.GRAPH_FILE).exists() or not (exported or for_engines)
     checks = ([artifact.verify] if saved else []) + ([folder.verify] if exported else [])
+    checks += [weights.verify] if for_engines else []
     return [check(directory) for check in checks]

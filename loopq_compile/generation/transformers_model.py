@@ -22,6 +22,7 @@ from loopq_compile.generation.text_program import TextProgram
 from loopq_compile.graph.caches import PAST_PREFIX, empty_cache, present_name
 from loopq_compile.graph.state import get_state
 from loopq_compile.graph.texts import given_logits
+from loopq_compile.storage.hub_config import MODEL_TYPE
 
 _CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 """The installed release's name for keys and values of earlier calls."""
@@ -30,7 +31,7 @@ _CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWit
 class ProgramConfig(PretrainedConfig):
     """The configuration that transformers needs: size of the vocabulary, and number of pairs of keys and values."""
 
-    model_type = "loopq_program"
+    model_type = MODEL_TYPE
 
 
 class ProgramForCausalLM(PreTrainedModel, GenerationMixin):

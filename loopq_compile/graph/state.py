@@ -11,6 +11,7 @@ from loopq_compile.errors import InternalError
 from loopq_compile.graph.loops import LoopStructure, LoopTag
 from loopq_compile.graph.names import safe_name, shown_name
 from loopq_compile.graph.options import CalibrationOptions
+from loopq_compile.graph.origin import Origin
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.signature import Signature
 
@@ -78,6 +79,7 @@ class CompilerState:
     Args:
         signature: calling convention.
         model_name: class name of the captured model.
+        origin: its configuration, and names of tensors that it shares.
         loops: loop structure, empty before `tag-loops`.
         tags: loop tags by node name as `tag-loops` set them; None before it ran.
         scheme: bits and groups; None before a pipeline runs.
@@ -91,6 +93,7 @@ class CompilerState:
 
     signature: Signature
     model_name: str
+    origin: Origin = field(default_factory=Origin)
     loops: LoopStructure = field(default_factory=LoopStructure)
     tags: dict[str, LoopTag] | None = None
     scheme: Scheme | None = None
@@ -134,7 +137,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph with a fresh state, for another pipeline. Tensors are shared; passes never change them."""
     copied = fx.GraphModule(graph_module, copy_nodes(graph_module.graph))
     state = get_state(graph_module)
-    attach_state(copied, CompilerState(state.signature, state.model_name))
+    attach_state(copied, CompilerState(state.signature, state.model_name, state.origin))
     return copied
 
 

@@ -23,6 +23,7 @@ from loopq_compile.errors import InternalError, LoopQError, first_line
 from loopq_compile.graph.keys import BITS, GROUP, LEARN, MADE_BY, TRANSFORM
 from loopq_compile.graph.loops import LoopStructure, LoopTag
 from loopq_compile.graph.names import safe_name, shown_name
+from loopq_compile.graph.origin import Origin
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.graph.shapes import infer_shapes
 from loopq_compile.graph.signature import signature_from_dict, signature_to_dict
@@ -30,8 +31,10 @@ from loopq_compile.graph.state import CompilerState, LogEntry, Site, attach_stat
 from loopq_compile.graph.verify import verify_tags
 from loopq_compile.processes import first_only
 from loopq_compile.storage.atomic import check_folder, settle, writing_folder
+from loopq_compile.storage.card import CARD_FILE, write_card
 from loopq_compile.storage.conform import conform
 from loopq_compile.storage.graph_json import graph_from_json, graph_to_json, rolled_from_json
+from loopq_compile.storage.hub_config import hub_config
 from loopq_compile.storage.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -56,6 +59,7 @@ def save(
     graph_module: fx.GraphModule,
     directory: str | os.PathLike[str],
     extra_files: Mapping[str, str | bytes] | None = None,
+    card: str = "program",
 ) -> None:
     """Writes a program; the folder appears only when it is complete.
 
@@ -64,12 +68,14 @@ def save(
         directory: any folder. An earlier program in it is replaced; everything else stays. Under `torchrun` only the
             first process writes.
         extra_files: files by name to add, such as `tokenizer.json`; text is written as UTF-8.
+        card: what the model card is about, a key of `loopq_compile.storage.recipes.RECIPES`.
 
     Raises:
         LoopQError: the folder cannot be written, or holds a file with one of these names that is not ours; the graph
             holds something that files cannot name; or a tensor holds NaN.
     """
-    extra = {check_name(name): content for name, content in (extra_files or {}).items()}
+    given = {**hub_config(get_state(graph_module), directory), **(extra_files or {})}
+    extra = {check_name(name): content for name, content in given.items()}
     check_folder(directory, PROGRAM, (*FILES, *extra))
     description = _describe(graph_module)
     tensors = _stored_tensors(graph_module, description["packed"])
@@ -84,6 +90,7 @@ def save(
         (folder / GRAPH_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
         for name, content in extra.items():
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    write_card(directory, get_state(graph_module), card)
 
 
 def read(directory: str | os.PathLike[str]) -> fx.GraphModule:
@@ -152,7 +159,7 @@ def verify(directory: str | os.PathLike[str]) -> Verified:
     records = check_files(folder, ())
     if records is None:
         records = {name: FileRecord(name, *digest(folder / name)) for name in (GRAPH_FILE, TENSOR_FILE)}
-    here = {path.name for path in folder.iterdir()} - set(records) - {MANIFEST_FILE}
+    here = {path.name for path in folder.iterdir()} - set(records) - {MANIFEST_FILE, CARD_FILE}
     scheme = f"; {state.scheme.name} {state.scheme.activation}, method {state.method}" if state.scheme else ""
     return Verified(
         directory=str(folder),
@@ -174,6 +181,7 @@ def _describe(graph_module: fx.GraphModule) -> dict[str, Any]:
         "loopq_compile": __version__,
         "torch": torch.__version__,
         "model": state.model_name,
+        "origin": _plain(state.origin.to_dict()),
         "signature": signature_to_dict(state.signature),
         "scheme": state.scheme.to_dict() if state.scheme else None,
         "method": state.method,
@@ -303,6 +311,7 @@ def _rebuild(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.Graph
     state = CompilerState(
         signature=signature_from_dict(data["signature"]),
         model_name=str(data["model"]),
+        origin=Origin.from_dict(data.get("origin")),
         loops=LoopStructure.from_dict(data["loops"]),
         tags=None if data["tags"] is None else {name: LoopTag(*map(tuple, tag)) for name, tag in data["tags"].items()},
         scheme=Scheme(**_known(Scheme, data["scheme"])) if data["scheme"] else None,

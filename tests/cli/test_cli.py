@@ -91,7 +91,7 @@ def test_wrong_usage_is_status_two(arguments: list[str]) -> None:
 
 
 def test_compile_writes_program_and_tokenizer(program: Path) -> None:
-    expected = {"manifest.json", "program.json", "tensors.safetensors", "tokenizer.json"}
+    expected = {"manifest.json", "program.json", "tensors.safetensors", "tokenizer.json", "README.md"}
     assert expected == {file.name for file in program.iterdir()}
 
 
