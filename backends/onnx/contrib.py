@@ -14,7 +14,6 @@ in exactly this way, so their own quantize and dequantize nodes are removed: a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +24,6 @@ from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array, 
 from loopq_compile.backends.onnx.heads import keep_rows
 from loopq_compile.backends.onnx.matching import made_by
 from loopq_compile.backends.onnx.merge import merge_products
-from loopq_compile.backends.onnx.prepare import Origin
 from loopq_compile.backends.onnx.qdq import lower_to_qdq
 from loopq_compile.backends.onnx.rotary import fuse_rotary
 from loopq_compile.backends.onnx.row_products import RowProducts, to_rows
@@ -38,9 +36,7 @@ _HEAD_BLOCKS = {4: (32,), 8: (128, 64, 32)}
 """Block sizes of a head's weights, by width: the first that divides the features is used."""
 
 
-def lower_to_contrib(
-    model: ir.Model, origins: Mapping[str, Origin], *, head_bits: int | None = None, products: str = "packed"
-) -> None:
+def lower_to_contrib(model: ir.Model, *, head_bits: int | None = None, products: str = "packed") -> None:
     """Replaces the nodes of domain `loopq` in place, beginning with linear layers whose weights fit.
 
     Args:
@@ -75,7 +71,7 @@ def lower_to_contrib(
             if not node.outputs[0].uses():
                 graph.remove(node, safe=True)
     _restate_norms(graph)
-    lower_to_qdq(model, origins, spell_out=rows is not None)
+    lower_to_qdq(model, spell_out=rows is not None)
 
 
 def _restate_norms(graph: ir.Graph) -> None:

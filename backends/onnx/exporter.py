@@ -19,7 +19,7 @@ from loopq_compile.backends.onnx.convention import METADATA_KEY, output_names, t
 from loopq_compile.backends.onnx.loop import LOOPS, roll
 from loopq_compile.backends.onnx.naming import name_everything
 from loopq_compile.backends.onnx.overview import OnnxExport, describe
-from loopq_compile.backends.onnx.prepare import Prepared, prepare
+from loopq_compile.backends.onnx.prepare import prepare
 from loopq_compile.backends.onnx.qdq import OPSET, lower_to_qdq
 from loopq_compile.backends.onnx.simplify import simplify
 from loopq_compile.backends.onnx.storage import FLOAT_BITS, store_half
@@ -123,25 +123,25 @@ def export(
     simplify(model)
     if products == "both":
         forms = [(model, "packed"), (model.clone(), "int8")]
-        model = join(*(_lowered(form, prepared, target, head_bits, kind) for form, kind in forms))
+        model = join(*(_lowered(form, target, head_bits, kind) for form, kind in forms))
     else:
-        model = _lowered(model, prepared, target, head_bits, products)
+        model = _lowered(model, target, head_bits, products)
     if float_bits == 16:
         store_half(model.graph)
     _clean_up(model)
-    name_everything(model, prepared.origins)
+    name_everything(model)
     _describe_program(model, state, prepared.outputs, target=target, form=form, cache=cache, products=products)
     threshold = EXTERNAL_DATA_THRESHOLD if external_data_threshold is None else external_data_threshold
     files = write_model(model, Path(directory), threshold=threshold)
     return describe(model, files, target=target, form=form)
 
 
-def _lowered(model: ir.Model, prepared: Prepared, target: str, head_bits: int | None, products: str) -> ir.Model:
+def _lowered(model: ir.Model, target: str, head_bits: int | None, products: str) -> ir.Model:
     """Lowers the model's `loopq` nodes in place; returns the model."""
     if target == "onnxruntime":
-        lower_to_contrib(model, prepared.origins, head_bits=head_bits, products=products)
+        lower_to_contrib(model, head_bits=head_bits, products=products)
     else:
-        lower_to_qdq(model, prepared.origins)
+        lower_to_qdq(model)
     roll(model.graph)
     return model
 

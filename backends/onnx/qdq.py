@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import onnx_ir as ir
 
 from loopq_compile.backends.onnx.activations import lower_dynamic_scale, lower_pair, spell_out_pair
 from loopq_compile.backends.onnx.emit import constant_array, sizes
 from loopq_compile.backends.onnx.loop import lower_rows
-from loopq_compile.backends.onnx.prepare import Origin
-from loopq_compile.backends.onnx.translate import DOMAIN, origin_of
+from loopq_compile.backends.onnx.translate import DOMAIN
 from loopq_compile.backends.onnx.weights import lower_linears, lower_stacked_weight, lower_weight
 from loopq_compile.errors import InternalError, LoopQError
 
@@ -21,7 +18,7 @@ _MARKS = ("LoopBegin", "LoopEnd")
 """Nodes that `backends.onnx.loop` removes."""
 
 
-def lower_to_qdq(model: ir.Model, origins: Mapping[str, Origin], *, spell_out: bool = False) -> None:
+def lower_to_qdq(model: ir.Model, *, spell_out: bool = False) -> None:
     """Replaces the nodes of domain `loopq` in place; afterwards all nodes are standard.
 
     Args:
@@ -46,7 +43,7 @@ def lower_to_qdq(model: ir.Model, origins: Mapping[str, Origin], *, spell_out: b
         if node.op_type == "DynamicScale":
             lower_dynamic_scale(graph, node)
         elif node.op_type == "Dequantize" and constant_array(node.inputs[0]) is not None:
-            lower_weight(graph, node, bits=origins.get(origin_of(node) or "", Origin("")).bits)
+            lower_weight(graph, node, bits=node.attributes["bits"].as_int() or None)
     for node in [node for node in nodes if node.op_type == "Quantize"]:
         x, scale = node.inputs
         varies = x is not None and scale is not None and len(sizes(scale)) == len(sizes(x))
