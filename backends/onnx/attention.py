@@ -36,7 +36,7 @@ class _Match:
 
 
 def fuse_attention(graph: ir.Graph) -> int:
-    """Replaces attention in place; returns how many there were. If any, the model needs operator set `OPSET`."""
+    """Replaces softmax attention by `Attention`, which needs operator set `OPSET`; returns how many there were."""
     masks: dict[ir.Value, ir.Value] = {}
     found = 0
     for node in [node for node in graph if node.op_type == "Softmax" and node.domain == ""]:
@@ -44,6 +44,8 @@ def fuse_attention(graph: ir.Graph) -> int:
         if match is not None:
             _replace(graph, match, masks)
             found += 1
+    if found:
+        graph.opset_imports[""] = OPSET
     return found
 
 

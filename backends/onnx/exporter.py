@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common
 from torch import fx
 
 from loopq_compile.backends.onnx.branches import join
-from loopq_compile.backends.onnx.contrib import lower_to_contrib
 from loopq_compile.backends.onnx.convention import METADATA_KEY, output_names, to_json
-from loopq_compile.backends.onnx.loop import LOOPS, roll
-from loopq_compile.backends.onnx.naming import name_everything
+from loopq_compile.backends.onnx.loop import LOOPS
+from loopq_compile.backends.onnx.lowering import finishing, lowerings
+from loopq_compile.backends.onnx.naming import IR_VERSION
 from loopq_compile.backends.onnx.overview import OnnxExport, describe
 from loopq_compile.backends.onnx.prepare import prepare
-from loopq_compile.backends.onnx.qdq import OPSET, lower_to_qdq
+from loopq_compile.backends.onnx.qdq import OPSET
 from loopq_compile.backends.onnx.simplify import simplify
-from loopq_compile.backends.onnx.storage import FLOAT_BITS, store_half
-from loopq_compile.backends.onnx.translate import DOMAIN, translate
+from loopq_compile.backends.onnx.storage import FLOAT_BITS
+from loopq_compile.backends.onnx.translate import translate
 from loopq_compile.backends.onnx.write import EXTERNAL_DATA_THRESHOLD, check_destination, write_model
 from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.graph.copies import copy_on
@@ -42,7 +42,6 @@ TARGETS = ("qdq", "onnxruntime")
 FORMS = ("unrolled", "rolled")
 PRODUCTS = ("packed", "int8", "both")
 _CHOICES = {"target": TARGETS, "form": FORMS, "products": PRODUCTS}
-_IR_VERSION = 10
 
 
 def export(
@@ -60,6 +59,7 @@ def export(
     float_bits: int = 32,
     overwrite: bool = True,
     external_data_threshold: int | None = None,
+    skip: Collection[str] = (),
 ) -> OnnxExport:
     """Writes the program as `model.onnx` into `directory`.
 
@@ -93,6 +93,7 @@ def export(
         overwrite: whether to replace an existing `model.onnx`.
         external_data_threshold: weights of more bytes than this go to `model.onnx.data`, which ONNX Runtime maps; 64
             MiB by default.
+        skip: names of lowerings to leave out, to see what they change; see `lowering`.
 
     Raises:
         LoopQError: an unknown or not yet available option, an operator without translation, or a directory that
@@ -123,27 +124,17 @@ def export(
     simplify(model)
     if products == "both":
         forms = [(model, "packed"), (model.clone(), "int8")]
-        model = join(*(_lowered(form, target, head_bits, kind) for form, kind in forms))
+        model = join(
+            *(lowerings(target, products=kind, head_bits=head_bits).without(skip).run(form) for form, kind in forms)
+        )
     else:
-        model = _lowered(model, target, head_bits, products)
-    if float_bits == 16:
-        store_half(model.graph)
-    _clean_up(model)
-    name_everything(model)
+        model = lowerings(target, products=products, head_bits=head_bits).without(skip).run(model)
+    model = finishing(float_bits).run(model)
+    model.ir_version = IR_VERSION
     _describe_program(model, state, prepared.outputs, target=target, form=form, cache=cache, products=products)
     threshold = EXTERNAL_DATA_THRESHOLD if external_data_threshold is None else external_data_threshold
     files = write_model(model, Path(directory), threshold=threshold)
     return describe(model, files, target=target, form=form)
-
-
-def _lowered(model: ir.Model, target: str, head_bits: int | None, products: str) -> ir.Model:
-    """Lowers the model's `loopq` nodes in place; returns the model."""
-    if target == "onnxruntime":
-        lower_to_contrib(model, head_bits=head_bits, products=products)
-    else:
-        lower_to_qdq(model)
-    roll(model.graph)
-    return model
 
 
 def _check_rollable(graph_module: fx.GraphModule) -> None:
@@ -207,14 +198,6 @@ def _check_options(graph_module: Any, directory: Any, **chosen: str) -> None:
             )
 
 
-def _clean_up(model: ir.Model) -> None:
-    """Removes leftovers of lowering; folds no constants."""
-    common.RemoveUnusedNodesPass()(model)
-    model.graph.opset_imports.pop(DOMAIN, None)
-    common.RemoveUnusedOpsetsPass()(model)
-    model.ir_version = _IR_VERSION
-
-
 def _describe_program(
     model: ir.Model, state: CompilerState, outputs: list[Any], *, target: str, form: str, cache: bool, products: str
 ) -> None:
@@ -223,6 +206,7 @@ def _describe_program(
             node.metadata_props["loopq.structure"] = state.loops.describe()
     model.producer_name, model.producer_version = "loopq_compile", _version()
     model.doc_string = None
+    model.metadata_props.clear()
     model.metadata_props[METADATA_KEY] = to_json(state.signature, outputs)
     model.metadata_props["loopq.program"] = json.dumps(
         {

@@ -33,6 +33,9 @@ DOMAIN = "loopq"
 """Domain of the opaque nodes `Quantize`, `Dequantize`, `DynamicScale`, `Linear` and `Row`, and of `LoopBegin` and
 `LoopEnd`."""
 
+EXTENT = "loops_extent"
+"""Input that represents the loop count while a rolled graph is translated: a vector with that many entries."""
+
 _aten, _loopq = torch.ops.aten, torch.ops.loopq
 
 
@@ -113,10 +116,10 @@ class Flattener:
             return opaque
         if target is operator.getitem and not isinstance(args[0], fx.Node):
             return args[0][args[1]]  # a result of a loop
-        if target in DECOMPOSITIONS:
-            return self._inline(DECOMPOSITIONS[target], target, args, kwargs)
         if str(target) in self.expanded:
             return self._inline(target, target, args, kwargs)
+        if target in DECOMPOSITIONS:
+            return self._inline(DECOMPOSITIONS[target], target, args, kwargs)
         return self.emit(target, args, kwargs, name)
 
     def emit(self, target: Any, args: Any, kwargs: Any, name: str | None = None) -> fx.Node:
@@ -228,10 +231,10 @@ class Flattener:
                 return inner[0]
             if node.op == "get_attr":
                 made[node] = self._constant(trace, str(node.target))
-            elif about is not node.target:
-                made[node] = self._call(node.target, inner, named)
-            else:
+            elif node.target is about or (str(about) in self.expanded and str(node.target) not in self.expanded):
                 made[node] = self.emit(node.target, inner, named)
+            else:
+                made[node] = self._call(node.target, inner, named)
         raise AssertionError("a trace without output")
 
     def _named(self, node: fx.Node, value: Any) -> fx.Node:

@@ -6,18 +6,29 @@ import re
 from collections import Counter
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
+from loopq_compile.backends.onnx.flatten import DOMAIN
 from loopq_compile.backends.onnx.translate import WEIGHT_PREFIX
 from loopq_compile.backends.onnx.weights import TURNED
 from loopq_compile.graph.names import shown_name
 
+IR_VERSION = 10
 
-def name_everything(model: ir.Model) -> None:
+
+def clean_up(graph: ir.Graph) -> None:
+    """Removes leftovers of lowering; folds no constants."""
+    model = ir.Model(graph, ir_version=IR_VERSION)
+    common.RemoveUnusedNodesPass()(model)
+    graph.opset_imports.pop(DOMAIN, None)
+    common.RemoveUnusedOpsetsPass()(model)
+
+
+def name_everything(graph: ir.Graph) -> None:
     """Gives nodes names such as `/loop2/layers.0.mlp.up_proj/MatMul`, and their outputs that name plus `_output_0`.
 
     Loop and site are in the metadata of a node since it was translated.
     """
-    graph = model.graph
     for name, value in list(graph.initializers.items()):
         value.metadata_props.clear()
         if name.startswith(WEIGHT_PREFIX):
@@ -37,7 +48,6 @@ def name_everything(model: ir.Model) -> None:
         value.metadata_props.clear()
         _order_terms(value)
     graph.metadata_props.clear()
-    model.metadata_props.clear()
     graph.name = "main_graph"
 
 

@@ -13,24 +13,18 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram, graph_signature
 
-from loopq_compile.backends.onnx.flatten import DOMAIN, Flattener
+from loopq_compile.backends.onnx.flatten import EXTENT, Flattener
 from loopq_compile.backends.onnx.prepare import Origin, Prepared
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.rolled import rolled_loops
 from loopq_compile.graph.shapes import symbolic_inputs
 from loopq_compile.graph.signature import LOOPS_AXIS, InputSpec, Signature
-
-__all__ = ["DOMAIN", "EXTENT", "WEIGHT_PREFIX", "translate"]
-
-EXTENT = "loops_extent"
-"""Input that represents the loop count while a rolled graph is translated: a vector with that many entries."""
 
 WEIGHT_PREFIX = "program."
 """Prefix of tensor names, which might otherwise be those of inputs or results."""
@@ -40,7 +34,7 @@ _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def translate(prepared: Prepared, signature: Signature, output_names: list[str], opset: int) -> ir.Model:
-    """The ONNX model of a prepared graph, with quantization and linear layers left as nodes of `DOMAIN`.
+    """The ONNX model of a prepared graph, with quantization and linear layers left as nodes of the domain `loopq`.
 
     Metadata of a node: `loopq.loop` (`"2"`), `loopq.site` and `loopq.node` (its name in the printed program), where
     known.
