@@ -55,6 +55,8 @@ def pack_products(graph: ir.Graph, products: str = "packed") -> int:
 def pack_head(graph: ir.Graph, bits: int) -> int:
     """Replaces the language-model head, which schemes leave in floating point, by a packed product.
 
+    Embeddings that are tied to it are read from the same table.
+
     Args:
         bits: width of its weights, 4 or 8.
 
@@ -66,7 +68,9 @@ def pack_head(graph: ir.Graph, bits: int) -> int:
     if not heads:
         raise LoopQError(f"head_bits={bits} needs logits that come straight from a linear head.")
     for node in heads:
+        weight = node.inputs[1]
         _pack_head(graph, node, bits)
+        _share_table(graph, weight, bits)
     return len(heads)
 
 
@@ -187,6 +191,28 @@ def _pack_head(graph: ir.Graph, node: ir.Node, bits: int) -> None:
     emitter, result = Emitter(graph, node), node.outputs[0]
     y = emitter.node("MatMulNBits", [x, packed, scales], result.dtype, result.shape, attributes, domain=CONTRIB)
     _finish(emitter, node, y)
+
+
+def _share_table(graph: ir.Graph, weight: ir.Value | None, bits: int) -> None:
+    """Lets embeddings that are tied to the head look up its packed rows, so that the file has one table of integers."""
+    assert weight is not None
+    readers = [reader for reader, _ in weight.uses()]
+    if any(reader.op_type != "Gather" or reader.attributes.get_int("axis", 0) != 0 for reader in readers):
+        return
+    packed, scales = (graph.initializers[f"{weight.name}.{part}"] for part in ("packed", "scales"))
+    groups, size = sizes(packed)[1], sizes(packed)[2] * 8 // bits
+    attributes = {"gather_axis": 0, "quantize_axis": 2, "block_size": size, "bits": bits}
+    for node in readers:
+        emitter, result, ids = Emitter(graph, node), node.outputs[0], node.inputs[1]
+        assert ids is not None
+        last, shape = constant(graph, "last_axis", [-1]), [*sizes(ids), groups, size]
+        columns = emitter.node("Unsqueeze", [scales, last], scales.dtype, [*sizes(scales), 1])
+        rows = emitter.node(
+            "GatherBlockQuantized", [packed, ids, columns], result.dtype, shape, attributes, domain=CONTRIB
+        )
+        emitter.finish(emitter.reshape(rows, [groups * size], len(sizes(ids))))
+    if not weight.uses():
+        graph.initializers.pop(str(weight.name), None)
 
 
 def _before_rounding(x: ir.Value, block: int | None = None) -> ir.Value | None:

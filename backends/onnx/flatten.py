@@ -1,15 +1,16 @@
 """Second step of an export: one flat graph of operators that torch.onnx knows, and of opaque ones.
 
-Quantization, linear layers and rows of tables become opaque nodes of the domain `loopq`. Constant folding can then
-neither turn a dequantized weight back into floating point nor store a second, transposed copy of a tied weight. The
-target decides later what the nodes become. The body of a rolled loop is written once, between two marks, which
-`backends.onnx.loop` removes.
+Quantization, linear layers, attention and rows of tables become opaque nodes of the domain `loopq`. Constant folding
+can then neither turn a dequantized weight back into floating point nor store a second, transposed copy of a tied
+weight. The target decides later what the nodes become. The body of a rolled loop is written once, between two marks,
+which `backends.onnx.loop` removes.
 
 Every node has its shapes and types in `meta["val"]`. They are computed here, and once for nodes that are alike.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -28,10 +29,11 @@ from loopq_compile.backends.onnx.promotion import promoted
 from loopq_compile.graph.propagation import Alike
 from loopq_compile.graph.rolled import RolledLoop, goes_on, rolled_loops
 from loopq_compile.graph.state import get_tensor
+from loopq_compile.passes.cache.attention import SDPA, ungrouped
 
 DOMAIN = "loopq"
-"""Domain of the opaque nodes `Quantize`, `Dequantize`, `DynamicScale`, `Linear` and `Row`, and of `LoopBegin` and
-`LoopEnd`."""
+"""Domain of the opaque nodes `Quantize`, `Dequantize`, `DynamicScale`, `Linear`, `Attention` and `Row`, and of
+`LoopBegin` and `LoopEnd`."""
 
 EXTENT = "loops_extent"
 """Input that represents the loop count while a rolled graph is translated: a vector with that many entries."""
@@ -61,6 +63,7 @@ class Flattener:
         self._tracer = fx.proxy.GraphAppendingTracer(self.graph)
         self._taken: set[str] = set()
         self._constants: dict[tuple[int, str], fx.Node] = {}
+        self._sizes: dict[Any, fx.Node] = {}
         self._traces: dict[Any, fx.GraphModule] = {}
 
     def write(self, inputs: Sequence[tuple[str, Tensor]]) -> fx.Graph:
@@ -123,10 +126,15 @@ class Flattener:
         return self.emit(target, args, kwargs, name)
 
     def emit(self, target: Any, args: Any, kwargs: Any, name: str | None = None) -> fx.Node:
-        """Adds a node, after casts to the types that PyTorch's operator computes in."""
+        """Adds a node, after casts to the types that PyTorch's operator computes in; equal sizes are one node."""
         value = self.alike.call(target, *_values((args, kwargs)))
+        size = value.node.expr if isinstance(value, torch.SymInt) else None
+        if size in self._sizes:
+            return self._sizes[size]
         args = promoted(self, target, args, kwargs, value)
         node = self.graph.create_node("call_function", target, tuple(args), kwargs, name=name)
+        if size is not None:
+            self._sizes[size] = node
         return self._named(node, value)
 
     def _opaque(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -146,9 +154,28 @@ class Flattener:
         if target is _aten.linear.default and len(_shape(args[1])) == 2 and len(_shape(args[0])) >= 2:
             shape = (*_shape(args[0])[:-1], _shape(args[1])[0])
             return self._symbolic("Linear", (*args, *kwargs.values()), {}, _dtype(args[0]), shape)
-        if target is _aten.select.int and isinstance(args[2], fx.Node) and _shape(args[2]) == ():
+        if target is SDPA:
+            return self._attention(*args, **kwargs)
+        if target is _aten.select.int and isinstance(args[2], fx.Node) and torch.is_tensor(args[2].meta["val"]):
             return self._row(args[0], args[2])
         return None
+
+    def _attention(
+        self, query: fx.Node, key: fx.Node, value: fx.Node, mask: Any = None, *rest: Any, **kwargs: Any
+    ) -> Any:
+        """Attention under an additive mask, on keys and values that are not copied for queries of a group."""
+        ranks = {len(_shape(x)) for x in (query, key, value, mask) if isinstance(x, fx.Node)}
+        other = any(rest) or any(value for name, value in kwargs.items() if name not in ("scale", "enable_gqa"))
+        if mask is None or ranks != {4} or _dtype(mask) is torch.bool or other:
+            return None
+        key, value = ungrouped(key), ungrouped(value)
+        *leading, size = _shape(query)
+        groups = {_shape(key)[1], _shape(value)[1]}
+        if len(groups) > 1 or (groups != {leading[1]} and _shape(mask)[1] != 1):
+            return None
+        scale = kwargs.get("scale") or 1 / math.sqrt(size)
+        shape = (*leading, _shape(value)[-1])
+        return self._symbolic("Attention", (query, key, value, mask), {"scale": scale}, _dtype(query), shape)
 
     def _row(self, table: fx.Node, row: fx.Node) -> fx.Node:
         return self._symbolic("Row", (table, row), {}, _dtype(table), _shape(table)[1:])
@@ -187,6 +214,7 @@ class Flattener:
         begin = self._symbolics("LoopBegin", state, about, [torch.int64, torch.int64, *dtypes], [(), (), *shapes])
         row, iteration, *current = begin
         given = [self._row(x, iteration) if i in loop.scanned else x for i, x in enumerate(shared)]
+        sizes = dict(self._sizes)
         results = list(self._run(loop.body, [row, *current, *given]))
         collected = results[len(current) :]
         count: Any = self.extent.shape[0] if loop.number == 0 else loop.count
@@ -197,6 +225,7 @@ class Flattener:
         early = loop.survival is not None
         if early:
             results.append(self._inline(goes_on, goes_on, (results[loop.survival], *threshold), {}))  # type: ignore[index]
+        self._sizes = sizes  # without those that the body computed from its own values
         return self._symbolics("LoopEnd", results, {"number": loop.number, "early": early}, dtypes, shapes)
 
     def _inline(self, function: Callable[..., Any], about: Any, args: Any, kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from loopq_compile.backends.onnx.attention import fuse_attention
+from loopq_compile.backends.onnx.attention import fuse_attention, lower_attention
 from loopq_compile.backends.onnx.contrib import pack_head, pack_products, remove_unread, restate_norms
 from loopq_compile.backends.onnx.flatten import DOMAIN
 from loopq_compile.backends.onnx.heads import keep_rows
@@ -123,6 +123,7 @@ def lowerings(target: str, *, products: str = "packed", head_bits: int | None = 
         *([optional(spell_out_pairs)] if rows else []),
         Lowering(lower_pairs, "Quantize", "Dequantize"),
         Lowering(lower_linears, "Linear"),
+        Lowering(lower_attention, "Attention"),
         Lowering(roll, "LoopBegin", "LoopEnd"),
     ]
     if target == "qdq":

@@ -31,7 +31,7 @@ def promoted(writer: Writer, target: Any, args: Any, kwargs: Any, result: Any) -
     """`args` after casts to the type in which `target` computes `result`."""
     if not isinstance(target, torch._ops.OpOverload) or not isinstance(result, Tensor) or target in _CASTS:
         return args
-    pointwise = torch.Tag.pointwise in target.tags
+    pointwise = torch.Tag.pointwise in target.tags or target in _CONDITION
     if not (pointwise or target in _JOINS or (target in _SUMS and "dtype" not in kwargs)):
         return args
     flat = list(args[0]) if target in _JOINS else list(args)
