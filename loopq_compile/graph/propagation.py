@@ -7,7 +7,7 @@ one kind, call the same operators on the same shapes, so most results are known 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx
@@ -32,7 +32,7 @@ class Alike(contextlib.ExitStack):
         self.mode = mode
         self.known: dict[Any, Any] = mode.__dict__.setdefault("loopq_known", {})
 
-    def __enter__(self) -> Alike:
+    def __enter__(self) -> Self:
         super().__enter__()
         # PyTorch's C++ cannot pad by symbolic sizes.
         for context in (self.mode, torch.no_grad(), enable_python_dispatcher()):
