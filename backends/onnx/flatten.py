@@ -189,7 +189,7 @@ class Flattener:
         self, name: str, inputs: Any, attributes: dict[str, Any], dtypes: Sequence[torch.dtype], shapes: Any
     ) -> list[fx.Node]:
         proxies = [fx.Proxy(x, self._tracer) for x in inputs]
-        empty = [[]] * len(dtypes)
+        empty: list[list[int]] = [[] for _ in dtypes]
         made = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{name}",
             proxies,  # type: ignore[arg-type]
@@ -244,7 +244,7 @@ class Flattener:
                 return function(*again, **named)
 
             expand = str(about) in self.expanded
-            table = torch._decomp.core_aten_decompositions() if expand else {}
+            table: Any = torch._decomp.core_aten_decompositions() if expand else {}
             # Values that are alike are one object, which a trace would take for one argument.
             apart = [value.detach() if isinstance(value, Tensor) else value for value in values]
             self._traces[key] = make_fx(call, table, pre_dispatch=not expand)(*apart)
