@@ -177,7 +177,7 @@ class Program:
                 calls of up to three tokens and the second for others (unrolled). "int8" and "both" need quantized
                 activations.
             head_bits: with target "onnxruntime", 4 or 8: bits of the head's weights, which schemes leave in floating
-                point.
+                point, and of embeddings that are tied to it.
             kv_bits: with a cache, 8 or 4: keys and values as integers, with scales as additional inputs and outputs.
             early_exit: form "rolled" may stop its loop early: one more input, `exit_threshold`, and one more output,
                 `loops_spent`; see `with_early_exit`.
@@ -293,9 +293,17 @@ class Program:
         Raises:
             LoopQError: the model's attention is not recognised, is not causal, or tokens mix elsewhere.
         """
-        from loopq_compile.passes.cache.add_cache import AddCache
+        return self._deployed(cache=True, stacked=stacked, last_token=last_token, kv_bits=kv_bits)
 
-        return self._rewritten([AddCache(stacked=stacked, last_token=last_token, kv_bits=kv_bits)])
+    def rolled(self) -> Program:
+        """This program with every loop as one node, whose body reads scales, transforms and adapters by row number.
+
+        Results are the same to the last bit. A cache must be there before: `with_cache(stacked=True).rolled()`.
+
+        Raises:
+            LoopQError: iterations differ in more than data; the message names the node and the loop.
+        """
+        return self._deployed(rolled=True)
 
     def with_early_exit(self, *, cache: bool = False, last_token: bool = False, kv_bits: int | None = None) -> Program:
         """This program, rolled, with a loop that stops when the model's exit gate reports every token as done.
@@ -312,12 +320,12 @@ class Program:
         Raises:
             LoopQError: there is no loop, the loops return no exit gate, or the loop cannot be rolled or cached.
         """
-        from loopq_compile.passes.cache.add_cache import AddCache
-        from loopq_compile.passes.loops.exit_early import ExitEarly
-        from loopq_compile.passes.loops.roll_loops import RollLoops
+        return self._deployed(cache=cache, rolled=True, early_exit=True, last_token=last_token, kv_bits=kv_bits)
 
-        caches = [AddCache(stacked=True, last_token=last_token, kv_bits=kv_bits)] if cache else []
-        return self._rewritten([*caches, RollLoops(), ExitEarly()])
+    def _deployed(self, **options: Any) -> Program:
+        from loopq_compile.passes.loops.deployment import deployment
+
+        return self._rewritten(deployment(self.graph_module, **options))
 
     def _rewritten(self, passes: Sequence[Pass]) -> Program:
         """A copy of this program after `passes`."""

@@ -1,8 +1,9 @@
 """The ONNX backend: `export` writes a program to a file, `OnnxExecutable` runs such a file, `lower` does both;
 `write_genai_config` is for onnxruntime-genai.
 
-Steps of an export, one module each: `prepare` (a private copy of the graph), `translate` (ATen to ONNX, by torch.onnx),
-`qdq` (the target: what quantization becomes), `naming`, `write`. Another target is another module next to `qdq`.
+Steps of an export, one module each: `prepare` (a private copy of the graph), `flatten` (operators that torch.onnx
+knows, and opaque ones), `translate` (ATen to ONNX, by torch.onnx), `lowering` (a list of what opaque nodes become in
+each target), `write`. Another target is another list in `lowering`.
 """
 
 from __future__ import annotations

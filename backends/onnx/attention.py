@@ -1,8 +1,9 @@
-"""Target `onnxruntime`: attention as one node, `Attention` of operator set 23, instead of eight to fourteen.
+"""Attention: products and softmax in target `qdq`; in target `onnxruntime` one node, `Attention` of operator set 23.
 
-This replaces `softmax(q * scale @ keys^T + mask) @ values` for `q [batch, heads, new, size]`, also if queries of a
-group share their keys (`[batch, groups, heads / groups, new, size]` and `[batch, groups, 1, total, size]`). If keys and
-values are joined with a cache and the joined tensors are results of the file, the operator joins them.
+The latter also replaces `softmax(q * scale @ keys^T + mask) @ values` that a model spells out, for `q [batch, heads,
+new, size]`, also if queries of a group share their keys (`[batch, groups, heads / groups, new, size]` and `[batch,
+groups, 1, total, size]`). If keys and values are joined with a cache and the joined tensors are results of the file,
+the operator joins them.
 
 For a row whose mask is the lowest number throughout, as that of a padded token, ONNX Runtime 1.32 gives zeros, while
 softmax gives the mean. Masks are therefore limited to half of that number, which changes nothing else.
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array, replace_value
+from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array, replace_value, sizes
+from loopq_compile.backends.onnx.flatten import DOMAIN
 from loopq_compile.backends.onnx.matching import made_by, only_reader, remove_unused
 
 OPSET = 23
@@ -36,15 +38,86 @@ class _Match:
 
 
 def fuse_attention(graph: ir.Graph) -> int:
-    """Replaces attention in place; returns how many there were. If any, the model needs operator set `OPSET`."""
+    """Replaces attention by `Attention`, which needs operator set `OPSET`; returns how many there were.
+
+    Most arrives as an opaque node. Models that write out softmax and products themselves are recognised.
+    """
     masks: dict[ir.Value, ir.Value] = {}
     found = 0
-    for node in [node for node in graph if node.op_type == "Softmax" and node.domain == ""]:
-        match = _match(node)
+    for node in list(graph):
+        if node.op_type == "Attention" and node.domain == DOMAIN:
+            match = _opaque(node)
+        elif node.op_type == "Softmax" and node.domain == "":
+            match = _match(node)
+        else:
+            continue
         if match is not None:
             _replace(graph, match, masks)
             found += 1
+    if found:
+        graph.opset_imports[""] = OPSET
     return found
+
+
+def lower_attention(graph: ir.Graph) -> int:
+    """Replaces attention by products and softmax, so that a step reads the cache as little as possible.
+
+    It becomes `softmax(q * scale @ keys^T + mask) @ values`. Queries of a group, `[batch, groups, heads / groups, new,
+    size]`, read their keys without copies.
+    """
+    nodes = [node for node in graph if node.op_type == "Attention" and node.domain == DOMAIN]
+    masks: dict[ir.Value, ir.Value] = {}
+    for node in nodes:
+        _spell_out(Emitter(graph, node), masks, *node.inputs)  # type: ignore[arg-type]
+    return len(nodes)
+
+
+def _spell_out(
+    emitter: Emitter,
+    masks: dict[ir.Value, ir.Value],
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    mask: ir.Value,
+) -> None:
+    graph, node, dtype = emitter.graph, emitter.anchor, query.dtype
+    (batch, heads, new, size), (_, groups, total, _) = sizes(query), sizes(key)
+    leading, result = [batch, heads], node.outputs[0]
+    if groups != heads:
+        leading = [batch, groups, heads // groups]
+        query = emitter.rearrange(query, [*leading, new, size])
+        key, value = _single_axis(emitter, key), _single_axis(emitter, value)
+        if mask not in masks:
+            masks[mask] = _single_axis(emitter, mask)
+        mask = masks[mask]
+    scale = node.attributes["scale"].as_float()
+    factor = constant(graph, f"scale_{scale:.9g}_{dtype}", np.array(scale, dtype.numpy()))  # type: ignore[union-attr]
+    scaled = emitter.node("Mul", [query, factor], dtype, query.shape)
+    rank = len(leading) + 2
+    order = [*range(rank - 2), rank - 1, rank - 2]
+    turned = emitter.node("Transpose", [key], dtype, [*sizes(key)[:-2], size, total], {"perm": order})
+    scores = emitter.node("MatMul", [scaled, turned], dtype, [*leading, new, total])
+    weights = emitter.node("Add", [scores, mask], dtype, scores.shape)
+    weights = emitter.node("Softmax", [weights], dtype, scores.shape, {"axis": -1})
+    made = emitter.node("MatMul", [weights, value], dtype, [*leading, new, sizes(value)[-1]])
+    emitter.finish(made if groups == heads else emitter.rearrange(made, sizes(result)))
+
+
+def _single_axis(emitter: Emitter, x: ir.Value) -> ir.Value:
+    """`x [batch, groups, ...]` as `[batch, groups, 1, ...]`."""
+    axis = constant(emitter.graph, "axis_of_group", [2])
+    return emitter.node("Unsqueeze", [x, axis], x.dtype, [*sizes(x)[:2], 1, *sizes(x)[2:]])
+
+
+def _opaque(node: ir.Node) -> _Match | None:
+    query, key, value, mask = node.inputs
+    shapes = [_sizes(x) for x in (query, key)]
+    if query is None or None in shapes:
+        return None
+    (batch, heads, new, _), (_, groups, total, _) = shapes  # type: ignore[misc]
+    whole = heads == groups
+    scores = [batch, heads, new, total] if whole else [batch, groups, heads // groups, new, total]
+    return _fitting(query, key, value, mask, node.attributes["scale"].as_float(), scores, node)
 
 
 def _replace(graph: ir.Graph, match: _Match, masks: dict[ir.Value, ir.Value]) -> None:
@@ -123,6 +196,18 @@ def _fit(
         if merged is None or merged.inputs[0] is not product.outputs[0]:
             return None
         anchor = merged
+    return None if masked and mask is None else _fitting(query, key, value, mask, scale, shape, anchor)
+
+
+def _fitting(
+    query: ir.Value | None,
+    key: ir.Value | None,
+    value: ir.Value | None,
+    mask: ir.Value | None,
+    scale: float,
+    shape: list,
+    anchor: ir.Node,
+) -> _Match | None:
     q, k, v, y = (_sizes(item) for item in (query, key, value, anchor.outputs[0]))
     if query is None or key is None or value is None or q is None or k is None or v is None or y is None or scale <= 0:
         return None
@@ -131,12 +216,12 @@ def _fit(
     fits = len(q) == len(k) == len(v) == 4 and heads is not None and q[0] == k[0] == v[0] == shape[0]
     fits = fits and q[1] == heads and k[1] == v[1] == shape[1] and isinstance(q[3], int) and q[3] == k[3]
     fits = fits and q[2] == new and k[2] == v[2] == total and y == [shape[0], heads, new, v[3]]
-    if masked:
+    if mask is not None:
         m = _sizes(mask)
         fits = fits and m is not None and len(m) == 4 and m[2:] == [new, total] and m[0] in (1, shape[0])
         fits = fits and m is not None and m[1] in (1, heads) and (m[1] == 1 or len(shape) == 4)
     types = {item.dtype for item in (query, key, value, *([mask] if mask is not None else []))}
-    if not fits or types != {ir.DataType.FLOAT} or (masked and mask is None):
+    if not fits or types != {ir.DataType.FLOAT}:
         return None
     return _Match(query, key, value, mask, float(scale), anchor)
 

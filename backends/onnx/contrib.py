@@ -14,22 +14,15 @@ in exactly this way, so their own quantize and dequantize nodes are removed: a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from loopq_compile.backends.onnx import attention
 from loopq_compile.backends.onnx.emit import Emitter, constant, constant_array, sizes
-from loopq_compile.backends.onnx.heads import keep_rows
+from loopq_compile.backends.onnx.flatten import DOMAIN
 from loopq_compile.backends.onnx.matching import made_by
-from loopq_compile.backends.onnx.merge import merge_products
-from loopq_compile.backends.onnx.prepare import Origin
-from loopq_compile.backends.onnx.qdq import lower_to_qdq
-from loopq_compile.backends.onnx.rotary import fuse_rotary
 from loopq_compile.backends.onnx.row_products import RowProducts, to_rows
-from loopq_compile.backends.onnx.translate import DOMAIN
 from loopq_compile.errors import LoopQError
 
 CONTRIB = "com.microsoft"
@@ -38,48 +31,63 @@ _HEAD_BLOCKS = {4: (32,), 8: (128, 64, 32)}
 """Block sizes of a head's weights, by width: the first that divides the features is used."""
 
 
-def lower_to_contrib(
-    model: ir.Model, origins: Mapping[str, Origin], *, head_bits: int | None = None, products: str = "packed"
-) -> None:
-    """Replaces the nodes of domain `loopq` in place, beginning with linear layers whose weights fit.
+def pack_products(graph: ir.Graph, products: str = "packed") -> int:
+    """Replaces linear layers whose weights fit by products of packed weights, or of whole rows of 8-bit integers.
 
     Args:
-        head_bits: width of the language-model head's weights, 4 or 8; None leaves it in floating point.
         products: "packed" or "int8"; for "both", `branches` joins the two.
 
     Raises:
-        LoopQError: as in `lower_to_qdq`; or `products="int8"` for a program whose activations are not quantized.
+        LoopQError: `products="int8"` for a program whose activations are not quantized.
     """
-    graph = model.graph
+    graph.opset_imports[CONTRIB] = 1
     rows = RowProducts(graph) if products == "int8" else None
     linears = [node for node in graph if node.domain == DOMAIN and node.op_type == "Linear"]
-    made = [_lower_linear(graph, node, rows) for node in linears]
+    made = sum(_lower_linear(graph, node, rows) for node in linears)
     if rows is not None and not rows.count:
         raise LoopQError(
             "products='int8' and 'both' multiply activations in 8 bits; this program has no product of quantized "
             "weights and quantized activations: compile it with a scheme such as 'w4a8'."
         )
-    if head_bits is not None:
-        heads = [node for node in graph if node in linears and node.outputs[0].name == "logits"]
-        if not heads:
-            raise LoopQError(f"head_bits={head_bits} needs logits that come straight from a linear head.")
-        made += [_lower_head(graph, node, head_bits) for node in heads]
-    if fuse_rotary(graph) or any(made):
-        model.opset_imports[CONTRIB] = 1
-    merge_products(graph)
-    if attention.fuse_attention(graph):
-        model.opset_imports[""] = attention.OPSET
-        keep_rows(graph)
+    return made
+
+
+def pack_head(graph: ir.Graph, bits: int) -> int:
+    """Replaces the language-model head, which schemes leave in floating point, by a packed product.
+
+    Embeddings that are tied to it are read from the same table.
+
+    Args:
+        bits: width of its weights, 4 or 8.
+
+    Raises:
+        LoopQError: there is none.
+    """
+    linears = [node for node in graph if node.domain == DOMAIN and node.op_type == "Linear"]
+    heads = [node for node in linears if node.outputs[0].name == "logits"]
+    if not heads:
+        raise LoopQError(f"head_bits={bits} needs logits that come straight from a linear head.")
+    for node in heads:
+        weight = node.inputs[1]
+        _pack_head(graph, node, bits)
+        _share_table(graph, weight, bits)
+    return len(heads)
+
+
+def remove_unread(graph: ir.Graph) -> int:
+    """Removes opaque nodes that nothing reads any more."""
+    removed = 0
     for op_type in ("Dequantize", "Quantize", "DynamicScale", "Row"):
         for node in [node for node in graph if node.domain == DOMAIN and node.op_type == op_type]:
             if not node.outputs[0].uses():
                 graph.remove(node, safe=True)
-    _restate_norms(graph)
-    lower_to_qdq(model, origins, spell_out=rows is not None)
+                removed += 1
+    return removed
 
 
-def _restate_norms(graph: ir.Graph) -> None:
+def restate_norms(graph: ir.Graph) -> int:
     """Writes `x * reciprocal(sqrt(v))` as `x / sqrt(v)`, which ONNX Runtime recognizes in an RMS norm and fuses."""
+    found = 0
     for node in [node for node in graph if node.op_type == "Reciprocal" and node.domain == ""]:
         root = node.inputs[0]
         maker = root.producer() if root is not None else None
@@ -92,6 +100,8 @@ def _restate_norms(graph: ir.Graph) -> None:
             emitter = Emitter(graph, reader)
             emitter.finish(emitter.node("Div", [x, root], result.dtype, result.shape))
         graph.remove(node, safe=True)
+        found += 1
+    return found
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,7 @@ def _finish(emitter: Emitter, node: ir.Node, y: ir.Value) -> None:
     emitter.finish(y if bias is None else emitter.node("Add", [y, bias], result.dtype, result.shape))
 
 
-def _lower_head(graph: ir.Graph, node: ir.Node, bits: int) -> bool:
+def _pack_head(graph: ir.Graph, node: ir.Node, bits: int) -> None:
     """Replaces the `Linear` that gives the logits: weights rounded to nearest in blocks, activations to 8 bits."""
     x, weight = node.inputs[:2]
     values = constant_array(weight)
@@ -181,7 +191,28 @@ def _lower_head(graph: ir.Graph, node: ir.Node, bits: int) -> bool:
     emitter, result = Emitter(graph, node), node.outputs[0]
     y = emitter.node("MatMulNBits", [x, packed, scales], result.dtype, result.shape, attributes, domain=CONTRIB)
     _finish(emitter, node, y)
-    return True
+
+
+def _share_table(graph: ir.Graph, weight: ir.Value | None, bits: int) -> None:
+    """Lets embeddings that are tied to the head look up its packed rows, so that the file has one table of integers."""
+    assert weight is not None
+    readers = [reader for reader, _ in weight.uses()]
+    if any(reader.op_type != "Gather" or reader.attributes.get_int("axis", 0) != 0 for reader in readers):
+        return
+    packed, scales = (graph.initializers[f"{weight.name}.{part}"] for part in ("packed", "scales"))
+    groups, size = sizes(packed)[1], sizes(packed)[2] * 8 // bits
+    attributes = {"gather_axis": 0, "quantize_axis": 2, "block_size": size, "bits": bits}
+    for node in readers:
+        emitter, result, ids = Emitter(graph, node), node.outputs[0], node.inputs[1]
+        assert ids is not None
+        last, shape = constant(graph, "last_axis", [-1]), [*sizes(ids), groups, size]
+        columns = emitter.node("Unsqueeze", [scales, last], scales.dtype, [*sizes(scales), 1])
+        rows = emitter.node(
+            "GatherBlockQuantized", [packed, ids, columns], result.dtype, shape, attributes, domain=CONTRIB
+        )
+        emitter.finish(emitter.reshape(rows, [groups * size], len(sizes(ids))))
+    if not weight.uses():
+        graph.initializers.pop(str(weight.name), None)
 
 
 def _before_rounding(x: ir.Value, block: int | None = None) -> ir.Value | None:

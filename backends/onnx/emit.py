@@ -47,6 +47,13 @@ class Emitter:
         target = constant(self.graph, "shape_" + "_".join(map(str, [*["n"] * keep, *tail])), [0] * keep + list(tail))
         return self.node("Reshape", [x, target], x.dtype, [*sizes(x)[:keep], *tail])
 
+    def rearrange(self, x: ir.Value, shape: Sequence[Any]) -> ir.Value:
+        """`x` in another shape, of whose dimensions one may vary that did not stay where it was."""
+        known = [0 if i < len(sizes(x)) and sizes(x)[i] == size else size for i, size in enumerate(shape)]
+        target = [size if isinstance(size, int) else -1 for size in known]
+        name = "to_" + "_".join(str(size).replace("-1", "rest") for size in target)
+        return self.node("Reshape", [x, constant(self.graph, name, target)], x.dtype, shape)
+
     def finish(self, result: ir.Value) -> None:
         """Lets `result` take the place of the anchor's output and removes the anchor."""
         replace_value(self.anchor.outputs[0], result)

@@ -4,45 +4,42 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common
 from torch import fx
 
 from loopq_compile.backends.onnx.branches import join
-from loopq_compile.backends.onnx.contrib import lower_to_contrib
 from loopq_compile.backends.onnx.convention import METADATA_KEY, output_names, to_json
-from loopq_compile.backends.onnx.loop import LOOPS, roll
-from loopq_compile.backends.onnx.naming import name_everything
+from loopq_compile.backends.onnx.loop import LOOPS
+from loopq_compile.backends.onnx.lowering import finishing, lowerings
+from loopq_compile.backends.onnx.naming import IR_VERSION
 from loopq_compile.backends.onnx.overview import OnnxExport, describe
-from loopq_compile.backends.onnx.prepare import Prepared, prepare
-from loopq_compile.backends.onnx.qdq import OPSET, lower_to_qdq
+from loopq_compile.backends.onnx.prepare import prepare
+from loopq_compile.backends.onnx.qdq import OPSET
 from loopq_compile.backends.onnx.simplify import simplify
-from loopq_compile.backends.onnx.storage import FLOAT_BITS, store_half
-from loopq_compile.backends.onnx.translate import DOMAIN, translate
+from loopq_compile.backends.onnx.storage import FLOAT_BITS
+from loopq_compile.backends.onnx.translate import translate
 from loopq_compile.backends.onnx.write import EXTERNAL_DATA_THRESHOLD, check_destination, write_model
 from loopq_compile.errors import LoopQError, did_you_mean
+from loopq_compile.graph.caches import has_cache
 from loopq_compile.graph.copies import copy_on
 from loopq_compile.graph.device import CPU, device_of
 from loopq_compile.graph.names import shown_name
 from loopq_compile.graph.rolled import rolled_loops
 from loopq_compile.graph.state import CompilerState, attach_state, copy_graph, get_state, get_tensor
 from loopq_compile.passes.base import Pass
-from loopq_compile.passes.cache.add_cache import AddCache
-from loopq_compile.passes.cache.spell_out_attention import SpellOutAttention
-from loopq_compile.passes.loops.exit_early import ExitEarly
-from loopq_compile.passes.loops.roll_loops import RollLoops
+from loopq_compile.passes.loops.deployment import deployment
 from loopq_compile.pipeline import Pipeline
 
 TARGETS = ("qdq", "onnxruntime")
 FORMS = ("unrolled", "rolled")
 PRODUCTS = ("packed", "int8", "both")
 _CHOICES = {"target": TARGETS, "form": FORMS, "products": PRODUCTS}
-_IR_VERSION = 10
 
 
 def export(
@@ -60,12 +57,14 @@ def export(
     float_bits: int = 32,
     overwrite: bool = True,
     external_data_threshold: int | None = None,
+    skip: Collection[str] = (),
 ) -> OnnxExport:
     """Writes the program as `model.onnx` into `directory`.
 
     Quantized weights are INT4 or INT8 initializers with block-wise scales, stored once and read by every loop;
     activations pass through QuantizeLinear and DequantizeLinear. Batch and sequence are dynamic. Node names start with
-    the loop (`/loop2/...`). The program is not changed.
+    the loop (`/loop2/...`). The program is not changed. It may be one that has a cache, rolled loops or early exit
+    already; `form`, `cache` and `early_exit` only add what is missing.
 
     Args:
         graph_module: a compiled graph (captured, quantized or not).
@@ -84,6 +83,7 @@ def export(
             unrolled file, packed for calls of up to three tokens, int8 for prompts and batches.
         head_bits: for target "onnxruntime". 4 or 8 rounds the weights of the language-model head, which schemes leave
             in floating point, to nearest, and its input to 8 bits. In small models the head is a large part of a step.
+            Embeddings that are tied to it are looked up in the same integers.
         kv_bits: with a cache: 8 or 4 stores keys and values as integers; inputs `past_key_values.N.key_scale`,
             `.value_scale` and outputs `present.N.key_scale`, `.value_scale` hold their scales.
         early_exit: form "rolled": the loop stops when the model's exit gate reports every token as done. Adds an input
@@ -93,57 +93,51 @@ def export(
         overwrite: whether to replace an existing `model.onnx`.
         external_data_threshold: weights of more bytes than this go to `model.onnx.data`, which ONNX Runtime maps; 64
             MiB by default.
+        skip: names of lowerings to leave out, to see what they change; see `lowering`.
 
     Raises:
         LoopQError: an unknown or not yet available option, an operator without translation, or a directory that
             cannot be written.
     """
     _check_options(graph_module, directory, target=target, form=form, products=products)
-    _check_dependent(form, cache, last_token=last_token, kv_bits=kv_bits, early_exit=early_exit)
+    if form == "rolled" or rolled_loops(graph_module):
+        form = "rolled"
+        _check_rollable(graph_module)
     _check_products(target, form, products, head_bits)
     if float_bits not in FLOAT_BITS:
         raise LoopQError(f"float_bits must be 16 or 32; got {float_bits!r}.")
     check_destination(Path(directory), overwrite=overwrite)
-    if form == "rolled":
-        _check_rollable(graph_module)
     if device_of(graph_module) != CPU:
         graph_module = copy_on(graph_module, CPU)
-    passes: list[Pass] = []
-    if cache:
-        passes += [AddCache(stacked=form == "rolled", last_token=last_token, kv_bits=kv_bits), SpellOutAttention()]
-    if form == "rolled":
-        passes.append(RollLoops())
-    if early_exit:
-        passes.append(ExitEarly())
+    passes = deployment(
+        graph_module,
+        cache=cache,
+        rolled=form == "rolled",
+        early_exit=early_exit,
+        last_token=last_token,
+        kv_bits=kv_bits,
+    )
     graph_module = _rewritten(graph_module, passes) if passes else graph_module
+    cache = has_cache(get_state(graph_module).signature)
+    if cache and any(loop.skipped for loop in rolled_loops(graph_module)):
+        raise LoopQError(
+            "The first iteration of this loop differs from the others and stays before it. Its cache cannot be part "
+            "of the loop's cache: use form='unrolled'."
+        )
     state = get_state(graph_module)
     prepared = prepare(graph_module)
     names = output_names(state.signature, prepared.outputs)
     model = translate(prepared, state.signature, names, OPSET)
     simplify(model)
-    if products == "both":
-        forms = [(model, "packed"), (model.clone(), "int8")]
-        model = join(*(_lowered(form, prepared, target, head_bits, kind) for form, kind in forms))
-    else:
-        model = _lowered(model, prepared, target, head_bits, products)
-    if float_bits == 16:
-        store_half(model.graph)
-    _clean_up(model)
-    name_everything(model, prepared.origins)
+    forms = [(model.clone(), "packed"), (model, "int8")] if products == "both" else [(model, products)]
+    lowered = [lowerings(target, products=k, head_bits=head_bits).without(skip).run(part) for part, k in forms]
+    model = join(*lowered) if len(lowered) > 1 else lowered[0]
+    model = finishing(float_bits).run(model)
+    model.ir_version = IR_VERSION
     _describe_program(model, state, prepared.outputs, target=target, form=form, cache=cache, products=products)
     threshold = EXTERNAL_DATA_THRESHOLD if external_data_threshold is None else external_data_threshold
     files = write_model(model, Path(directory), threshold=threshold)
     return describe(model, files, target=target, form=form)
-
-
-def _lowered(model: ir.Model, prepared: Prepared, target: str, head_bits: int | None, products: str) -> ir.Model:
-    """Lowers the model's `loopq` nodes in place; returns the model."""
-    if target == "onnxruntime":
-        lower_to_contrib(model, prepared.origins, head_bits=head_bits, products=products)
-    else:
-        lower_to_qdq(model, prepared.origins)
-    roll(model.graph)
-    return model
 
 
 def _check_rollable(graph_module: fx.GraphModule) -> None:
@@ -158,21 +152,7 @@ def _rewritten(graph_module: fx.GraphModule, passes: list[Pass]) -> fx.GraphModu
     """A copy of the graph after `passes`."""
     copied = copy_graph(graph_module)
     attach_state(copied, replace(get_state(graph_module), log=[]))
-    rewritten = Pipeline(passes).run(copied)
-    if any(isinstance(item, AddCache) for item in passes) and any(loop.skipped for loop in rolled_loops(rewritten)):
-        raise LoopQError(
-            "The first iteration of this loop differs from the others and stays before it. Its cache cannot be part "
-            "of the loop's cache: use form='unrolled'."
-        )
-    return rewritten
-
-
-def _check_dependent(form: str, cache: bool, *, last_token: bool, kv_bits: int | None, early_exit: bool) -> None:
-    for option, value in (("last_token", last_token), ("kv_bits", kv_bits)):
-        if value and not cache:
-            raise LoopQError(f"{option}={value!r} is for files with a key-value cache: give cache=True.")
-    if early_exit and form != "rolled":
-        raise LoopQError("early_exit=True needs a loop that can stop: give form='rolled'.")
+    return Pipeline(passes).run(copied)
 
 
 def _check_products(target: str, form: str, products: str, head_bits: int | None) -> None:
@@ -207,14 +187,6 @@ def _check_options(graph_module: Any, directory: Any, **chosen: str) -> None:
             )
 
 
-def _clean_up(model: ir.Model) -> None:
-    """Removes leftovers of lowering; folds no constants."""
-    common.RemoveUnusedNodesPass()(model)
-    model.graph.opset_imports.pop(DOMAIN, None)
-    common.RemoveUnusedOpsetsPass()(model)
-    model.ir_version = _IR_VERSION
-
-
 def _describe_program(
     model: ir.Model, state: CompilerState, outputs: list[Any], *, target: str, form: str, cache: bool, products: str
 ) -> None:
@@ -223,6 +195,7 @@ def _describe_program(
             node.metadata_props["loopq.structure"] = state.loops.describe()
     model.producer_name, model.producer_version = "loopq_compile", _version()
     model.doc_string = None
+    model.metadata_props.clear()
     model.metadata_props[METADATA_KEY] = to_json(state.signature, outputs)
     model.metadata_props["loopq.program"] = json.dumps(
         {

@@ -29,7 +29,7 @@ class _Read:
 
 
 def keep_rows(graph: ir.Graph) -> int:
-    """Rewrites attention in place; returns how many were rewritten. Those with other inputs or outputs stay."""
+    """Lets attention read and write heads side by side; returns how many. Those with other inputs or outputs stay."""
     nodes = [node for node in graph if node.op_type == "Attention" and node.domain == ""]
     return sum(_rewrite(graph, node) for node in nodes)
 

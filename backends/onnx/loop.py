@@ -11,19 +11,21 @@ import numpy as np
 import onnx_ir as ir
 
 from loopq_compile.backends.onnx.emit import Emitter, constant, replace_value, sizes
-from loopq_compile.backends.onnx.translate import DOMAIN, EXTENT
+from loopq_compile.backends.onnx.flatten import DOMAIN, EXTENT
 
 LOOPS = "loops"
 """Name of the input with the loop count."""
 
 
-def lower_rows(graph: ir.Graph) -> None:
+def lower_rows(graph: ir.Graph) -> int:
     """Replaces `Row(table, row)` by `Gather`; rows of an integer weight are taken after its `DequantizeLinear`."""
-    for node in [node for node in graph if node.domain == DOMAIN and node.op_type == "Row"]:
+    nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == "Row"]
+    for node in nodes:
         table, row = node.inputs
         assert table is not None and row is not None
         emitter = Emitter(graph, node)
         emitter.finish(emitter.node("Gather", [table, row], table.dtype, node.outputs[0].shape, {"axis": 0}))
+    return len(nodes)
 
 
 def roll(graph: ir.Graph) -> None:

@@ -19,7 +19,7 @@ _ALIKE = ("K", "bits", "block_size", "accuracy_level")
 
 
 def merge_products(graph: ir.Graph) -> int:
-    """Merges `MatMulNBits` nodes in place; returns how many merged ones there are.
+    """Merges packed products that read one tensor; returns how many merged ones there are.
 
     A weight is merged only if it is merged with the same weights wherever it is read; else it would be stored twice.
     """

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
-from loopq_compile.backends.onnx.prepare import Origin
-from loopq_compile.backends.onnx.translate import WEIGHT_PREFIX, origin_of
+from loopq_compile.backends.onnx.flatten import DOMAIN
+from loopq_compile.backends.onnx.translate import WEIGHT_PREFIX
+from loopq_compile.backends.onnx.weights import TURNED
 from loopq_compile.graph.names import shown_name
 
+IR_VERSION = 10
 
-def name_everything(model: ir.Model, origins: Mapping[str, Origin]) -> None:
+
+def clean_up(graph: ir.Graph) -> None:
+    """Removes leftovers of lowering; folds no constants."""
+    model = ir.Model(graph, ir_version=IR_VERSION)
+    common.RemoveUnusedNodesPass()(model)
+    graph.opset_imports.pop(DOMAIN, None)
+    common.RemoveUnusedOpsetsPass()(model)
+
+
+def name_everything(graph: ir.Graph) -> None:
     """Gives nodes names such as `/loop2/layers.0.mlp.up_proj/MatMul`, and their outputs that name plus `_output_0`.
 
-    Metadata of a node afterwards: `loopq.loop` (`"2"`), `loopq.site` and `loopq.node` (its name in the printed
-    program), where known. What torch.onnx wrote, including stack traces with local paths, is removed.
+    Loop and site are in the metadata of a node since it was translated.
     """
-    graph = model.graph
     for name, value in list(graph.initializers.items()):
         value.metadata_props.clear()
         if name.startswith(WEIGHT_PREFIX):
@@ -27,12 +36,9 @@ def name_everything(model: ir.Model, origins: Mapping[str, Origin]) -> None:
     kept = {id(value) for value in [*graph.inputs, *graph.outputs]}
     seen: Counter[str] = Counter()
     for node in graph.all_nodes():
-        origin = origins.get(origin_of(node) or "")
-        node.metadata_props.clear()
+        node.metadata_props.pop(TURNED, None)
         node.doc_string = None
-        if origin is not None:
-            node.metadata_props.update(_metadata(origin))
-        node.name = _unique(_path(node, origin), seen)
+        node.name = _unique(_path(node), seen)
         for number, output in enumerate(node.outputs):
             output.metadata_props.clear()
             _order_terms(output)
@@ -42,7 +48,6 @@ def name_everything(model: ir.Model, origins: Mapping[str, Origin]) -> None:
         value.metadata_props.clear()
         _order_terms(value)
     graph.metadata_props.clear()
-    model.metadata_props.clear()
     graph.name = "main_graph"
 
 
@@ -53,19 +58,15 @@ def _order_terms(value: ir.Value) -> None:
             value.shape[axis] = " + ".join(sorted(size.value.split(" + ")))  # type: ignore[index]
 
 
-def _path(node: ir.Node, origin: Origin | None) -> str:
-    parts = [f"loop{origin.loop}" if origin.loop else "", origin.site] if origin else []
+def _path(node: ir.Node) -> str:
+    loop, site = (node.metadata_props.get(f"loopq.{part}") for part in ("loop", "site"))
+    parts = [f"loop{loop}" if loop else "", site]
     return "/".join(["", *(part for part in parts if part), node.op_type])
 
 
 def _unique(name: str, seen: Counter[str]) -> str:
     seen[name] += 1
     return name if seen[name] == 1 else f"{name}_{seen[name] - 1}"
-
-
-def _metadata(origin: Origin) -> dict[str, str]:
-    values = {"loopq.loop": origin.loop, "loopq.site": origin.site, "loopq.node": origin.node}
-    return {key: value for key, value in values.items() if value}
 
 
 def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:

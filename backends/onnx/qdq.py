@@ -2,59 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import onnx_ir as ir
 
 from loopq_compile.backends.onnx.activations import lower_dynamic_scale, lower_pair, spell_out_pair
 from loopq_compile.backends.onnx.emit import constant_array, sizes
-from loopq_compile.backends.onnx.loop import lower_rows
-from loopq_compile.backends.onnx.prepare import Origin
-from loopq_compile.backends.onnx.translate import DOMAIN, origin_of
-from loopq_compile.backends.onnx.weights import lower_linears, lower_stacked_weight, lower_weight
-from loopq_compile.errors import InternalError, LoopQError
+from loopq_compile.backends.onnx.flatten import DOMAIN
+from loopq_compile.backends.onnx.weights import lower_stacked_weight, lower_weight, multiply
+from loopq_compile.errors import LoopQError
 
 OPSET = 21
 """The first operator set with INT4 and block-wise scales; later ones add nothing that this target needs."""
 
-_MARKS = ("LoopBegin", "LoopEnd")
-"""Nodes that `backends.onnx.loop` removes."""
 
-
-def lower_to_qdq(model: ir.Model, origins: Mapping[str, Origin], *, spell_out: bool = False) -> None:
-    """Replaces the nodes of domain `loopq` in place; afterwards all nodes are standard.
-
-    Args:
-        spell_out: whether to round activations with per-token scales in floating point.
+def check_types(graph: ir.Graph) -> None:
+    """Refuses a model that computes in a type that ONNX cannot quantize.
 
     Raises:
-        LoopQError: the model computes in a type that ONNX cannot quantize (float64).
+        LoopQError: the type is float64.
     """
-    graph = model.graph
-    nodes = [node for node in graph if node.domain == DOMAIN and node.op_type not in _MARKS]
-    for node in nodes:
-        if node.op_type != "Linear" and node.inputs[1] is not None and node.inputs[1].dtype is ir.DataType.DOUBLE:
+    for node in _opaque(graph, "Quantize", "Dequantize", "DynamicScale", "Row"):
+        if node.inputs[1] is not None and node.inputs[1].dtype is ir.DataType.DOUBLE:
             raise LoopQError("ONNX cannot quantize float64; convert the model first: model.float().")
-    for node in nodes:
-        if node.op_type != "Dequantize":
-            continue
+
+
+def lower_stacked_weights(graph: ir.Graph) -> int:
+    """Replaces weights that differ between loops: a stack is dequantized, and a loop takes its row."""
+    found = 0
+    for node in _opaque(graph, "Dequantize"):
         codes, scale = node.inputs
         if _is_row(codes) or (_is_row(scale) and constant_array(codes) is not None):
             lower_stacked_weight(graph, node)
-    lower_rows(graph)
+            found += 1
+    return found
+
+
+def lower_dynamic_scales(graph: ir.Graph) -> int:
+    """Replaces dynamic scales by the arithmetic that finds them."""
+    return _each(graph, lower_dynamic_scale, _opaque(graph, "DynamicScale"))
+
+
+def lower_weights(graph: ir.Graph) -> int:
+    """Replaces the `Dequantize` of stored weights by `DequantizeLinear`."""
+    weights = [node for node in _opaque(graph, "Dequantize") if constant_array(node.inputs[0]) is not None]
+    return _each(graph, lower_weight, weights)
+
+
+def spell_out_pairs(graph: ir.Graph) -> int:
+    """Rounds activations with per-token scales in floating point."""
+    nodes = _opaque(graph, "Quantize")
+    varying = [node for node in nodes if len(sizes(node.inputs[1])) == len(sizes(node.inputs[0]))]  # type: ignore[arg-type]
+    return _each(graph, spell_out_pair, varying)
+
+
+def lower_pairs(graph: ir.Graph) -> int:
+    """Replaces quantized activations by `QuantizeLinear` and `DequantizeLinear`."""
+    return _each(graph, lower_pair, _opaque(graph, "Quantize"))
+
+
+def lower_linears(graph: ir.Graph) -> int:
+    """Replaces linear layers by `MatMul` and `Add`."""
+    nodes = _opaque(graph, "Linear")
+    multiply(graph, nodes)
+    return len(nodes)
+
+
+def _each(graph: ir.Graph, change: Callable[[ir.Graph, ir.Node], None], nodes: list[ir.Node]) -> int:
     for node in nodes:
-        if node.op_type == "DynamicScale":
-            lower_dynamic_scale(graph, node)
-        elif node.op_type == "Dequantize" and constant_array(node.inputs[0]) is not None:
-            lower_weight(graph, node, bits=origins.get(origin_of(node) or "", Origin("")).bits)
-    for node in [node for node in nodes if node.op_type == "Quantize"]:
-        x, scale = node.inputs
-        varies = x is not None and scale is not None and len(sizes(scale)) == len(sizes(x))
-        (spell_out_pair if spell_out and varies else lower_pair)(graph, node)
-    lower_linears(graph, [node for node in nodes if node.op_type == "Linear"])
-    left = [node.name for node in graph if node.domain == DOMAIN and node.op_type not in _MARKS]
-    if left:
-        raise InternalError(f"Nodes without a translation to standard ONNX are left: {left[:5]}.")
+        change(graph, node)
+    return len(nodes)
+
+
+def _opaque(graph: ir.Graph, *op_types: str) -> list[ir.Node]:
+    return [node for node in graph if node.domain == DOMAIN and node.op_type in op_types]
 
 
 def _is_row(value: ir.Value | None) -> bool:

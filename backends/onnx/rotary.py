@@ -25,7 +25,7 @@ _PASSED = {"Unsqueeze", "Cast", "Cos", "Sin", "Identity"}
 
 
 def fuse_rotary(graph: ir.Graph) -> int:
-    """Replaces rotary positions in place; returns how many there were."""
+    """Replaces rotary positions by `RotaryEmbedding`; returns how many there were."""
     tables: dict[ir.Value, ir.Value] = {}
     positions: dict[tuple[Any, ...], ir.Value] = {}
     found = 0

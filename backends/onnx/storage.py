@@ -14,7 +14,7 @@ _SMALLEST = 4096
 
 
 def store_half(graph: ir.Graph) -> None:
-    """Stores float32 initializers of 4,096 entries or more as float16, and widens them where they are read.
+    """Stores tensors of 4,096 entries or more as float16, and widens them where they are read.
 
     All arithmetic stays in single precision. An embedding stays in 16 bits in memory: only the rows that a call looks
     up are widened. Every other tensor has one `Cast` before its readers, which ONNX Runtime computes once when

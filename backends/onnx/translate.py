@@ -1,101 +1,114 @@
-"""Second step of an export: ATen operators become ONNX operators, by `torch.onnx`.
+"""Third step of an export: ATen operators become ONNX operators, by `torch.onnx`.
 
-Quantization and linear layers pass through it as opaque nodes of the domain `loopq`. Constant folding can then neither
-turn a dequantized weight back into floating point nor store a second, transposed copy of a tied weight. The target
-decides later what the nodes become.
+torch.onnx takes an `ExportedProgram`. One is made here from the flat graph, without tracing it again, which took half
+of the time of an export.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
-import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 import onnx_ir as ir
 import torch
-import torch.fx.traceback as fx_traceback
-from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch import Tensor, fx
+from torch.export import ExportedProgram, graph_signature
 
-import loopq_compile.operators  # noqa: F401  (registers torch.ops.loopq)
-from loopq_compile.backends.onnx.decompose import DECOMPOSITIONS
-from loopq_compile.backends.onnx.prepare import Prepared
+from loopq_compile.backends.onnx.flatten import EXTENT, Flattener
+from loopq_compile.backends.onnx.prepare import Origin, Prepared
 from loopq_compile.errors import LoopQError
-from loopq_compile.graph.rolled import goes_on, rolled_loops
-from loopq_compile.graph.signature import LOOPS_AXIS, PAST, TOTAL, InputSpec, Signature
+from loopq_compile.graph.rolled import rolled_loops
+from loopq_compile.graph.shapes import symbolic_inputs
+from loopq_compile.graph.signature import LOOPS_AXIS, InputSpec, Signature
 
-DOMAIN = "loopq"
-"""Domain of the opaque nodes `Quantize`, `Dequantize`, `DynamicScale` and `Linear`."""
+WEIGHT_PREFIX = "program."
+"""Prefix of tensor names, which might otherwise be those of inputs or results."""
 
-EXTENT = "loops_extent"
-"""Input that represents the loop count while a rolled graph is translated: a vector with that many entries."""
-
-_EXAMPLE_LOOPS = 13
-_EXAMPLE_SIZES = {"batch": 2, "sequence": 16, PAST: 11, TOTAL: 27, LOOPS_AXIS: _EXAMPLE_LOOPS}
-_aten, _loopq = torch.ops.aten, torch.ops.loopq
+_NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where torch.onnx writes the names of modules around a node, and last that of the node."""
 
 
 def translate(prepared: Prepared, signature: Signature, output_names: list[str], opset: int) -> ir.Model:
-    """The ONNX model of a prepared graph, with quantization and linear layers left as nodes of `DOMAIN`.
+    """The ONNX model of a prepared graph, with quantization and linear layers left as nodes of the domain `loopq`.
 
-    `origin_of` finds the FX node that an ONNX node came from.
+    Metadata of a node: `loopq.loop` (`"2"`), `loopq.site` and `loopq.node` (its name in the printed program), where
+    known.
 
     Raises:
         LoopQError: an operator has no ONNX translation; the message names it, its loop and its source line.
     """
-    for node in _all_nodes(prepared):
-        # torch.onnx writes the module stack into the file's metadata and keeps it through its own rewrites, so it can
-        # carry the node's name.
-        node.meta["nn_module_stack"] = {"loopq": (f"loopq:{node.name}", "torch.nn.Module")}
+    inputs = list(signature.inputs)
+    if rolled_loops(prepared.graph_module):
+        inputs.append(InputSpec(EXTENT, torch.float32, (LOOPS_AXIS,)))
+    signature = replace(signature, inputs=tuple(inputs))
+    expanded: list[str] = []
     try:
         with _quiet(), torch.no_grad():
-            exported = _retrace(prepared, signature)
-            try:
-                return _to_onnx(exported, signature, output_names, opset, decompose=False)
-            except torch.onnx.errors.OnnxExporterError:  # an operator that torch.onnx supports only in part
-                return _to_onnx(exported, signature, output_names, opset, decompose=True)
+            while True:
+                writer = Flattener(prepared, expanded)
+                try:
+                    model = _to_onnx(_exported(writer, signature), signature, output_names, opset)
+                    break
+                except torch.onnx.errors.OnnxExporterError as error:
+                    missing = [operator for operator in _missing(error) if operator not in expanded]
+                    if not missing:
+                        raise
+                    expanded += missing
     except Exception as error:
-        raise LoopQError(_explain(error, prepared)) from error
+        raise LoopQError(_explain(error, prepared, expanded)) from error
+    for node in model.graph.all_nodes():
+        _name(node, writer.origins)
+    return model
 
 
-def _all_nodes(prepared: Prepared) -> list[fx.Node]:
-    """The nodes of the graph, and those of the bodies of rolled loops."""
-    bodies = [loop.body for loop in rolled_loops(prepared.graph_module)]
-    return [node for part in (prepared.graph_module, *bodies) for node in part.graph.nodes]
+def _exported(writer: Flattener, signature: Signature) -> ExportedProgram:
+    """The flat graph as an `ExportedProgram`, whose tensors are inputs."""
+    given = [spec.name for spec in signature.inputs]
+    values = symbolic_inputs(signature, None)
+    graph = writer.write(list(zip(given, values, strict=True)))
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    stored: dict[str, fx.Node] = {}
+    tensors: dict[str, Tensor] = {}
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        name = f"{WEIGHT_PREFIX}{node.target}"
+        tensors[name] = writer.tensors[node]
+        with graph.inserting_before(inputs[0]):
+            stored[name] = graph.placeholder(node.name)
+        stored[name].meta.update(node.meta)
+        node.replace_all_uses_with(stored[name])
+        graph.erase_node(node)
+    kinds = graph_signature.InputKind.BUFFER, graph_signature.InputKind.USER_INPUT
+    argument = graph_signature.TensorArgument
+    specs = [
+        *(graph_signature.InputSpec(kinds[0], argument(node.name), name, True) for name, node in stored.items()),
+        *(graph_signature.InputSpec(kinds[1], argument(node.name), None) for node in inputs),
+    ]
+    results = next(node for node in graph.nodes if node.op == "output").args[0]
+    kind = graph_signature.OutputKind.USER_OUTPUT
+    outputs = [graph_signature.OutputSpec(kind, argument(node.name), None) for node in results]
+    about = graph_signature.ExportGraphSignature(specs, outputs)
+    return ExportedProgram(torch.nn.Module(), graph, about, tensors, {}, [])
 
 
-def _retrace(prepared: Prepared, signature: Signature) -> ExportedProgram:
-    """The graph as an `ExportedProgram`, which is what torch.onnx takes."""
-    placeholders = [node for node in prepared.graph_module.graph.nodes if node.op == "placeholder"]
-    inputs = tuple(_example(spec, node) for spec, node in zip(signature.inputs, placeholders, strict=True))
-    dynamic = tuple({i: Dim.DYNAMIC for i in _dynamic_axes(spec)} for spec in signature.inputs)
-    if rolled_loops(prepared.graph_module):
-        inputs, dynamic = (*inputs, torch.zeros(_EXAMPLE_LOOPS)), (*dynamic, {0: Dim.DYNAMIC})
-    return torch.export.export(_Runner(prepared.graph_module), inputs, dynamic_shapes=(dynamic,), strict=False)
-
-
-def _to_onnx(
-    exported: ExportedProgram, signature: Signature, output_names: list[str], opset: int, *, decompose: bool
-) -> ir.Model:
-    if not decompose:
-        # torch.onnx decomposes operators by tracing the graph twice more, which takes two thirds of its time. The
-        # few that language models need are already decomposed.
-        exported = copy.copy(exported)
-        exported.run_decompositions = lambda *_: exported  # type: ignore[method-assign]
-    rolled = len(exported.graph_signature.user_inputs) > len(signature.inputs)
+def _to_onnx(exported: ExportedProgram, signature: Signature, output_names: list[str], opset: int) -> ir.Model:
+    # torch.onnx decomposes operators and promotes types by tracing the graph three more times, which takes most of its
+    # time. Both is already done.
+    exported.run_decompositions = lambda *_: exported  # type: ignore[method-assign]
+    exported.graph_module.modules = lambda *_: ()  # type: ignore[method-assign]
     program = torch.onnx.export(
         exported,
         dynamo=True,
         opset_version=opset,
         optimize=False,
         verbose=False,
-        input_names=[*(spec.name for spec in signature.inputs), *([EXTENT] if rolled else [])],
+        input_names=[spec.name for spec in signature.inputs],
         output_names=output_names,
-        dynamic_shapes=((*(_dynamic_axes(spec) for spec in signature.inputs), *([{0: "loops"}] if rolled else [])),),
+        dynamic_shapes=(tuple(_dynamic_axes(spec) for spec in signature.inputs),),
     )
     assert program is not None
     return program.model
@@ -105,101 +118,13 @@ def _dynamic_axes(spec: InputSpec) -> dict[int, str]:
     return {i: size for i, size in enumerate(spec.shape) if isinstance(size, str)}
 
 
-def origin_of(node: ir.Node) -> str | None:
-    """Name of the FX node that `node` came from; None for nodes that the optimizer created."""
-    match = re.search(r"loopq:([^']+)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
-    return match[1] if match else None
-
-
-class _Interpreter(fx.Interpreter):
-    def __init__(self, graph_module: fx.GraphModule, extent: Tensor) -> None:
-        super().__init__(graph_module)
-        self.extent = extent
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is _loopq.quantize.default:
-            x, scale, group_size, q_min, q_max = args
-            attributes = {"group_size": group_size, "q_min": q_min, "q_max": q_max}
-            return _opaque("Quantize", (x, scale), attributes, torch.int8, x.shape)
-        if target is _loopq.dequantize.default:
-            codes, scale, group_size = args
-            return _opaque("Dequantize", (codes, scale), {"group_size": group_size}, scale.dtype, codes.shape)
-        if target is _loopq.dynamic_scale.default:
-            x, clip, group_size, limit = args
-            shape = (*x.shape[:-1], x.shape[-1] // group_size)
-            return _opaque("DynamicScale", (x, clip), {"group_size": group_size, "limit": limit}, x.dtype, shape)
-        if target is _aten.linear.default and args[1].ndim == 2 and args[0].ndim >= 2:
-            shape = (*args[0].shape[:-1], args[1].shape[0])
-            return _opaque("Linear", (*args, *kwargs.values()), {}, args[0].dtype, shape)
-        if target is _aten.select.int and isinstance(args[2], Tensor):
-            return _opaque("Row", (args[0], args[2]), {}, args[0].dtype, args[0].shape[1:])
-        return super().call_function(DECOMPOSITIONS.get(target, target), args, kwargs)
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Writes the body of a rolled loop once, between two marks; `backends.onnx.loop` cuts it out again."""
-        loop = self.fetch_attr(target)
-        state, shared, *threshold = args
-        about = {"number": loop.number, "count": loop.count, "rows": loop.rows, "skipped": loop.skipped}
-        dtypes, shapes = [x.dtype for x in state], [x.shape for x in state]
-        integers = [torch.int64, torch.int64]
-        row, iteration, *current = _opaques("LoopBegin", state, about, [*integers, *dtypes], [(), (), *shapes])
-        given = [
-            _opaque("Row", (x, iteration), {}, x.dtype, x.shape[1:]) if i in loop.scanned else x
-            for i, x in enumerate(shared)
-        ]
-        results = _Interpreter(loop.body, self.extent).run(row, *current, *given)
-        collected = results[len(current) :]
-        count = self.extent.shape[0] if loop.number == 0 else loop.count
-        if loop.number == 0 and loop.skipped:
-            count = count - loop.skipped
-        dtypes += [x.dtype for x in collected]
-        shapes += [(count, *x.shape) for x in collected]
-        early = loop.survival is not None
-        proceed = [goes_on(results[loop.survival], *threshold)] if early else []
-        return _opaques("LoopEnd", [*results, *proceed], {"number": loop.number, "early": early}, dtypes, shapes)
-
-
-def _opaques(
-    name: str, inputs: Sequence[Tensor], attributes: dict[str, Any], dtypes: Sequence[torch.dtype], shapes: Any
-) -> Sequence[Tensor]:
-    return torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::{name}", inputs, attributes, dtypes=dtypes, shapes=shapes, version=1
-    )
-
-
-def _opaque(
-    name: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], dtype: torch.dtype, shape: Any
-) -> Tensor:
-    return torch.onnx.ops.symbolic(f"{DOMAIN}::{name}", inputs, attributes, dtype=dtype, shape=shape, version=1)
-
-
-class _Runner(nn.Module):
-    """Runs the graph node by node, so that `torch.export` sees the metadata of each."""
-
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        super().__init__()
-        self.program = graph_module
-
-    def forward(self, *inputs: Tensor) -> Any:
-        with fx_traceback.preserve_node_meta():
-            count = sum(node.op == "placeholder" for node in self.program.graph.nodes)
-            return _Interpreter(self.program, inputs[-1]).run(*inputs[:count])
-
-
-WEIGHT_PREFIX = "program."
-"""Prefix that `torch.onnx` puts before tensor names, because the graph is a submodule of `_Runner`."""
-
-
-def _example(spec: InputSpec, node: fx.Node) -> Tensor:
-    """A tensor of the size seen at capture, since the graph may require more of a size than its name says."""
-    value = node.meta.get("val")
-    shape = []
-    for i, size in enumerate(spec.shape):
-        if isinstance(size, str):
-            captured = getattr(getattr(value.shape[i], "node", None), "hint", None) if value is not None else None
-            size = captured or _EXAMPLE_SIZES.get(size, 16)
-        shape.append(size)
-    return torch.zeros(shape, dtype=spec.dtype)
+def _name(node: ir.Node, origins: dict[str, Origin]) -> None:
+    """Replaces what torch.onnx wrote, including stack traces with local paths, by where the node comes from."""
+    origin = origins.get(ast.literal_eval(node.metadata_props.get(_NAME_SCOPES, "['']"))[-1])
+    node.metadata_props.clear()
+    if origin is not None:
+        values = {"loopq.loop": origin.loop, "loopq.site": origin.site, "loopq.node": origin.node}
+        node.metadata_props.update({key: value for key, value in values.items() if value})
 
 
 @contextlib.contextmanager
@@ -216,17 +141,28 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _explain(error: Exception, prepared: Prepared) -> str:
-    chain: list[BaseException] = [error]
+def _chain(error: BaseException) -> list[BaseException]:
+    chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    text = "\n".join(str(part) for part in chain)
-    # The second attempt's message comes first. It may miss the parts of a decomposed operator, which the first names.
+    return chain
+
+
+def _missing(error: BaseException) -> list[str]:
+    """Operators that torch.onnx does not know, such as `aten.foo.default`."""
+    text = "\n".join(map(str, _chain(error)))
     found = re.findall(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", text)
-    missing = dict.fromkeys(f"{operator}.{overload}" for operator, overload in found)
-    first = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), type(chain[-1]).__name__)
-    for operator in missing:
-        node = next((node for node in _all_nodes(prepared) if str(node.target) == operator), None)
+    return list(dict.fromkeys(f"{operator}.{overload}" for operator, overload in found))
+
+
+def _explain(error: Exception, prepared: Prepared, expanded: list[str]) -> str:
+    last = _chain(error)[-1]
+    first = next((line.strip() for line in str(last).splitlines() if line.strip()), type(last).__name__)
+    bodies = [loop.body for loop in rolled_loops(prepared.graph_module)]
+    nodes = [node for part in (prepared.graph_module, *bodies) for node in part.graph.nodes]
+    # What is missing may be a part of an operator that was decomposed before.
+    for operator in [*_missing(error), *reversed(expanded)]:
+        node = next((node for node in nodes if str(node.target) == operator), None)
         if node is not None:
             origin = prepared.origins[node.name]
             where = f"node {origin.node}{f' in loop {origin.loop}' if origin.loop else ''}"

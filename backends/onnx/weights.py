@@ -23,14 +23,11 @@ TURNED = "loopq.turned"
 """Marks the `Transpose` after a quantized weight; linear layers look through it, so only other readers keep it."""
 
 
-def lower_weight(graph: ir.Graph, node: ir.Node, bits: int | None) -> None:
+def lower_weight(graph: ir.Graph, node: ir.Node) -> None:
     """Replaces the `Dequantize` of a weight.
 
     Up to 4 bits are stored as INT4 (two codes a byte), 5 to 8 bits as INT8. With one group per row the scale is a
     plain per-channel one, `[N]`, which more runtimes read; otherwise it is `[groups, N]` with `block_size`.
-
-    Args:
-        bits: width of the codes; None takes it from their range.
 
     Raises:
         InternalError: the weight is not a matrix of constants.
@@ -42,7 +39,7 @@ def lower_weight(graph: ir.Graph, node: ir.Node, bits: int | None) -> None:
     outputs, features = codes.shape
     scale = np.broadcast_to(scale, (outputs, scale.shape[-1]))
     groups = scale.shape[1]
-    stored = ir.DataType.INT4 if (bits or _bits(codes)) <= 4 else ir.DataType.INT8
+    stored = ir.DataType.INT4 if (node.attributes["bits"].as_int() or _bits(codes)) <= 4 else ir.DataType.INT8
     numpy_type = ml_dtypes.int4 if stored is ir.DataType.INT4 else np.int8
     emitter = Emitter(graph, node)
     packed = constant(graph, f"{codes_value.name}.{stored.name.lower()}", codes.T.astype(numpy_type), stored)
@@ -101,7 +98,7 @@ def _stack(value: ir.Value | None) -> tuple[ir.Value | None, ir.Node | None]:
     return (maker.inputs[0], maker) if maker is not None and maker.op_type == "Row" else (value, None)
 
 
-def lower_linears(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
+def multiply(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
     """Replaces `Linear(x, weight [N, K], bias)` by `MatMul` and `Add`; `nodes` are all of them.
 
     Quantized weights must already be lowered: they are `[K, N]`, followed by a `Transpose` that is removed.

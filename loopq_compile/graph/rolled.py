@@ -8,7 +8,7 @@ tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,10 +54,16 @@ class RolledLoop(nn.Module):
             threshold: a number, if the loop may stop early (`goes_on`). Iterations that do not run contribute the
                 results of the last one that did.
         """
+        return self.repeat(self.body, state, shared, *threshold)
+
+    def repeat(
+        self, body: Callable[..., Any], state: Sequence[Tensor], shared: Sequence[Any], *threshold: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The same, with something else that computes what `body` does."""
         current, collected = list(state), []
         for iteration in range(self.count):
             given = [x[iteration] if i in self.scanned else x for i, x in enumerate(shared)]
-            results = self.body(min(iteration, self.rows - 1), *current, *given)
+            results = body(min(iteration, self.rows - 1), *current, *given)
             current = list(results[: len(current)])
             collected.append(results[len(current) :])
             if self.survival is not None and not _may_go_on(current[self.survival], *threshold):

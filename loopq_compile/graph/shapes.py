@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from loopq_compile.graph.conditions import evaluate
 from loopq_compile.graph.device import CPU, device_of
 from loopq_compile.graph.keys import BITS, TYPE
+from loopq_compile.graph.propagation import Propagation
 from loopq_compile.graph.signature import LOOPS_AXIS, PAST, TOTAL, Signature
 from loopq_compile.graph.state import get_state, get_tensor
 
@@ -38,18 +37,18 @@ def infer_shapes(graph_module: fx.GraphModule) -> None:
         state = get_state(graph_module)
         inputs = symbolic_inputs(state.signature, state.loops.count, device_of(graph_module))
     mode = inputs[0].fake_mode  # type: ignore[union-attr]
-    with torch.no_grad(), enable_python_dispatcher():  # PyTorch's C++ has no symbolic sizes for `pad`
-        FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
+    Propagation(graph_module, mode).propagate(*inputs)
     names = symbol_names(graph_module)
     for node in graph_module.graph.nodes:
         node.meta[TYPE] = _type(graph_module, node, names)
 
 
-def symbolic_inputs(signature: Signature, loops: int, device: torch.device = CPU) -> list[Tensor]:
+def symbolic_inputs(signature: Signature, loops: int | None, device: torch.device = CPU) -> list[Tensor]:
     """Fake tensors on `device` for the inputs; dimensions of one name share a symbol. A graph runs a fixed number of
-    `loops`."""
+    `loops`; None leaves that number open."""
     specs = [
-        replace(s, shape=tuple(loops if size == LOOPS_AXIS else size for size in s.shape)) for s in signature.inputs
+        replace(s, shape=tuple((loops or size) if size == LOOPS_AXIS else size for size in s.shape))
+        for s in signature.inputs
     ]
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False, allow_non_fake_inputs=True)
     sizes: dict[str, Any] = {}

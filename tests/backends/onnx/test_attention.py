@@ -44,7 +44,7 @@ def shape(node: onnx.NodeProto) -> tuple[int, int] | None:
     return (given["q_num_heads"], given["kv_num_heads"]) if "q_num_heads" in given else None
 
 
-def test_attention_on_an_integer_cache_keeps_its_shape(tmp_path, monkeypatch) -> None:
+def test_attention_on_an_integer_cache_keeps_its_shape(tmp_path) -> None:
     """Keys and values are dequantized `[batch, heads, total, size]`: heads are not adjacent in memory."""
     graph_module = captured("ouro-mask")[1].graph_module
     fused = export(graph_module, tmp_path, target="onnxruntime", cache=True, kv_bits=8)
@@ -52,7 +52,7 @@ def test_attention_on_an_integer_cache_keeps_its_shape(tmp_path, monkeypatch) ->
 
 
 @pytest.mark.parametrize("form", ["unrolled", "rolled"])
-def test_every_row_of_every_result_is_what_it_was(form: str, tmp_path, monkeypatch) -> None:
+def test_every_row_of_every_result_is_what_it_was(form: str, tmp_path) -> None:
     graph_module = captured("ouro-mask")[1].graph_module
     fused = export(graph_module, tmp_path / "fused", target="onnxruntime", cache=True, form=form)
     assert fused.nodes["Attention"] == (6 if form == "unrolled" else 2)  # two layers, three times
@@ -60,9 +60,8 @@ def test_every_row_of_every_result_is_what_it_was(form: str, tmp_path, monkeypat
     assert fused.opset == attention.OPSET
     # Heads are adjacent, as products return them; if a loop joins caches itself, they have another shape.
     assert {shape(node) for node in attentions(fused.path)} == {(4, 2) if form == "unrolled" else None}
-    with monkeypatch.context() as patch:
-        patch.setattr(attention, "fuse_attention", lambda graph: 0)
-        plain = export(graph_module, tmp_path / "plain", target="onnxruntime", cache=True, form=form)
+    options = {"target": "onnxruntime", "cache": True, "form": form, "skip": ("fuse-attention",)}
+    plain = export(graph_module, tmp_path / "plain", **options)
     assert "Attention" not in plain.nodes
     assert plain.opset < attention.OPSET
     for past, new in ((37, 1), (11, 5), (0, 6)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import loopq_compile as lq
-from loopq_compile.backends.onnx import OnnxExecutable, contrib, export
+from loopq_compile.backends.onnx import OnnxExecutable, export
 from tests.backends.onnx import graphs
 from tests.tiny import tiny_program, tokens
 
@@ -33,12 +33,6 @@ class Uneven(nn.Module):
         return {"logits": self.head(x)}
 
 
-def without_merging(monkeypatch, *arguments, **options):  # type: ignore[no-untyped-def]
-    with monkeypatch.context() as patch:
-        patch.setattr(contrib, "merge_products", lambda graph: 0)
-        return export(*arguments, target="onnxruntime", **options)
-
-
 def products(path) -> list[onnx.NodeProto]:  # type: ignore[no-untyped-def]
     graph = onnx.load(path).graph
     loops = [node for node in graph.node if node.op_type == "Loop"]
@@ -48,13 +42,11 @@ def products(path) -> list[onnx.NodeProto]:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("form", ["unrolled", "rolled"])
 @pytest.mark.parametrize(("scheme", "most", "mean"), [("w4a4", 0.1, 0.02), ("w4a8", 1e-5, 1e-6), ("w4a16", 1e-5, 1e-6)])
-def test_the_same_results_from_fewer_products(
-    scheme: str, most: float, mean: float, form: str, tmp_path, monkeypatch
-) -> None:
+def test_the_same_results_from_fewer_products(scheme: str, most: float, mean: float, form: str, tmp_path) -> None:
     """At w4a4, a product that differs in its last bit sometimes rounds a code the other way."""
     graph_module = tiny_program(scheme).graph_module
     merged = export(graph_module, tmp_path / "merged", target="onnxruntime", form=form)
-    plain = without_merging(monkeypatch, graph_module, tmp_path / "plain", form=form)
+    plain = export(graph_module, tmp_path / "plain", target="onnxruntime", form=form, skip=("merge-products",))
     loops = 3 if form == "unrolled" else 1
     assert plain.nodes["MatMulNBits"] == 7 * loops
     assert merged.nodes["MatMulNBits"] == 4 * loops  # q+k+v, o, gate+up, down
@@ -67,11 +59,11 @@ def test_the_same_results_from_fewer_products(
     assert difference.max() < most and difference.mean() < mean
 
 
-def test_biases_and_widths_stay_with_their_own(tmp_path, monkeypatch) -> None:
+def test_biases_and_widths_stay_with_their_own(tmp_path) -> None:
     graph_module = lq.compile(Uneven(again=False), graphs.tokens(2, 9), scheme="w4a8", method="symmetric").graph_module
     merged = export(graph_module, tmp_path / "merged", target="onnxruntime")
     assert merged.nodes["MatMulNBits"] == 2
-    plain = without_merging(monkeypatch, graph_module, tmp_path / "plain")
+    plain = export(graph_module, tmp_path / "plain", target="onnxruntime", skip=("merge-products",))
     assert plain.nodes["MatMulNBits"] == 6
     given, expected = (OnnxExecutable(file.path, threads=1)(graphs.tokens(2, 9))["logits"] for file in (merged, plain))
     assert torch.allclose(given, expected, rtol=1e-5, atol=1e-5)

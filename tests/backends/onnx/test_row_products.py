@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 import loopq_compile as lq
-from loopq_compile.backends.onnx import OnnxExecutable, export, qdq
+from loopq_compile.backends.onnx import OnnxExecutable, export
 from loopq_compile.backends.onnx.row_products import PRODUCT, to_rows
 from loopq_compile.graph.state import copy_graph
 from tests.backends.onnx import graphs
@@ -84,12 +84,12 @@ def test_a_model_near_to_its_program(scheme: str, mean: float, form: str, tmp_pa
     assert (got - want).abs().mean() < mean * want.abs().mean()
 
 
-def test_rounding_in_floating_point_is_the_same(tmp_path, monkeypatch) -> None:
+def test_rounding_in_floating_point_is_the_same(tmp_path) -> None:
     """Four-bit activations: no integers in between, and bit-identical results."""
     graph_module = tiny_program("w4a4").graph_module
     spelled = export(graph_module, tmp_path / "spelled", target="onnxruntime", products="int8")
-    monkeypatch.setattr(qdq, "spell_out_pair", qdq.lower_pair)
-    plain = export(graph_module, tmp_path / "plain", target="onnxruntime", products="int8")
+    options = {"target": "onnxruntime", "products": "int8", "skip": ("spell-out-pairs",)}
+    plain = export(graph_module, tmp_path / "plain", **options)
     assert "DequantizeLinear" not in spelled.nodes and plain.nodes["DequantizeLinear"] == 4 * 3
     found, expected = (OnnxExecutable(file.path, threads=1)(tokens())["logits"] for file in (spelled, plain))
     assert torch.equal(found, expected)
