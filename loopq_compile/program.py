@@ -24,6 +24,8 @@ from loopq_compile.generation.decoders import (
     complete,
     read_texts,
 )
+from loopq_compile.generation.speculation import AUTO, LOOKUP, Speculation, default_loops
+from loopq_compile.generation.text_reader import CachedText, Part, TextReader
 from loopq_compile.graph.caches import has_cache
 from loopq_compile.graph.device import device_of, find_device, place
 from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
@@ -306,11 +308,13 @@ class Program:
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
         exit_threshold: float | None = None,
+        speculate: str | Speculation | None = None,
     ) -> Tensor:
         """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.sampling.generate`.
 
         Uses a key-value cache if the model can have one (`with_cache`); otherwise reads everything again for every
-        token. With `exit_threshold`, loops stop early (`with_early_exit`).
+        token. With `exit_threshold`, loops stop early (`with_early_exit`). `speculate` makes several tokens in a step,
+        with the same result: "lookup", "loops", "loops:K", "auto", or a `Speculation` to read acceptance from.
         """
         from loopq_compile.generation.sampling import generate
 
@@ -325,6 +329,7 @@ class Program:
             top_p=top_p,
             seed=seed,
             eos_token_id=eos_token_id,
+            speculate=speculate,
         )
 
     def as_hugging_face(self, generation_config: Any = None) -> ProgramForCausalLM:
@@ -363,6 +368,53 @@ class Program:
             return (self.with_early_exit() if early is None else early).decoder(exit_threshold)
         reader, cached = self.reader(), self.cached(last_token=True)
         return reader if cached is None else cached.decoder()
+
+    def text_reader(self, speculation: Speculation, exit_threshold: float | None = None) -> TextReader:
+        """What speculation reads and proposes with: this program, and its loop in two parts if `speculation` asks for
+        loops.
+
+        Raises:
+            LoopQError: the program cannot have a cache, it may stop early, or its loop cannot be cut.
+        """
+        if exit_threshold is not None or has_early_exit(self.signature):
+            raise LoopQError(
+                "Early exit and speculation do not combine: an early exit is decided for all tokens of a call, so "
+                "reading several at once would change the text. Leave out exit_threshold or speculate."
+            )
+        whole = self if has_cache(self.signature) else self.cached()
+        prompt = self if has_cache(self.signature) else self.cached(last_token=True)
+        if whole is None or prompt is None:
+            whole = prompt = self.with_cache()  # raises the reason
+        given = (Part(whole, whole.signature), Part(prompt, prompt.signature), self.loops.count)
+        if speculation.name == LOOKUP:
+            return CachedText(*given)
+        try:
+            first = speculation.loops or default_loops(self.loops.count)
+            parts = [Part(part, part.signature) for part in whole.split_loops(first)]
+        except LoopQError as error:
+            if speculation.name != AUTO:
+                raise
+            speculation.notes.append(str(error))
+            return CachedText(*given)
+        return CachedText(*given, *parts, first_loops=first)
+
+    def split_loops(self, first: int) -> tuple[Program, Program]:
+        """A program with a cache in two: the first loops with the head, and the other loops.
+
+        The first part returns `logits`, caches of its loops and tensors `state.M`, which the second takes; see the
+        passes `first-loops` and `last-loops`. Both are made once and kept.
+
+        Raises:
+            LoopQError: there is no cache or no loop, `first` is out of range, or the loop cannot be cut there.
+        """
+        from loopq_compile.passes.loops.first_loops import FirstLoops
+        from loopq_compile.passes.loops.last_loops import LastLoops
+
+        made = []
+        for item in (FirstLoops(first), LastLoops(first)):
+            make = partial(self._rewritten, [item])
+            made.append(self._variants.get(self.graph_module, f"{item.name} {first}", make) or make())
+        return made[0], made[1]
 
     def reader(self, exit_threshold: float | None = None) -> RecomputingDecoder:
         """A decoder that gives logits of whole texts, from token ids and an attention mask.
