@@ -24,6 +24,7 @@ from loopq_compile.generation.decoders import (
     complete,
     read_texts,
 )
+from loopq_compile.generation.expectation import Experience
 from loopq_compile.generation.speculation import AUTO, LOOKUP, Speculation, default_loops
 from loopq_compile.generation.text_reader import CachedText, Part, TextReader
 from loopq_compile.graph.caches import has_cache
@@ -54,6 +55,7 @@ class Program:
         get_state(graph_module)
         self.graph_module = graph_module
         self._variants: Variants[Program] = Variants()
+        self._experience: dict[int, Experience] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph without gradients, on the program's device: inputs from elsewhere are moved there.
@@ -385,18 +387,28 @@ class Program:
         prompt = self if has_cache(self.signature) else self.cached(last_token=True)
         if whole is None or prompt is None:
             whole = prompt = self.with_cache()  # raises the reason
-        given = (Part(whole, whole.signature), Part(prompt, prompt.signature), self.loops.count)
+        rows = whole._by_rows()
+        given = (Part(rows, rows.signature), Part(prompt, prompt.signature), self.loops.count)
         if speculation.name == LOOKUP:
-            return CachedText(*given)
+            return CachedText(*given, experience=self._experience.setdefault(0, Experience()))
         try:
             first = speculation.loops or default_loops(self.loops.count)
-            parts = [Part(part, part.signature) for part in whole.split_loops(first)]
+            head, others = whole.split_loops(first)
+            parts = [Part(part, part.signature) for part in (head, others._by_rows())]
         except LoopQError as error:
             if speculation.name != AUTO:
                 raise
             speculation.notes.append(str(error))
-            return CachedText(*given)
-        return CachedText(*given, *parts, first_loops=first)
+            return CachedText(*given, experience=self._experience.setdefault(0, Experience()))
+        seen = self._experience.setdefault(first, Experience())
+        return CachedText(*given, *parts, first_loops=first, experience=seen)
+
+    def _by_rows(self) -> Program:
+        """This program, reading several tokens as it would read them one by one."""
+        from loopq_compile.passes.cache.read_rows import ReadRows
+
+        make = partial(self._rewritten, [ReadRows()])
+        return self._variants.get(self.graph_module, "read-rows", make) or make()
 
     def split_loops(self, first: int) -> tuple[Program, Program]:
         """A program with a cache in two: the first loops with the head, and the other loops.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 _MEMORY = 0.9
 """Weight of what was seen before, for each new time: about ten times count."""
@@ -74,3 +75,35 @@ def best_length(shares: Sequence[float], cost: Callable[[int], float]) -> tuple[
         if expected / cost(length + 1) > rate:
             best, rate = length, expected / cost(length + 1)
     return best, rate
+
+
+@dataclass
+class Experience:
+    """What was seen of one model on one machine; further texts begin with it.
+
+    Args:
+        reading, verifying, proposing: calls of the whole model, of its last loops, and of its first ones.
+        by_match: acceptance by length of the n-gram that repeats.
+        by_probability: acceptance by tenth of the probability that the first loops give their proposal.
+        rates: tokens and seconds of the latest steps, by method.
+        idle: steps since a method was used.
+    """
+
+    reading: Cost = field(default_factory=Cost)
+    verifying: Cost = field(default_factory=Cost)
+    proposing: Cost = field(default_factory=Cost)
+    by_match: Acceptance = field(default_factory=lambda: Acceptance(lambda size: min(0.3 + 0.15 * size, 0.9)))
+    by_probability: Acceptance = field(default_factory=lambda: Acceptance(lambda tenth: min(0.05 + 0.1 * tenth, 0.95)))
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    idle: dict[str, int] = field(default_factory=dict)
+
+    def add_step(self, method: str, tokens: int, seconds: float) -> None:
+        """Counts a step of `method`."""
+        self.idle = {name: steps + 1 for name, steps in self.idle.items()} | {method: 0}
+        old = self.rates.get(method, [0.0, 0.0])
+        self.rates[method] = [_MEMORY * old[0] + tokens, _MEMORY * old[1] + seconds]
+
+    def rate(self, method: str) -> float:
+        """Tokens a second of the latest steps of `method`; 0 before the first."""
+        tokens, seconds = self.rates.get(method, (0.0, 1.0))
+        return tokens / seconds

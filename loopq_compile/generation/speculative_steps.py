@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from loopq_compile.generation.expectation import Acceptance, Cost, best_length
+from loopq_compile.generation.expectation import best_length
 from loopq_compile.generation.lookup import LONGEST, Repeats
 from loopq_compile.generation.speculation import AUTO, LOOKUP, LOOPS, PLAIN, Speculation
 from loopq_compile.generation.text_reader import TextReader
@@ -54,11 +54,7 @@ class SpeculativeSteps:
     ) -> None:
         self.reader, self.chooser, self.speculation, self.count, self.ends = reader, chooser, speculation, count, ends
         self.made = 0
-        self.reading, self.verifying, self.proposing = Cost(), Cost(), Cost()
-        self.by_match = Acceptance(lambda size: min(0.3 + 0.15 * size, 0.9))
-        self.by_probability = Acceptance(lambda tenth: min(0.05 + 0.1 * tenth, 0.95))
-        self.rates: dict[str, list[float]] = {}
-        self.last_use: dict[str, int] = {}
+        self.seen = reader.experience
 
     def run(self, ids: Tensor, attention_mask: Tensor) -> Iterator[int]:
         """Tokens after the prompt `[1, sequence]`."""
@@ -93,9 +89,7 @@ class SpeculativeSteps:
         counts.proposed += proposed
         counts.accepted += accepted
         counts.seconds += seconds
-        self.last_use[method] = self.speculation.steps
-        rate = self.rates.setdefault(method, [0.0, 0.0])
-        rate[:] = 0.9 * rate[0] + len(found), 0.9 * rate[1] + seconds
+        self.seen.add_step(method, len(found), seconds)
         return found
 
     def _method(self, most: int) -> tuple[str, list[int], int]:
@@ -104,37 +98,29 @@ class SpeculativeSteps:
         if name == LOOPS:
             return LOOPS, [], 0
         proposal, size = self.repeats.propose(most) if most else ([], 0)
-        if not self.reading:
+        if not self.seen.reading:
             return PLAIN, [], 0  # the first step tells what a step costs
-        shares = [self.by_match.share(min(size + place, 2 * LONGEST)) for place in range(len(proposal))]
-        length, rate = best_length(shares, self.reading.of)
-        if name == AUTO and can_loop:
-            if self._is_due(LOOPS, 3) or self._rate(LOOPS) > rate:
-                return LOOPS, [], 0
-        if length == 0 and proposal and self._is_due(LOOKUP, 1):
+        shares = [self.seen.by_match.share(min(size + place, 2 * LONGEST)) for place in range(len(proposal))]
+        length, rate = best_length(shares, self.seen.reading.of)
+        if name == AUTO and can_loop and (self._is_due(LOOPS) or self.seen.rate(LOOPS) > rate):
+            return LOOPS, [], 0
+        if length == 0 and proposal and self._is_due(LOOKUP):
             length = min(2, len(proposal))
         return (LOOKUP, proposal[:length], size) if length else (PLAIN, [], 0)
 
-    def _rate(self, method: str) -> float:
-        tokens, seconds = self.rates.get(method, (0.0, 1.0))
-        return tokens / seconds
-
-    def _is_due(self, method: str, times: int) -> bool:
-        """Whether to try a method, though it does not look best: at first some times, then again and again."""
-        steps = self.speculation.counts.get(method)
-        if steps is None or steps.steps < times:
-            return True
-        return self.speculation.steps - self.last_use[method] >= _AGAIN
+    def _is_due(self, method: str) -> bool:
+        """Whether to try a method though it does not look best: it was never used, or not for long."""
+        return self.seen.idle.get(method, _AGAIN) >= _AGAIN
 
     def _read(self, token: int, proposal: list[int], size: int) -> tuple[list[int], int, int]:
         """Reads a token and what lookup proposes after it; returns new tokens, how many were accepted, proposed."""
         began = time.perf_counter()
         logits = self.reader.read([token, *proposal])
         found = self._accept(logits, proposal)
-        self.reading.add(1 + len(proposal), time.perf_counter() - began)
+        self.seen.reading.add(1 + len(proposal), time.perf_counter() - began)
         accepted = self._accepted(found, proposal)
         for place, proposed in enumerate(proposal[: len(found)]):
-            self.by_match.add(min(size + place, 2 * LONGEST), found[place] == proposed)
+            self.seen.by_match.add(min(size + place, 2 * LONGEST), found[place] == proposed)
         self.reader.keep(len(found))
         return found, accepted, len(proposal)
 
@@ -148,18 +134,18 @@ class SpeculativeSteps:
             logits = self.reader.propose(token)
             proposed = self._choose(logits, len(proposal))
             probability = self.chooser.probability(logits, proposed)
-            self.proposing.add(1, time.perf_counter() - began)
+            self.seen.proposing.add(1, time.perf_counter() - began)
             proposal.append(proposed)
             keys.append(min(int(probability * 10), 9))
-            likely *= self.by_probability.share(keys[-1])
+            likely *= self.seen.by_probability.share(keys[-1])
             if len(proposal) >= self.count - self.made or proposed in self.ends or not self._go_on(proposal, likely):
                 break
             token = proposed
         began = time.perf_counter()
         found = self._accept(self.reader.verify(), proposal)[: len(proposal)]
-        self.verifying.add(len(proposal), time.perf_counter() - began)
+        self.seen.verifying.add(len(proposal), time.perf_counter() - began)
         for key, proposed, actual in zip(keys, proposal, found, strict=False):
-            self.by_probability.add(key, actual == proposed)
+            self.seen.by_probability.add(key, actual == proposed)
         self.reader.keep(len(found))
         return found, self._accepted(found, proposal), len(proposal)
 
@@ -167,10 +153,10 @@ class SpeculativeSteps:
         """Whether one more proposal pays: it saves a call of the last loops if all before are right, else it is lost."""
         if len(proposal) >= MOST:
             return False
-        if not self.verifying:
+        if not self.seen.verifying:
             return len(proposal) < 2
-        lost = self.proposing.of(1)
-        saved = self.verifying.of(1) - (self.verifying.of(2) - self.verifying.of(1))
+        lost = self.seen.proposing.of(1)
+        saved = self.seen.verifying.of(1) - (self.seen.verifying.of(2) - self.seen.verifying.of(1))
         return likely * saved > (1 - likely) * lost
 
     def _accept(self, logits: Tensor, proposal: list[int]) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.generation.expectation import Experience
 from loopq_compile.graph.caches import PAST_PREFIX, cache_inputs, empty_cache, present_name
 from loopq_compile.graph.signature import PAST, Signature
 from loopq_compile.graph.texts import given_logits, last_logits
@@ -23,6 +24,8 @@ class TextReader(Protocol):
 
     first_loops: int
     """Loops that can propose tokens; 0 if the model cannot be cut."""
+    experience: Experience
+    """What earlier texts have shown."""
 
     def start(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Reads a prompt `[1, sequence]`; returns logits `[1, vocabulary]` of the next token."""
@@ -75,14 +78,16 @@ class CachedText:
         prompt: the same, perhaps with logits of only the last token.
         loops: iterations of a loop whose caches are in one tensor.
         first, last: the program in two parts, after `first_loops` loops.
+        experience: of earlier texts.
     """
 
     def __init__(
         self, whole: Part, prompt: Part, loops: int, first: Part | None = None, last: Part | None = None,
-        first_loops: int = 0,
+        first_loops: int = 0, experience: Experience | None = None,
     ) -> None:  # fmt: skip
         self.whole, self.prompt, self.first, self.last = whole, prompt, first, last
         self.loops, self.first_loops = loops, first_loops if first is not None else 0
+        self.experience = experience or Experience()
         self.caches: dict[str, Tensor] = {}
         self.begun = 0
         self.pending: list[int] = []
