@@ -11,13 +11,9 @@ from torch import Tensor
 
 from loopq_compile.errors import LoopQError
 from loopq_compile.generation.expectation import Experience
-from loopq_compile.graph.caches import PAST_PREFIX, cache_inputs, empty_cache, present_name
+from loopq_compile.graph.caches import PAST_PREFIX, STATE_PREFIX, cache_inputs, empty_cache, present_name
 from loopq_compile.graph.signature import PAST, Signature
 from loopq_compile.graph.texts import given_logits, last_logits
-
-STATE_PREFIX = "state."
-"""Names of the tensors that the first loops hand to the last ones."""
-
 
 class TextReader(Protocol):
     """One text of which the newest token is not read yet."""
@@ -114,7 +110,7 @@ class CachedText:
         ids = self._append(tokens)
         result = self.whole(ids, self.mask, self.caches)
         self.caches = _presents(result, self.whole)
-        return _all_logits(result, len(tokens))
+        return all_logits(result, len(tokens))
 
     def keep(self, count: int) -> None:
         """See `TextReader`."""
@@ -145,7 +141,7 @@ class CachedText:
         own = {name: self.scratch[name] for name in self.first.axes}
         self.caches |= own | _presents(result, self.last)  # layers after the loop: those of the whole program
         count, self.pending, self.states, self.scratch = len(self.pending), [], [], {}
-        return _all_logits(result, count)
+        return all_logits(result, count)
 
     def _ids(self, tokens: list[int]) -> Tensor:
         return self.ids.new_tensor([tokens])
@@ -159,7 +155,12 @@ def _presents(result: Any, part: Part) -> dict[str, Tensor]:
     return {name: result[present_name(name)] for name in part.axes}
 
 
-def _all_logits(result: Any, count: int) -> Tensor:
+def all_logits(result: Any, count: int) -> Tensor:
+    """Logits `[count, vocabulary]` of all tokens of a call, from what a program or a file returns for one row.
+
+    Raises:
+        LoopQError: there are only those of the last token.
+    """
     logits = given_logits(result, 1)[0]
     if len(logits) != count:
         raise LoopQError(

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from loopq_compile.errors import LoopQError
-from loopq_compile.graph.caches import PAST_PREFIX, PRESENT_PREFIX, has_cache
+from loopq_compile.graph.caches import PAST_PREFIX, PRESENT_PREFIX, STATE_PREFIX, has_cache
 from loopq_compile.graph.constants import constant_nodes
 from loopq_compile.graph.early_exit import has_early_exit
 from loopq_compile.graph.evaluate import sources_of
@@ -29,8 +29,6 @@ from loopq_compile.graph.signature import LOOPS_AXIS, PAST, InputSpec, Signature
 from loopq_compile.graph.state import get_state
 from loopq_compile.operators import ops
 
-STATE_PREFIX = "state."
-"""Names of the tensors that the first part hands to the second; a number follows."""
 _size = torch.ops.aten.sym_size.int
 
 
