@@ -387,14 +387,13 @@ class Program:
         prompt = self if has_cache(self.signature) else self.cached(last_token=True)
         if whole is None or prompt is None:
             whole = prompt = self.with_cache()  # raises the reason
-        rows = whole._by_rows()
-        given = (Part(rows, rows.signature), Part(prompt, prompt.signature), self.loops.count)
+        given = (Part(whole._by_rows().graph_module), prompt, self.loops.count)
         if speculation.name == LOOKUP:
             return CachedText(*given, experience=self._experience.setdefault(0, Experience()))
         try:
             first = speculation.loops or default_loops(self.loops.count)
             head, others = whole.split_loops(first)
-            parts = [Part(part, part.signature) for part in (head, others._by_rows())]
+            parts = [Part(part.graph_module) for part in (head, others._by_rows())]
         except LoopQError as error:
             if speculation.name != AUTO:
                 raise

@@ -11,8 +11,8 @@ METHODS = (LOOKUP, LOOPS, AUTO)
 
 
 def default_loops(count: int) -> int:
-    """How many of `count` loops propose tokens if nobody says it: the first quarter."""
-    return max(1, count // 4)
+    """How many of `count` loops propose tokens if nobody says it: half of them."""
+    return max(1, count // 2)
 
 
 @dataclass

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from loopq_compile.errors import LoopQError
 from loopq_compile.generation.expectation import Experience
 from loopq_compile.graph.caches import PAST_PREFIX, STATE_PREFIX, cache_inputs, empty_cache, present_name
-from loopq_compile.graph.signature import PAST, Signature
+from loopq_compile.graph.device import device_of
+from loopq_compile.graph.signature import PAST, result_names
+from loopq_compile.graph.state import get_state
 from loopq_compile.graph.texts import given_logits, last_logits
+
 
 class TextReader(Protocol):
     """One text of which the newest token is not read yet."""
@@ -44,26 +46,31 @@ class TextReader(Protocol):
         ...
 
 
-@dataclass
 class Part:
-    """A callable graph with a cache: the whole program, its first or its last loops."""
+    """A graph with a cache: the whole program, its first or its last loops.
 
-    run: Callable[..., Any]
-    signature: Signature
-    axes: dict[str, int] = field(init=False)
-    """By name of a cache, the axis that counts tokens."""
-    states: dict[str, int] = field(init=False)
-    """By name of an input of the last loops, the axis that counts tokens."""
+    Calls skip the checks of `Program.__call__`, since all inputs come from earlier calls.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self.signature = get_state(graph_module).signature
+        self.results = result_names(self.signature.outputs)
+        self.device = device_of(graph_module)
         inputs = self.signature.inputs
         self.axes = {spec.name: spec.shape.index(PAST) for spec in inputs if spec.name.startswith(PAST_PREFIX)}
+        """By name of a cache, the axis that counts tokens."""
         self.states = {s.name: s.shape.index("sequence") for s in inputs if s.name.startswith(STATE_PREFIX)}
+        """By name of a tensor from the first loops, the axis that counts tokens."""
 
-    def __call__(self, ids: Tensor, mask: Tensor, caches: Mapping[str, Tensor], **states: Tensor) -> Any:
-        first, second = self.signature.inputs[:2]
-        past = {name: caches[name] for name in self.axes}
-        return self.run(**{first.name: ids, second.name: mask}, **states, **past)
+    def __call__(
+        self, ids: Tensor, mask: Tensor, caches: Mapping[str, Tensor], states: Sequence[Tensor] = ()
+    ) -> dict[str, Any]:
+        """Results by name, for `ids` `[1, new]` and `mask` `[1, past + new]`."""
+        past = (caches[name] for name in self.axes)
+        given = [value.to(self.device) for value in (ids, mask, *states, *past)]
+        with torch.no_grad():
+            return dict(zip(self.results, self.graph_module(*given), strict=True))
 
 
 class CachedText:
@@ -71,14 +78,14 @@ class CachedText:
 
     Args:
         whole: the program.
-        prompt: the same, perhaps with logits of only the last token.
+        prompt: reads a prompt: the program, perhaps with logits of only the last token.
         loops: iterations of a loop whose caches are in one tensor.
         first, last: the program in two parts, after `first_loops` loops.
         experience: of earlier texts.
     """
 
     def __init__(
-        self, whole: Part, prompt: Part, loops: int, first: Part | None = None, last: Part | None = None,
+        self, whole: Part, prompt: Callable[..., Any], loops: int, first: Part | None = None, last: Part | None = None,
         first_loops: int = 0, experience: Experience | None = None,
     ) -> None:  # fmt: skip
         self.whole, self.prompt, self.first, self.last = whole, prompt, first, last
@@ -92,12 +99,11 @@ class CachedText:
 
     def start(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """See `TextReader`."""
-        _, _, specs = cache_inputs(self.whole.signature)
-        self.ids, self.mask = ids[:, :0], attention_mask
+        first, mask, specs = cache_inputs(self.whole.signature)
+        self.ids, self.mask = ids[:, :0].long(), attention_mask.to(mask.dtype)
         empty = {spec.name: empty_cache(spec, 1, self.loops) for spec in specs}
-        result = self.prompt(ids, attention_mask, empty)
-        self.caches = _presents(result, self.prompt)
-        self.begun = ids.shape[1]
+        result = self.prompt(**{first.name: ids, mask.name: attention_mask}, **empty)
+        self.caches = _presents(result, self.whole)
         return last_logits(result, 1)
 
     def read(self, tokens: list[int]) -> Tensor:
@@ -134,10 +140,8 @@ class CachedText:
     def verify(self) -> Tensor:
         """See `TextReader`."""
         assert self.first is not None and self.last is not None
-        states = {
-            name: torch.cat([result[name] for result in self.states], axis) for name, axis in self.last.states.items()
-        }
-        result = self.last(self._ids(self.pending), self.mask, self.caches, **states)
+        states = [torch.cat([result[name] for result in self.states], axis) for name, axis in self.last.states.items()]
+        result = self.last(self._ids(self.pending), self.mask, self.caches, states)
         own = {name: self.scratch[name] for name in self.first.axes}
         self.caches |= own | _presents(result, self.last)  # layers after the loop: those of the whole program
         count, self.pending, self.states, self.scratch = len(self.pending), [], [], {}

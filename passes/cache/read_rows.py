@@ -65,9 +65,7 @@ class ByRow:
         out: axis of the result.
     """
 
-    def __init__(
-        self, operator: Any, rows: Sequence[int | None], columns: Sequence[int | None], out: int
-    ) -> None:
+    def __init__(self, operator: Any, rows: Sequence[int | None], columns: Sequence[int | None], out: int) -> None:
         self.operator, self.rows, self.columns, self.out = operator, rows, columns, out
         self.__name__ = self.__qualname__ = f"{operator.overloadpacket.__name__}_by_row"
         self.__module__ = __name__

@@ -32,6 +32,8 @@ class LastLoops(Pass):
                 place = graph_module.graph.placeholder(carried.spec.name.replace(".", "_"))
             for user in [user for user in carried.node.users if user in cut.late]:
                 user.replace_input_with(carried.node, place)
-        cut.close({"logits": cut.results["logits"], **cut.presents(cut.late)}, [carried.spec for carried in cut.carried])
+        cut.close(
+            {"logits": cut.results["logits"], **cut.presents(cut.late)}, [carried.spec for carried in cut.carried]
+        )
         self.state(graph_module).note(f"all but {self.first} loops")
         return PassResult(graph_module, True)
