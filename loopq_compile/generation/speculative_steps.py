@@ -150,7 +150,7 @@ class SpeculativeSteps:
         return found, self._accepted(found, proposal), len(proposal)
 
     def _go_on(self, proposal: list[int], likely: float) -> bool:
-        """Whether one more proposal pays: it saves a call of the last loops if all before are right, else it is lost."""
+        """Whether one more proposal pays: it saves a call of the last loops if those before are right, or is lost."""
         if len(proposal) >= MOST:
             return False
         if not self.seen.verifying:

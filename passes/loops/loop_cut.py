@@ -147,9 +147,8 @@ class LoopCut:
                 if theirs is node:
                     return ours
         raise LoopQError(
-            f"After loop {self.first - 1} nothing is like {node.name!r} ({node.target}) of loop {iteration}, from which "
-            "the logits are computed, so the head cannot follow earlier. Choose another number of loops, or "
-            "speculate='lookup'."
+            f"Loop {self.first - 1} has nothing like {node.name!r} ({node.target}) of loop {iteration}, from which the "
+            "logits are computed, so the head cannot follow it. Choose another number of loops, or speculate='lookup'."
         )
 
     def _members(self, iteration: int) -> list[fx.Node]:

@@ -71,7 +71,7 @@ def test_assisted_generation(llama: tuple[Any, Program], monkeypatch: pytest.Mon
 
 
 def test_assisted_generation_without_a_cache_is_refused() -> None:
-    program = Program(capture(graphs.Recurrent(), ids()))
+    program = Program(graphs.captured(graphs.Recurrent()))
     with pytest.raises(lq.LoopQError, match="Assisted generation needs a key-value cache"):
         program.as_hugging_face().generate(ids(1, 4), **NEW, prompt_lookup_num_tokens=3)
 
