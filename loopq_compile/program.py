@@ -24,9 +24,9 @@ from loopq_compile.generation.decoders import (
     complete,
     read_texts,
 )
-from loopq_compile.generation.expectation import Experience
-from loopq_compile.generation.speculation import AUTO, LOOKUP, Speculation, default_loops
-from loopq_compile.generation.text_reader import CachedText, Part, TextReader
+from loopq_compile.generation.program_texts import ProgramTexts
+from loopq_compile.generation.speculation import Speculation
+from loopq_compile.generation.text_reader import TextReader
 from loopq_compile.graph.caches import has_cache
 from loopq_compile.graph.device import device_of, find_device, place
 from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
@@ -55,7 +55,7 @@ class Program:
         get_state(graph_module)
         self.graph_module = graph_module
         self._variants: Variants[Program] = Variants()
-        self._experience: dict[int, Experience] = {}
+        self._texts = ProgramTexts()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph without gradients, on the program's device: inputs from elsewhere are moved there.
@@ -383,49 +383,9 @@ class Program:
                 "Early exit and speculation do not combine: an early exit is decided for all tokens of a call, so "
                 "reading several at once would change the text. Leave out exit_threshold or speculate."
             )
-        whole = self if has_cache(self.signature) else self.cached()
-        prompt = self if has_cache(self.signature) else self.cached(last_token=True)
-        if whole is None or prompt is None:
-            whole = prompt = self.with_cache()  # raises the reason
-        given = (Part(whole._by_rows().graph_module), prompt, self.loops.count)
-        if speculation.name == LOOKUP:
-            return CachedText(*given, experience=self._experience.setdefault(0, Experience()))
-        try:
-            first = speculation.loops or default_loops(self.loops.count)
-            head, others = whole.split_loops(first)
-            parts = [Part(part.graph_module) for part in (head, others._by_rows())]
-        except LoopQError as error:
-            if speculation.name != AUTO:
-                raise
-            speculation.notes.append(str(error))
-            return CachedText(*given, experience=self._experience.setdefault(0, Experience()))
-        seen = self._experience.setdefault(first, Experience())
-        return CachedText(*given, *parts, first_loops=first, experience=seen)
-
-    def _by_rows(self) -> Program:
-        """This program, reading several tokens as it would read them one by one."""
-        from loopq_compile.passes.cache.read_rows import ReadRows
-
-        make = partial(self._rewritten, [ReadRows()])
-        return self._variants.get(self.graph_module, "read-rows", make) or make()
-
-    def split_loops(self, first: int) -> tuple[Program, Program]:
-        """A program with a cache in two: the first loops with the head, and the other loops.
-
-        The first part returns `logits`, caches of its loops and tensors `state.M`, which the second takes; see the
-        passes `first-loops` and `last-loops`. Both are made once and kept.
-
-        Raises:
-            LoopQError: there is no cache or no loop, `first` is out of range, or the loop cannot be cut there.
-        """
-        from loopq_compile.passes.loops.first_loops import FirstLoops
-        from loopq_compile.passes.loops.last_loops import LastLoops
-
-        made = []
-        for item in (FirstLoops(first), LastLoops(first)):
-            make = partial(self._rewritten, [item])
-            made.append(self._variants.get(self.graph_module, f"{item.name} {first}", make) or make())
-        return made[0], made[1]
+        cached = has_cache(self.signature)
+        whole = self if cached else self.cached() or self.with_cache()  # the last raises the reason
+        return self._texts.reader(whole.graph_module, self if cached else self.cached(True) or whole, speculation)
 
     def reader(self, exit_threshold: float | None = None) -> RecomputingDecoder:
         """A decoder that gives logits of whole texts, from token ids and an attention mask.
