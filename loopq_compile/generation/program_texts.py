@@ -41,20 +41,19 @@ class ProgramTexts:
         """
         count = get_state(whole).loops.count
         reads = self._part(whole, "whole", [ReadRows()])
-        first, parts = 0, list[Part]()
+        first, head, rest = 0, None, None
         if speculation.name != LOOKUP:
             wanted = speculation.loops or default_loops(count)
             try:
-                parts.append(self._part(whole, f"first {wanted}", [FirstLoops(wanted)]))
-                parts.append(self._part(whole, f"last {wanted}", [LastLoops(wanted), ReadRows()]))
+                rest = self._part(whole, f"last {wanted}", [LastLoops(wanted), ReadRows()])
+                head = self._part(whole, f"first {wanted}", [FirstLoops(wanted)])
                 first = wanted
             except LoopQError as error:
                 if speculation.name != AUTO:
                     raise
                 speculation.notes.append(str(error))
-                parts = []
         experience = self.experience.setdefault(first, Experience())
-        return CachedText(reads, prompt, count, *parts, first_loops=first, experience=experience)
+        return CachedText(reads, prompt, count, head, rest, first_loops=first, experience=experience)
 
     def _part(self, whole: fx.GraphModule, name: str, passes: list[Pass]) -> Part:
         def make() -> Part:
