@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,11 +118,11 @@ def costs(
     lookup = program.text_reader(Speculation(LOOKUP))
     lookup.start(prompt, torch.ones_like(prompt))
     say("plain steps and reading")
-    plain = _median(repeats, lambda: lookup.read([token]), lambda: lookup.keep(0))
+    plain = _median(repeats, partial(lookup.read, [token]), partial(lookup.keep, 0))
     data: list[Values] = [{"call": "plain step", "ms": plain * 1e3, "steps": 1.0, "break_even": None}]
     for width in WIDTHS:
-        read = _median(repeats, lambda n=width: lookup.read([token] * n), lambda: lookup.keep(0))
-        even = break_even(lambda a, n=width: sum(a**k for k in range(n)), read / plain)
+        read = _median(repeats, partial(lookup.read, [token] * width), partial(lookup.keep, 0))
+        even = break_even(partial(_expected, width), read / plain)
         data.append({
             "call": f"read {width} tokens ({width - 1} proposed)", "ms": read * 1e3, "steps": read / plain,
             "break_even": even,
@@ -157,7 +158,7 @@ def _loop_costs(program: Program, prompt: Tensor, token: int, first: int, plain:
             verified.append(time.perf_counter() - began)
             reader.keep(0)
         verify, draft = statistics.median(verified), statistics.median(drafts)
-        even = break_even(lambda a, n=width: sum(a**k for k in range(n)), (width * draft + verify) / plain)
+        even = break_even(partial(_expected, width), (width * draft + verify) / plain)
         data.append({
             "call": f"{first} loops propose {width}, others verify: verify", "ms": verify * 1e3,
             "steps": verify / plain, "break_even": even,
@@ -178,6 +179,11 @@ def break_even(expected: Callable[[float], float], cost: float) -> float | None:
         middle = (low + high) / 2
         low, high = (low, middle) if expected(middle) > cost else (middle, high)
     return high
+
+
+def _expected(width: int, acceptance: float) -> float:
+    """Tokens that a call of `width` tokens gives in the mean: one, and those accepted one after the other."""
+    return sum(acceptance**place for place in range(width))
 
 
 def _median(repeats: int, run: Callable[[], Any], undo: Callable[[], Any]) -> float:
