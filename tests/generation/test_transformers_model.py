@@ -55,22 +55,6 @@ def test_samples_what_the_model_samples(llama: tuple[Any, Program]) -> None:
     assert torch.equal(program.as_hugging_face().generate(**left_padded(), **options), expected)
 
 
-def test_assisted_generation(llama: tuple[Any, Program], monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers proposes tokens from the prompt, and reads them in one call; rejected ones leave the cache."""
-    model, prompt, read = llama[1].as_hugging_face(), ids(1, 7).clamp_min(1).repeat(1, 2), list[int]()
-    given: dict[str, Any] = {**NEW, "max_new_tokens": 20, "attention_mask": torch.ones_like(prompt)}
-    expected = model.generate(prompt, **given)
-    forward = type(model).forward
-    monkeypatch.setattr(
-        type(model),
-        "forward",
-        lambda self, input_ids, **rest: read.append(len(input_ids[0])) or forward(self, input_ids, **rest),
-    )
-    found = model.generate(prompt, **given, prompt_lookup_num_tokens=4)
-    assert torch.equal(found, expected)
-    assert len(read) < 20 and max(read[1:]) > 1
-
-
 def test_assisted_generation_without_a_cache_is_refused() -> None:
     program = Program(graphs.captured(graphs.Recurrent()))
     with pytest.raises(lq.LoopQError, match="Assisted generation needs a key-value cache"):
