@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loopq_compile import methods as pipelines
     from loopq_compile.compiler import compile, load
     from loopq_compile.errors import CaptureError, LoopQError
+    from loopq_compile.generation.speculation import Speculation
     from loopq_compile.graph.loops import LoopStructure
     from loopq_compile.graph.scheme import Scheme
     from loopq_compile.pipeline import Pipeline
@@ -32,6 +33,7 @@ _HOMES = {
     "Pipeline": "pipeline",
     "Program": "program",
     "Scheme": "graph.scheme",
+    "Speculation": "generation.speculation",
     "compile": "compiler",
     "load": "compiler",
     "register_with_transformers": "sources.auto_classes",
@@ -44,6 +46,7 @@ __all__ = [
     "Pipeline",
     "Program",
     "Scheme",
+    "Speculation",
     "compile",
     "load",
     "pipelines",

@@ -24,6 +24,9 @@ from loopq_compile.generation.decoders import (
     complete,
     read_texts,
 )
+from loopq_compile.generation.program_texts import ProgramTexts
+from loopq_compile.generation.speculation import Speculation
+from loopq_compile.generation.text_reader import TextReader
 from loopq_compile.graph.caches import has_cache
 from loopq_compile.graph.device import device_of, find_device, place
 from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
@@ -53,6 +56,7 @@ class Program:
         get_state(graph_module)
         self.graph_module = graph_module
         self._variants: Variants[Program] = Variants()
+        self._texts = ProgramTexts()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph without gradients, on the program's device: inputs from elsewhere are moved there.
@@ -355,11 +359,13 @@ class Program:
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
         exit_threshold: float | None = None,
+        speculate: str | Speculation | None = None,
     ) -> Tensor:
         """Continues token ids `[batch, sequence]`; see `loopq_compile.generation.sampling.generate`.
 
         Uses a key-value cache if the model can have one (`with_cache`); otherwise reads everything again for every
-        token. With `exit_threshold`, loops stop early (`with_early_exit`).
+        token. With `exit_threshold`, loops stop early (`with_early_exit`). `speculate` makes several tokens in a step,
+        with the same result: "lookup", "loops", "loops:K", "auto", or a `Speculation` to read acceptance from.
         """
         from loopq_compile.generation.sampling import generate
 
@@ -374,6 +380,7 @@ class Program:
             top_p=top_p,
             seed=seed,
             eos_token_id=eos_token_id,
+            speculate=speculate,
         )
 
     def as_hugging_face(self, generation_config: Any = None) -> ProgramForCausalLM:
@@ -412,6 +419,22 @@ class Program:
             return (self.with_early_exit() if early is None else early).decoder(exit_threshold)
         reader, cached = self.reader(), self.cached(last_token=True)
         return reader if cached is None else cached.decoder()
+
+    def text_reader(self, speculation: Speculation, exit_threshold: float | None = None) -> TextReader:
+        """What speculation reads and proposes with: this program, and its loop in two parts if `speculation` asks for
+        loops.
+
+        Raises:
+            LoopQError: the program cannot have a cache, it may stop early, or its loop cannot be cut.
+        """
+        if exit_threshold is not None or has_early_exit(self.signature):
+            raise LoopQError(
+                "Early exit and speculation do not combine: an early exit is decided for all tokens of a call, so "
+                "reading several at once would change the text. Leave out exit_threshold or speculate."
+            )
+        cached = has_cache(self.signature)
+        whole = self if cached else self.cached() or self.with_cache()  # the last raises the reason
+        return self._texts.reader(whole.graph_module, self if cached else self.cached(True) or whole, speculation)
 
     def reader(self, exit_threshold: float | None = None) -> RecomputingDecoder:
         """A decoder that gives logits of whole texts, from token ids and an attention mask.

@@ -67,10 +67,15 @@ class OnnxDecoder:
         parts = 1 if self.threshold is not None else max(1, -(-new // self.prefill_chunk))
         ends = [new * part // parts for part in range(parts + 1)]
         for begin, end in itertools.pairwise(ends):
-            logits = self._read(new_ids[:, begin:end], attention_mask[:, : total - new + end])
-        return logits
+            logits = self.read(new_ids[:, begin:end], attention_mask[:, : total - new + end])
+        return last_logits(logits, len(new_ids))
 
-    def _read(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def read(self, new_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Appends tokens in one call; returns the logits that the file gives, of all new tokens or of the last one.
+
+        Raises:
+            LoopQError: ONNX Runtime fails.
+        """
         from onnxruntime import OrtValue
 
         ids, mask, caches = cache_inputs(self.signature)
@@ -97,4 +102,4 @@ class OnnxDecoder:
         if self.threshold is not None:
             self.loops_spent.append(int(presents.pop(0).numpy()))
         self.past = dict(zip(self.past, presents, strict=True))
-        return last_logits(torch.from_numpy(logits.numpy()), len(new_ids))
+        return torch.from_numpy(logits.numpy())

@@ -16,8 +16,12 @@ from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
 from loopq_compile.backends.onnx.decoder import PREFILL_CHUNK, OnnxDecoder
 from loopq_compile.backends.onnx.folder import check_references
 from loopq_compile.backends.onnx.loop import LOOPS
+from loopq_compile.backends.onnx.text_reader import OnnxText
 from loopq_compile.errors import LoopQError, first_line
 from loopq_compile.generation.decoders import Chosen, Decoder, complete, read_texts
+from loopq_compile.generation.expectation import Experience
+from loopq_compile.generation.speculation import LOOPS as BY_LOOPS
+from loopq_compile.generation.speculation import Speculation
 from loopq_compile.graph.caches import has_cache
 from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit
 from loopq_compile.storage.atomic import settle
@@ -53,6 +57,7 @@ class OnnxExecutable:
             raise LoopQError(f"{self.path} was not written by loopq_compile; open it with onnxruntime directly.")
         self._convention = from_json(self.metadata[METADATA_KEY])
         self.signature = self._convention.signature
+        self._experience = Experience()
         self.input_names: list[str] = [value.name for value in self.session.get_inputs()]
         self.output_names: list[str] = [value.name for value in self.session.get_outputs()]
 
@@ -142,6 +147,35 @@ class OnnxExecutable:
         if has_early_exit(self.signature):
             extra[EXIT_THRESHOLD] = exit_threshold
         return read_texts(self, self.signature, **extra)
+
+    def text_reader(
+        self,
+        speculation: Speculation,
+        loops: int | None = None,
+        exit_threshold: float | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> OnnxText:
+        """What speculation reads with: `lookup` and `auto`, which is lookup here.
+
+        Raises:
+            LoopQError: `speculation` asks for loops, or the file has no cache, may stop early, or gives logits of only
+                the last token.
+        """
+        if speculation.name == BY_LOOPS:
+            raise LoopQError(
+                "Loops propose tokens in a program (`program.generate(..., speculate='loops')`); a file runs all its "
+                "loops in one call. Use speculate='lookup'."
+            )
+        if not has_cache(self.signature):
+            raise LoopQError(f"{self.path} has no key-value cache; export it with cache=True (`--cache`).")
+        if has_early_exit(self.signature):
+            raise LoopQError(
+                "Early exit and speculation do not combine: an early exit is decided for all tokens of a call. Export "
+                "without early_exit, or leave out speculate."
+            )
+        decoder = self.decoder(loops, exit_threshold, prefill_chunk)
+        assert isinstance(decoder, OnnxDecoder)
+        return OnnxText(decoder, self._experience)
 
     @property
     def _is_rolled(self) -> bool:

@@ -44,6 +44,15 @@ def generate_command(
         typer.Option("--loops", min=1, help="Loops to run, of ONNX files written with `export --form rolled`."),
     ] = None,
     exit_threshold: ExitThreshold = None,
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            "--speculate",
+            metavar="METHOD",
+            help="Several tokens in a step, with the same text: lookup, from repetitions; loops or loops:K, from the "
+            "first loops; auto.",
+        ),
+    ] = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Continue after the end-of-text token.")] = False,
     tokenizer: TokenizerFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -56,12 +65,14 @@ def generate_command(
 
     Tokens appear as they are made. Compiled programs, and ONNX files written with `export --cache`, read the prompt
     once and then one token at a time; models, and files without a cache, read the whole text again for every token.
+    With --speculate, programs and files with a cache make several tokens in a step.
 
     Example: loopq-compile generate bundled --prompt "Return the" --do-sample --top-p 0.9
     """
     import torch
 
     from loopq_compile.generation.sampling import stream, whole_number
+    from loopq_compile.generation.speculation import Speculation
     from loopq_compile.generation.tokenizer import tokenize
     from loopq_compile.sources.loading import end_tokens
 
@@ -69,6 +80,7 @@ def generate_command(
     whole_number("--seed", seed, -(2**63), 2**64 - 1)
     _check_text("--prompt", prompt)
     stops = [unescaped(text) for text in stop or ()]
+    speculation = None if speculate is None else Speculation(speculate)
     loaded = load(model, tokenizer, trust_remote_code, None, allow_pickle, dtype, device)
     ids = tokenize(loaded.tokenizer, prompt).unsqueeze(0)
     chosen = _chosen(loaded, loops, exit_threshold)
@@ -84,6 +96,7 @@ def generate_command(
             top_p=top_p,
             seed=seed,
             eos_token_id=None if ignore_end else end_tokens(loaded),
+            speculate=speculation,
         )
         tokens: list[int] = []
         if not json:
@@ -97,11 +110,14 @@ def generate_command(
                 break
     if json:
         seconds = round(time.perf_counter() - start, 3)
-        print_json({"prompt": prompt, "text": made, "tokens": tokens, "seconds": seconds, **_spent(chosen)})
+        about = {} if speculation is None else {"speculation": speculation.to_dict()}
+        print_json({"prompt": prompt, "text": made, "tokens": tokens, "seconds": seconds, **_spent(chosen), **about})
     else:
         typer.echo()
         if spent := _spent(chosen):
             typer.echo(f"{spent['mean_loops']:.2f} loops a call in the mean", err=True)
+        if speculation is not None:
+            typer.echo("\n".join([str(speculation), *speculation.notes]), err=True)
 
 
 def _chosen(loaded: Any, loops: int | None, exit_threshold: float | None) -> Any:

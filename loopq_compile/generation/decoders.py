@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from loopq_compile.errors import LoopQError
+from loopq_compile.generation.speculation import Speculation
+from loopq_compile.generation.text_reader import TextReader
 from loopq_compile.graph.caches import cache_inputs, empty_cache, has_cache, present_name
 from loopq_compile.graph.device import device_of
 from loopq_compile.graph.early_exit import EXIT_THRESHOLD, check_early_exit, has_early_exit, spent_of, threshold_tensor
@@ -161,6 +163,12 @@ class Chosen:
         """A decoder of the model with the options."""
         self.last = self.model.decoder(**self.options)
         return self.last
+
+    def text_reader(self, speculation: Speculation) -> TextReader:
+        """What speculation reads and proposes with, with the options."""
+        if not hasattr(self.model, "text_reader"):
+            raise LoopQError("Speculation needs a program or an ONNX file with a key-value cache.")
+        return self.model.text_reader(speculation, **self.options)
 
 
 class Variants(Generic[T]):

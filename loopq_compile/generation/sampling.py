@@ -12,6 +12,8 @@ from torch import Tensor
 
 from loopq_compile.errors import LoopQError
 from loopq_compile.generation.decoders import Decoder, RecomputingDecoder
+from loopq_compile.generation.speculation import Speculation
+from loopq_compile.generation.speculative_steps import MOST, SpeculativeSteps
 from loopq_compile.graph.texts import logits_of
 
 __all__ = ["generate", "logits_of", "stream"]
@@ -31,12 +33,13 @@ def stream(
     top_p: float | None = None,
     seed: int = 0,
     eos_token_id: int | Sequence[int] | None = None,
+    speculate: str | Speculation | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every sequence, `[batch]`, `max_new_tokens` times or until all have ended.
 
     If the model has a method `decoder()` (a `Program`, an `OnnxExecutable`), that decoder is used; it has a key-value
-    cache if possible. Other models read the whole text again for every token. Arguments are checked by the call itself,
-    before the first token is requested.
+    cache if possible. Other models read the whole text again for every token. With `speculate`, its `text_reader()` is
+    used. Arguments are checked by the call itself, before the first token is requested.
     """
     _check_ids(input_ids)
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
@@ -50,27 +53,97 @@ def stream(
     if top_p is not None and not 0 < top_p <= 1:
         raise LoopQError(f"top_p must lie in (0, 1]; got {top_p!r}.")
     mask = _checked_mask(input_ids, attention_mask)
+    chooser = Chooser(whole_number("seed", seed, -(2**63), 2**64 - 1), do_sample, temperature, _filters(top_k, top_p))
+    ends = _ends(eos_token_id)
+    if speculate is not None:
+        return _speculate(model, chooser, Speculation.of(speculate), input_ids, mask, ends, max_new_tokens)
     decoder: Decoder = model.decoder() if hasattr(model, "decoder") else RecomputingDecoder(model)
-    generator = torch.Generator().manual_seed(whole_number("seed", seed, -(2**63), 2**64 - 1))
-    ends = torch.tensor(_ends(eos_token_id), dtype=torch.int64)
-    filters = _filters(top_k, top_p)
+    return _steps(decoder, chooser, input_ids, mask, torch.tensor(ends, dtype=torch.int64), max_new_tokens)
 
-    def choose(logits: Tensor) -> Tensor:
-        if not do_sample:
+
+class Chooser:
+    """Chooses the next token: the most likely one, or one drawn at random.
+
+    Every new token of a text has random numbers of its own, the same for whatever logits are given for it. They are
+    those that `torch.multinomial` would use: of numbers `e` with an exponential distribution, one for each entry of the
+    vocabulary, the token with the largest `probability / e` is drawn.
+
+    Args:
+        seed: of the random numbers.
+        do_sample: whether to draw.
+        temperature: divides logits.
+        filters: of unlikely tokens, as transformers has them.
+    """
+
+    def __init__(self, seed: int, do_sample: bool, temperature: float, filters: Any) -> None:
+        self.do_sample, self.temperature, self.filters = do_sample, temperature, filters
+        self.generator = torch.Generator().manual_seed(seed)
+        self.numbers: dict[int, Tensor] = {}
+        self.drawn = 0
+
+    def token(self, logits: Tensor, number: int) -> Tensor:
+        """New token `number` of every row, `[batch]`, from logits `[batch, vocabulary]`.
+
+        Numbers may be asked for again and ahead, up to `MOST_AHEAD` of them.
+        """
+        logits = logits.float().cpu()
+        if not self.do_sample:
             return logits.argmax(-1)
-        likely = filters(input_ids, _scaled(logits, temperature))
-        return torch.multinomial(likely.softmax(-1), 1, generator=generator)[:, 0]
+        return (self.probabilities(logits) / self._random(number, logits)).argmax(-1)
 
-    return _steps(decoder, choose, input_ids, mask, ends, max_new_tokens)
+    def probability(self, logits: Tensor, token: int) -> float:
+        """The probability that `logits` `[1, vocabulary]` give `token`; without `do_sample` that of the model."""
+        logits = logits.float().cpu()
+        likely = self.probabilities(logits) if self.do_sample else logits.softmax(-1)
+        return float(likely[0, token])
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probabilities `[batch, vocabulary]` from which tokens are drawn."""
+        ids = torch.zeros(len(logits), 1, dtype=torch.int64)
+        return self.filters(ids, _scaled(logits, self.temperature)).softmax(-1)
+
+    def _random(self, number: int, like: Tensor) -> Tensor:
+        while self.drawn <= number:
+            self.numbers[self.drawn] = torch.empty_like(like).exponential_(1, generator=self.generator)
+            self.numbers.pop(self.drawn - MOST_AHEAD, None)
+            self.drawn += 1
+        return self.numbers[number]
+
+
+MOST_AHEAD = 2 * MOST
+"""Tokens for which a `Chooser` keeps random numbers."""
+
+
+def _speculate(
+    model: Any,
+    chooser: Chooser,
+    speculation: Speculation,
+    input_ids: Tensor,
+    mask: Tensor,
+    ends: list[int],
+    count: int,
+) -> Iterator[Tensor]:
+    if len(input_ids) != 1:
+        raise LoopQError(
+            f"Speculation decodes one text, since rows would accept different numbers of tokens; input_ids has "
+            f"{len(input_ids)} rows. Generate them one by one, or without speculate."
+        )
+    if not hasattr(model, "text_reader"):
+        raise LoopQError(
+            "Speculation needs a program or an ONNX file with a key-value cache; this is a model. Compile it first."
+        )
+    reader = model.text_reader(speculation)
+    steps = SpeculativeSteps(reader, chooser, speculation, count, set(ends))
+    return (torch.tensor([token]) for token in steps.run(input_ids, mask))
 
 
 def _steps(
-    decoder: Decoder, choose: Callable[[Tensor], Tensor], input_ids: Tensor, mask: Tensor, ends: Tensor, count: int
+    decoder: Decoder, chooser: Chooser, input_ids: Tensor, mask: Tensor, ends: Tensor, count: int
 ) -> Iterator[Tensor]:
     ended = torch.zeros(len(input_ids), dtype=torch.bool)
     new = input_ids
     for step in range(count):
-        token = choose(decoder(new, mask).float().cpu())
+        token = chooser.token(decoder(new, mask), step)
         if len(ends):
             token = torch.where(ended, torch.full_like(token, int(ends[0])), token)
             ended |= torch.isin(token, ends)
@@ -90,7 +163,8 @@ def generate(model: Callable[..., Any], input_ids: Tensor, max_new_tokens: int =
         max_new_tokens: number of tokens to add.
         options: `attention_mask` `[batch, sequence]`, 0 on padding; `do_sample`, `temperature`, `top_k`, `top_p`,
             `seed`; `eos_token_id`, one or several, which end a sequence (the first fills sequences that have ended).
-            Greedy without `do_sample`.
+            Greedy without `do_sample`. `speculate`: "lookup", "loops", "loops:K", "auto" or a `Speculation`, which
+            then tells what came of it: several tokens in a step, with the same result, for one sequence.
 
     Returns:
         Ids `[batch, sequence + new]`, the given ones included.

@@ -28,6 +28,10 @@ _CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWit
 """The installed release's name for keys and values of earlier calls."""
 
 
+_ASSISTED = ("prompt_lookup_num_tokens", "assistant_model")
+"""Options of transformers with which several tokens are read in one call."""
+
+
 class ProgramConfig(PretrainedConfig):
     """The configuration that transformers needs: size of the vocabulary, and number of pairs of keys and values."""
 
@@ -62,7 +66,17 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
         self.eval()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. A program without a cache reads prompts at once and ignores `prefill_chunk_size`."""
+        """As in transformers. A program without a cache reads prompts at once and ignores `prefill_chunk_size`.
+
+        Raises:
+            LoopQError: assisted generation (`prompt_lookup_num_tokens`, `assistant_model`) of a program without a
+                cache.
+        """
+        if not self.takes_cache and any(kwargs.get(name) is not None for name in _ASSISTED):
+            raise LoopQError(
+                "Assisted generation needs a key-value cache, and this program cannot have one (program.with_cache() "
+                f"says why). Leave out {' and '.join(name for name in _ASSISTED if kwargs.get(name) is not None)}."
+            )
         if not self.takes_cache and kwargs.get("prefill_chunk_size") is not None:
             kwargs["prefill_chunk_size"] = None
         return super().generate(*args, **kwargs)

@@ -9,6 +9,8 @@ from loopq_compile.graph.signature import LOOPS_AXIS, PAST, InputSpec, Signature
 
 PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 """Prefix of the names of cache inputs and outputs; a number and `.key` or `.value` follow."""
+STATE_PREFIX = "state."
+"""Prefix of the tensors that the first loops of a program hand to the other ones; a number follows."""
 
 
 def has_cache(signature: Signature) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from loopq_compile.cli.bench import growth, kernels, quality, speed, studies
+from loopq_compile.cli.bench import growth, kernels, quality, speculate, speed, studies
 
 __all__ = ["app"]
 
@@ -25,6 +25,7 @@ app.command("calibrate")(growth.calibrate_command)
 app.command("memory")(growth.memory_command)
 app.command("size")(growth.size_command)
 app.command("speed")(speed.speed_command)
+app.command("speculate")(speculate.speculate_command)
 app.command("compile")(growth.compile_command)
 app.command("kernels")(kernels.kernels_command)
 for _name, _command in studies.commands():
