@@ -40,8 +40,8 @@ class WeightChain:
     def __init__(self, end: fx.Node) -> None:
         self.name = end.name
         self._operator: Any = end.target
-        x, scale, *limits = end.args
-        self._limits: list[Any] = limits
+        arguments: Any = end.args
+        x, scale, *self._limits = arguments
         nodes = sources_of([end]) - {end}
         ordered = [node for node in end.graph.nodes if node in nodes]
         stored = [node for node in ordered if node.op == "get_attr"]

@@ -32,6 +32,12 @@ _ASSISTED = ("prompt_lookup_num_tokens", "assistant_model")
 """Options of transformers with which several tokens are read in one call."""
 
 
+def _option(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An option of `generate`, given by name or in a `generation_config`."""
+    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    return kwargs[name] if name in kwargs else getattr(given, name, None)
+
+
 class ProgramConfig(PretrainedConfig):
     """The configuration that transformers needs: size of the vocabulary, and number of pairs of keys and values."""
 
@@ -69,13 +75,14 @@ class ProgramForCausalLM(PreTrainedModel, GenerationMixin):
         """As in transformers. A program without a cache reads prompts at once and ignores `prefill_chunk_size`.
 
         Raises:
-            LoopQError: assisted generation (`prompt_lookup_num_tokens`, `assistant_model`) of a program without a
-                cache.
+            LoopQError: assisted generation is asked for (`prompt_lookup_num_tokens`, `assistant_model`). It gave
+                another text than plain decoding here.
         """
-        if not self.takes_cache and any(kwargs.get(name) is not None for name in _ASSISTED):
+        asked = [name for name in _ASSISTED if _option(name, args, kwargs) is not None]
+        if asked:
             raise LoopQError(
-                "Assisted generation needs a key-value cache, and this program cannot have one (program.with_cache() "
-                f"says why). Leave out {' and '.join(name for name in _ASSISTED if kwargs.get(name) is not None)}."
+                f"Assisted generation of transformers ({' and '.join(asked)}) may change the text of a program, so it "
+                "is not supported. Leave it out, or use program.generate(ids, speculate='lookup'), which does not."
             )
         if not self.takes_cache and kwargs.get("prefill_chunk_size") is not None:
             kwargs["prefill_chunk_size"] = None

@@ -227,8 +227,8 @@ def offset_gradients(
     grad: Tensor, x: Tensor, steps: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: int
 ) -> Tensor:
     """The gradient of `steps` in `fake_quantize(offset(x, steps, scale), scale)`, in one pass: `[N, K]` in bfloat16."""
-    rows = [_rows(tensor, group_size) for tensor in (grad, x, steps)]
-    return _offset_gradients(*rows, _scale_rows(scale, x), q_min, q_max).view(x.shape)
+    grads, weights, moves = (_rows(tensor, group_size) for tensor in (grad, x, steps))
+    return _offset_gradients(grads, weights, moves, _scale_rows(scale, x), q_min, q_max).view(x.shape)
 
 
 def weight_codes(x: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: int) -> Tensor:

@@ -55,10 +55,15 @@ def test_samples_what_the_model_samples(llama: tuple[Any, Program]) -> None:
     assert torch.equal(program.as_hugging_face().generate(**left_padded(), **options), expected)
 
 
-def test_assisted_generation_without_a_cache_is_refused() -> None:
-    program = Program(graphs.captured(graphs.Recurrent()))
-    with pytest.raises(lq.LoopQError, match="Assisted generation needs a key-value cache"):
-        program.as_hugging_face().generate(ids(1, 4), **NEW, prompt_lookup_num_tokens=3)
+def test_assisted_generation_is_refused(llama: tuple[Any, Program]) -> None:
+    """It gave other tokens than plain decoding after proposals that were rejected."""
+    hugging_face = llama[1].as_hugging_face()
+    for options in (
+        {"prompt_lookup_num_tokens": 3},
+        {"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)},
+    ):
+        with pytest.raises(lq.LoopQError, match=r"prompt_lookup_num_tokens.*speculate='lookup'"):
+            hugging_face.generate(ids(1, 4), **options)
 
 
 def test_one_new_token_a_call(llama: tuple[Any, Program], monkeypatch: pytest.MonkeyPatch) -> None:
