@@ -58,10 +58,8 @@ def test_samples_what_the_model_samples(llama: tuple[Any, Program]) -> None:
 def test_assisted_generation_is_refused(llama: tuple[Any, Program]) -> None:
     """It gave other tokens than plain decoding after proposals that were rejected."""
     hugging_face = llama[1].as_hugging_face()
-    for options in (
-        {"prompt_lookup_num_tokens": 3},
-        {"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)},
-    ):
+    config = transformers.GenerationConfig(prompt_lookup_num_tokens=3)
+    for options in ({"prompt_lookup_num_tokens": 3}, {"generation_config": config}):
         with pytest.raises(lq.LoopQError, match=r"prompt_lookup_num_tokens.*speculate='lookup'"):
             hugging_face.generate(ids(1, 4), **options)
 
