@@ -154,8 +154,8 @@ def test_a_prompt_is_read_in_parts(form: str, kv_bits: int | None, tmp_path) -> 
     mask[0, :5] = 0
     calls: list[int] = []
     decoder = run.decoder(prefill_chunk=4)
-    read = decoder._read
-    decoder._read = lambda new, seen: calls.append(new.shape[1]) or read(new, seen)
+    read = decoder.read
+    decoder.read = lambda new, seen: calls.append(new.shape[1]) or read(new, seen)
     whole = run.decoder(prefill_chunk=11)
     torch.testing.assert_close(decoder(tokens, mask), whole(tokens, mask), rtol=1e-4, atol=1e-4)
     assert calls == [3, 4, 4]
