@@ -30,8 +30,9 @@ from loopq_compile.graph.caches import has_cache
 from loopq_compile.graph.copies import copy_on
 from loopq_compile.graph.device import CPU, device_of
 from loopq_compile.graph.names import shown_name
+from loopq_compile.graph.precision import in_single_precision, uses_half_precision
 from loopq_compile.graph.rolled import rolled_loops
-from loopq_compile.graph.state import CompilerState, attach_state, copy_graph, get_state, get_tensor
+from loopq_compile.graph.state import CompilerState, attach_state, copy_graph, get_state
 from loopq_compile.passes.base import Pass
 from loopq_compile.passes.loops.deployment import deployment
 from loopq_compile.pipeline import Pipeline
@@ -64,7 +65,8 @@ def export(
     Quantized weights are INT4 or INT8 initializers with block-wise scales, stored once and read by every loop;
     activations pass through QuantizeLinear and DequantizeLinear. Batch and sequence are dynamic. Node names start with
     the loop (`/loop2/...`). The program is not changed. It may be one that has a cache, rolled loops or early exit
-    already; `form`, `cache` and `early_exit` only add what is missing.
+    already; `form`, `cache` and `early_exit` only add what is missing. Files compute in single precision; a program in
+    half precision is exported as that, with the same stored numbers.
 
     Args:
         graph_module: a compiled graph (captured, quantized or not).
@@ -109,6 +111,8 @@ def export(
     check_destination(Path(directory), overwrite=overwrite)
     if device_of(graph_module) != CPU:
         graph_module = copy_on(graph_module, CPU)
+    if uses_half_precision(graph_module):
+        graph_module = in_single_precision(graph_module)
     passes = deployment(
         graph_module,
         cache=cache,
@@ -165,9 +169,6 @@ def _check_products(target: str, form: str, products: str, head_bits: int | None
         raise LoopQError("products='both' is for form='unrolled'; rolled files have 'packed' or 'int8' ones.")
 
 
-_HALF = (torch.float16, torch.bfloat16)
-
-
 def _check_options(graph_module: Any, directory: Any, **chosen: str) -> None:
     if not isinstance(graph_module, fx.GraphModule):
         raise LoopQError(f"export takes the graph module of a program; got {type(graph_module).__name__}.")
@@ -177,13 +178,10 @@ def _check_options(graph_module: Any, directory: Any, **chosen: str) -> None:
         if value not in _CHOICES[option]:
             raise LoopQError(f"Unknown ONNX {option} {value!r}.{did_you_mean(str(value), _CHOICES[option])}")
     for node in graph_module.graph.nodes:
-        dtype = getattr(node.meta.get("val"), "dtype", None)
-        if node.op == "get_attr":
-            dtype = get_tensor(graph_module, str(node.target)).dtype
-        if dtype in _HALF or (dtype is torch.float64 and node.target is torch.ops.aten.linear.default):
+        if node.target is torch.ops.aten.linear.default and node.meta["val"].dtype is torch.float64:
             raise LoopQError(
-                f"{shown_name(str(node.target))!r} is in {str(dtype).removeprefix('torch.')}; ONNX files of this "
-                "version are float32: compile model.float()."
+                f"{shown_name(node.name)!r} computes in float64; ONNX files of this version are float32: compile "
+                "model.float()."
             )
 
 
