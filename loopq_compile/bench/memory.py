@@ -104,6 +104,7 @@ def memory_of(
     length: int = 512,
     options: Mapping[str, Any] | None = None,
     *,
+    dtype: str = "float32",
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Calibrates a model of published size with random weights and exports it (`onnxruntime`, rolled, with a cache), in
@@ -113,6 +114,7 @@ def memory_of(
         name: one of `random_models.SIZES`.
         layers: number of layers, fewer than the model has, to try it out.
         scheme, method, steps, samples, length, options: as for `memory`.
+        dtype: type of the model's weights.
         say: called with what is being done.
 
     Raises:
@@ -121,7 +123,8 @@ def memory_of(
     config = sized(name, layers)
     say(f"{name}, {config.num_hidden_layers} layers x {config.total_ut_steps} loops:")
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(config.to_dict(), scheme, method, steps, samples, length, dict(options or {}), out=folder)
+        kept = dict(options or {})
+        job = Job(config.to_dict(), scheme, method, steps, samples, length, kept, out=folder, dtype=dtype)
         model, *lines = measure(job, say)
         disk = sum(file.stat().st_size for file in Path(folder).iterdir())
     rows = [("the model itself", "", f"{model['peak'] / 2**30:.2f}", f"{model['peak'] / model['weights']:.1f}")]
@@ -130,8 +133,8 @@ def memory_of(
         rows.append((line["pass"], f"{line['seconds']:,.0f}", f"{peak / 2**30:.2f}", f"{peak / model['weights']:.1f}"))
     rows.append(("on disk", "", f"{disk / 2**30:.2f}", f"{disk / model['weights']:.1f}"))
     notes = [
-        "Peak resident memory while a pass runs, beyond the float32 model, which lies there before; and divided by the "
-        f"{model['weights']:,} weights of its layers. {steps} steps, {samples} rows of {length} tokens, "
+        f"Peak resident memory while a pass runs, beyond the {dtype} model, which lies there before; and divided by "
+        f"the {model['weights']:,} weights of its layers. {steps} steps, {samples} rows of {length} tokens, "
         f"{torch.get_num_threads()} threads. The weights are random."
     ]
     title = f"{name}, {config.num_hidden_layers} layers x {config.total_ut_steps} loops, {method} {scheme}"

@@ -48,6 +48,7 @@ class Job:
         out: folder for an ONNX file of the result, checked against the program; None for none.
         rehearse: only predict.
         processes: how many processes share the work.
+        dtype: type of the model's weights: "float32", "bfloat16" or "float16".
     """
 
     config: dict[str, Any]
@@ -60,6 +61,7 @@ class Job:
     out: str | None = None
     rehearse: bool = False
     processes: int = 1
+    dtype: str = "float32"
 
 
 def measure(job: Job, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -107,7 +109,7 @@ class MeasuredPipeline(Pipeline):
 
 def run(job: Job, tell: Callable[[dict[str, Any]], None]) -> None:
     """Calibrates in this process, and tells what `measure` returns."""
-    model = random_model(OuroConfig.from_dict(job.config))
+    model = random_model(OuroConfig.from_dict(job.config), getattr(torch, job.dtype))
     weights = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
     peak, start, peaks = Peak(CPU), time.perf_counter(), [0]
     tell({**_line("model", 0.0, peak.base), "weights": weights})

@@ -50,7 +50,7 @@ AllowPickle = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option("--dtype", help="Load the model's weights as float32, bfloat16 or float16; ONNX needs float32."),
+    typer.Option("--dtype", help="Load the model's weights as float32, bfloat16 or float16."),
 ]
 Device = Annotated[
     str, typer.Option("--device", help="Where to run: auto (a GPU if there is one), cpu, cuda, or cuda:1.")

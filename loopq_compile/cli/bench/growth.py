@@ -20,6 +20,7 @@ from loopq_compile.cli.bench.options import (
 )
 from loopq_compile.cli.common import (
     AllowPickle,
+    Dtype,
     Json,
     Length,
     MaxTokens,
@@ -207,6 +208,7 @@ def memory_command(
         typer.Option("--model", metavar="NAME", help="One of published size, with its file: ouro-1.4b, ouro-2.6b."),
     ] = None,
     batch_rows: Annotated[int, typer.Option("--batch-rows", min=1, help="Rows in a step.")] = 4,
+    dtype: Dtype = "float32",
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", metavar="DIR", help="With --model: continue if it is started again.")
     ] = None,
@@ -215,6 +217,7 @@ def memory_command(
 ) -> None:
     """Time and peak memory of a calibration by pass at several depths, as predicted by the dry run and as measured."""
     from loopq_compile.bench.memory import memory, memory_of
+    from loopq_compile.sources.hugging_face import LoadOptions
 
     counts = whole_numbers("--layers", layers) if layers else []
     options: dict[str, Any] = {"precision": precision, "batch_rows": batch_rows}
@@ -223,8 +226,11 @@ def memory_command(
             raise LoopQError(f"--model measures one number of layers; got --layers {layers}.")
         if checkpoint is not None:
             options["checkpoint"] = str(checkpoint)
-        only = counts[0] if counts else None
-        show(memory_of(model, only, scheme, method, steps, samples, length, options, say=note(True)), out, json)
+        only, dtype = counts[0] if counts else None, LoadOptions(dtype=dtype).dtype
+        report = memory_of(
+            model, only, scheme, method, steps, samples, length, options, dtype=dtype, say=note(True)
+        )
+        show(report, out, json)
         return
     counts = counts or [2, 4]
     report = memory(
