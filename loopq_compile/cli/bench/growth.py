@@ -227,9 +227,7 @@ def memory_command(
         if checkpoint is not None:
             options["checkpoint"] = str(checkpoint)
         only, dtype = counts[0] if counts else None, LoadOptions(dtype=dtype).dtype
-        report = memory_of(
-            model, only, scheme, method, steps, samples, length, options, dtype=dtype, say=note(True)
-        )
+        report = memory_of(model, only, scheme, method, steps, samples, length, options, dtype=dtype, say=note(True))
         show(report, out, json)
         return
     counts = counts or [2, 4]
