@@ -24,6 +24,7 @@ from loopq_compile.passes.quantize.annotate_linears import AnnotateLinears
 from loopq_compile.passes.quantize.canonicalize_linears import CanonicalizeLinears
 from loopq_compile.passes.quantize.collect_ranges import CollectRanges
 from loopq_compile.passes.quantize.insert_activation_qdq import InsertActivationQdq
+from loopq_compile.passes.quantize.latent_weights import LatentWeights
 from loopq_compile.passes.quantize.pack_weights import PackWeights
 from loopq_compile.passes.quantize.quantize_weights import QuantizeWeights
 from loopq_compile.passes.quantize.round_scales import RoundScales
@@ -126,7 +127,8 @@ def flatquant_e2e() -> Pipeline:
     first = Calibrate(_FIRST_SHARE, LEARNED_STEPS, kinds=_FIRST_KINDS, trajectory=False)
     second = Calibrate(1 - _FIRST_SHARE, LEARNED_STEPS, kinds=_SECOND_KINDS, trajectory=False)
     quantization = _quantization(learnable=True, rounding=True)
-    return Pipeline([*_FRONT, *_transforms(), *quantization, first, _solve(), second, *_back()], "flatquant-e2e")
+    passes = [*_FRONT, *_transforms(), *quantization, first, *_solve(), second, *_back()]
+    return Pipeline(passes, "flatquant-e2e")
 
 
 def loopq_paper() -> Pipeline:
@@ -151,7 +153,7 @@ def loopq(
         slt: selected groups get transforms and weights per loop.
         cta: adapters between loops.
         trajectory: states at the ends of loops count in the loss, not only predictions.
-        rounding: weights may move by a learned offset before they are rounded.
+        rounding: weights may move before they are rounded.
         transforms: transforms of activations and weights; without them `slt` has nothing to select.
     """
     slt = slt and transforms
@@ -169,7 +171,7 @@ def loopq_plain() -> Pipeline:
     smoothing = [SmoothActivations(SMOOTHING, foldable=True), FoldDiagonals()]
     quantization = [CollectRanges(), QuantizeWeights(True, True), InsertActivationQdq(), SetRanges(clip=False)]
     learned = Calibrate(1.0, LEARNED_STEPS, ("rounding",), trajectory=True)
-    passes = [*_FRONT, *smoothing, *quantization, _solve(), learned, *_back(), RoundScales()]
+    passes = [*_FRONT, *smoothing, *quantization, *_solve(), learned, *_back(), RoundScales()]
     return Pipeline(passes, "loopq-plain")
 
 
@@ -196,7 +198,7 @@ def _loopq(
     for number in range(parts):
         passes.append(calibrate(share / parts, _FIRST_KINDS))
         passes += [SelectTransforms(number, SELECTION_ROUNDS)] if number < parts - 1 else []
-    passes += [_solve(), calibrate(1 - share, _SECOND_KINDS)] if rounding else []
+    passes += [*_solve(), calibrate(1 - share, _SECOND_KINDS)] if rounding else []
     return Pipeline([*passes, *_back()], name)
 
 
@@ -211,9 +213,9 @@ def _quantization(learnable: bool = False, rounding: bool = False) -> list[PassB
     return [CollectRanges(), QuantizeWeights(learnable, rounding), InsertActivationQdq(), SetRanges()]
 
 
-def _solve() -> SolveWeights:
+def _solve() -> list[PassBase]:
     """The solver from whose result learned rounding starts."""
-    return SolveWeights("gptq", centered=False)
+    return [SolveWeights("gptq", centered=False), LatentWeights()]
 
 
 def _back() -> list[PassBase]:

@@ -13,13 +13,12 @@ from loopq_compile.calibration import distributed
 from loopq_compile.calibration.batches import token_mask
 from loopq_compile.calibration.blocks import Block, Call
 from loopq_compile.calibration.data import Batch
-from loopq_compile.calibration.learnable import Offsets, Value
+from loopq_compile.calibration.learnable import Value
 from loopq_compile.calibration.objective import LossParts, distance
 from loopq_compile.calibration.steps import Plan, Steps
 from loopq_compile.calibration.student import Student, store_results
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.signature import Signature
-from loopq_compile.operators.precision import wide
 
 KEPT_BYTES = 4 << 30
 """Up to this size the values of all blocks are kept at once; beyond it only those of one block, in bfloat16."""
@@ -111,10 +110,7 @@ class BlockTraining(Steps):
     def backward(self, number: int) -> LossParts:
         """Runs backward one run at a time, so that the memory of a step does not grow with the number of loops."""
         with torch.enable_grad(), self.precision():
-            values = self.values()
-            offsets = {name: value for name, value in values.items() if isinstance(value, Offsets)}
-            steps = {name: wide(value.steps).requires_grad_() for name, value in offsets.items()}
-            constants = self._constants(values | steps)
+            constants = self._constants(self.values())
             learned = {
                 name: value for name, value in constants.items() if isinstance(value, Tensor) and value.requires_grad
             }
@@ -127,9 +123,6 @@ class BlockTraining(Steps):
                 total = total + loss.detach()
         used = [name for name, leaf in leaves.items() if leaf.grad is not None]
         torch.autograd.backward([learned[name] for name in used], [leaves[name].grad for name in used])
-        for name, value in offsets.items():
-            if (gradient := steps[name].grad) is not None:
-                value.add_gradient(gradient)
         return LossParts(total, total, torch.zeros(()), torch.zeros(()))
 
     def validate(self, values: Mapping[str, Value]) -> float:
@@ -144,8 +137,7 @@ class BlockTraining(Steps):
         """All constant nodes that the block reads, by name."""
         known: dict[str, Any] = {}
         for name, target in self.block.attributes.items():
-            value = values.get(target, self.tensors[target])
-            known[name] = value.steps if isinstance(value, Offsets) else value
+            known[name] = values.get(target, self.tensors[target])
         prepare = self.block.prepare
         store_results(known, prepare, prepare.module(*[known[name] for name in prepare.inputs]))
         return known

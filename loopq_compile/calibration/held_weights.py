@@ -5,7 +5,8 @@ quantize-dequantize pair. Autograd would keep every value of every chain, some 4
 for every loop. Here a step keeps the integers and scales of a chain, and the sum of its weight's gradients over all
 loops. Each product makes the weight anew, forward and backward. When the backward pass has left the first product
 that read a weight, the chain runs once more, and the summed gradient goes through it. A chain runs on some rows of
-its weight at a time, so that its temporary tensors are small, whatever the weight's size.
+its weight at a time, so that its temporary tensors are small, whatever the weight's size. A weight that is stored as
+latent numbers has no chain, and nothing of it is kept but those.
 
 Under `torchrun` each process keeps rows of the integers and of the sum (`sharding`). A product gathers the integers,
 and its gradient is averaged over the processes at once. So what the chain gets is the mean, the same in all processes.
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from loopq_compile.calibration.learnable import Offsets, Value
+from loopq_compile.calibration.learnable import Latent, Value
 from loopq_compile.calibration.sharding import Rows, whole
 from loopq_compile.calibration.weight_chain import Integers, WeightChain
 from loopq_compile.graph.constants import constant_nodes
 from loopq_compile.memory import trim_bounded
 from loopq_compile.operators import ops
+from loopq_compile.operators.latent import latent_gradients, rounded_latents
 from loopq_compile.operators.precision import wide
 from loopq_compile.operators.straight_through import weight_values
 
@@ -39,7 +41,7 @@ class HeldWeight:
     Args:
         chain: how the weight is computed.
         values: what the chain reads, in the order of its `targets`.
-        integers: what the chain gives for these values.
+        integers: what the chain gives for these values; the codes may be divided among processes.
         summed: send the sum of all gradients through the chain, once. Otherwise each goes through it at once: no
             memory, but more work.
         gradient: type of the sum.
@@ -57,8 +59,7 @@ class HeldWeight:
     ) -> None:
         self._chain, self._values, self._summed, self._type = chain, list(values), summed, gradient
         self._rows = rows
-        codes, self._scale = integers
-        self._codes = rows.own(codes)
+        self._codes, self._scale = integers
         self._sum: Tensor | None = None
         self._through: list[Tensor | None] = []
         self._leaves = [value for value in self._values if isinstance(value, Tensor) and value.requires_grad]
@@ -98,11 +99,6 @@ class HeldWeight:
         """Sends a gradient of the weight through the chain."""
         learned = [place for place, value in enumerate(self._values) if _is_learned(value)]
         tensors, chain = tensors_of(self._values), self._chain
-        value = self._values[learned[0]]
-        if isinstance(value, Offsets) and chain.is_moved_by(learned):
-            value.add_gradient(chain.offset_gradient(grad, tensors, self._scale))
-            trim_bounded(_PASSED * grad.numel())
-            return
         found: dict[int, Tensor] = {}
         for rows in chain.parts(tensors):
             some = chain.some(tensors, rows)
@@ -115,20 +111,13 @@ class HeldWeight:
             for place, gradient in zip(learned, gradients, strict=True):
                 if gradient is not None:
                     self._collect(found, place, rows, gradient, tensors[place])
-        through = []
-        for place in learned:
-            value, total = self._values[place], found.get(place)
-            if not isinstance(value, Offsets):
-                through.append(total)
-            elif total is not None:
-                value.add_gradient(total)
+        through = [found.get(place) for place in learned]
         self._through = [_sum(*pair) for pair in zip(self._through, through, strict=True)] if self._through else through
         trim_bounded(_PASSED * grad.numel())
 
     def _collect(self, found: dict[int, Tensor], place: int, rows: slice, gradient: Tensor, like: Tensor) -> None:
         """Adds to `found` the gradient by some rows of the tensor `like`, or by a tensor that all rows read."""
-        value, dim = self._values[place], self._chain.dim(place)
-        gradient = gradient.to(torch.bfloat16 if isinstance(value, Offsets) else like.dtype)
+        dim, gradient = self._chain.dim(place), gradient.to(like.dtype)
         if rows == slice(None):
             found[place] = gradient
         elif dim is None:
@@ -139,13 +128,42 @@ class HeldWeight:
             found[place][(slice(None),) * dim + (rows,)] = gradient
 
 
+class LatentWeight(HeldWeight):
+    """A weight that is stored as latent numbers, from which each product makes its integers.
+
+    Args:
+        chain: one with a `latent`.
+        values: as for `HeldWeight`.
+        gradient, rows: as for `HeldWeight`.
+    """
+
+    def __init__(self, chain: WeightChain, values: Sequence[Value], gradient: torch.dtype, rows: Rows) -> None:
+        assert chain.latent is not None
+        numbers, scale = values[chain.latent.numbers], values[chain.latent.scale]
+        assert isinstance(scale, Tensor)
+        stored = numbers.numbers if isinstance(numbers, Latent) else numbers
+        super().__init__(chain, values, (stored, scale), True, gradient, rows)
+        self._latent = numbers
+        self._grid = chain.group_size, chain.latent.fraction, chain.latent.q_min, chain.latent.q_max
+
+    def value(self, dtype: torch.dtype | None = None) -> Tensor:
+        numbers, dtype = whole(self._codes), dtype or self._scale.dtype
+        trim_bounded(numbers.numel() * dtype.itemsize)
+        return rounded_latents(numbers, self._scale, *self._grid, dtype)
+
+    def _pass_on(self, grad: Tensor) -> None:
+        assert isinstance(self._latent, Latent)
+        self._latent.add_gradient(latent_gradients(grad, whole(self._codes), self._scale, *self._grid))
+        trim_bounded(_PASSED * grad.numel())
+
+
 def tensors_of(values: Sequence[Value]) -> list[Tensor]:
     """The values as a chain reads them, whole."""
-    return [whole(value.steps) if isinstance(value, Offsets) else value for value in values]
+    return [whole(value.numbers) if isinstance(value, Latent) else value for value in values]
 
 
 def _is_learned(value: Value) -> bool:
-    return isinstance(value, Offsets) or value.requires_grad
+    return isinstance(value, Latent) or value.requires_grad
 
 
 def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:

@@ -1,8 +1,8 @@
 """The tensors that calibration may change, and the coordinates in which it does.
 
 Optimizers move every number by about the learning rate, so each kind of tensor is learned in coordinates where one
-rate suits all its entries: scales and diagonals as logarithms, clip ratios as logits; rounding offsets are in units of
-the weight's scale in the graph already. Rotations stay rotations: they move along the Stiefel manifold by Cayley
+rate suits all its entries: scales and diagonals as logarithms, clip ratios as logits; latent weights are in units of
+their scale in the graph already. Rotations stay rotations: they move along the Stiefel manifold by Cayley
 transforms (Li et al. 2020, the optimizer of SpinQuant).
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loopq_compile.calibration.sharding import Rows, divided_as, rows, with_rows
-from loopq_compile.operators.fusion import fused
+from loopq_compile.operators.latent import moved_latents
 from loopq_compile.operators.precision import wide
 from loopq_compile.operators.quantize import bounded
 
@@ -33,35 +33,34 @@ RATES: dict[str, float] = {
 _LOGARITHMIC = ("range", "diagonal", "weight_clip")
 _LOWEST_CLIP, _HIGHEST_CLIP = 0.02, 0.995
 _BETAS = (0.9, 0.98)
-_DROPPED = 13
-"""Bits of a float32's fraction that float16 does not have."""
 
 
 @dataclass
-class Offsets:
-    """Rounding offsets of one weight while they are learned. There is one for every weight, so they and their gradient
-    stay in half precision.
+class Latent:
+    """The latent numbers of one weight while its rounding is learned (`loopq::from_latent`).
 
     Args:
-        steps: offsets in units of the weight's scale, `[N, K]`.
-        gradient: the loss by `steps`, `[N, K]` in bfloat16; None before the backward pass.
+        numbers: `[N, K]` in int16.
+        unit: how many of them are one step of the weight's integers.
+        gradient: the loss by the weight in units of its scale, `[N, K]` in bfloat16; None before the backward pass.
 
-    Both may be divided among the processes (`sharding`). The gradient is then the mean over all of them.
+    Both tensors may be divided among the processes (`sharding`). The gradient is then the mean over all of them.
     """
 
-    steps: Tensor
+    numbers: Tensor
+    unit: int
     gradient: Tensor | None = None
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Adds a part of the gradient, `[N, K]` in any type, all rows."""
-        part = divided_as(gradient, self.steps)
+        part = divided_as(gradient, self.numbers)
         if self.gradient is None:
             self.gradient = part.to(torch.bfloat16)
         else:
             self.gradient += part
 
 
-Value = Tensor | Offsets
+Value = Tensor | Latent
 """What calibration puts in the place of a constant."""
 
 
@@ -72,7 +71,7 @@ class Learnable:
     Args:
         name: name of the constant in the graph.
         kind: a key of `RATES`.
-        coordinates: a leaf tensor with gradient; `Offsets` for rounding.
+        coordinates: a leaf tensor with gradient; `Latent` for rounding.
         dtype: type of the constant, in which the graph reads the value.
     """
 
@@ -82,12 +81,12 @@ class Learnable:
     dtype: torch.dtype = torch.float32
 
     @staticmethod
-    def of(name: str, kind: str, tensor: Tensor) -> Learnable:
-        """The coordinates of `tensor`, kept in a wide type (`loopq_compile.operators.precision`); offsets stay as they
-        are, and their tensor is never written to."""
+    def of(name: str, kind: str, tensor: Tensor, fraction: int = 0) -> Learnable:
+        """The coordinates of `tensor`, kept in a wide type (`loopq_compile.operators.precision`); latent numbers with
+        this many bits behind the point stay as they are, and their tensor is never written to."""
         x = tensor.detach()
         if kind == "rounding":
-            return Learnable(name, kind, Offsets(x), x.dtype)
+            return Learnable(name, kind, Latent(x, 1 << fraction), x.dtype)
         x = wide(x)
         if kind in _LOGARITHMIC:
             x = x.abs().clamp_min(1e-12).log()
@@ -96,42 +95,42 @@ class Learnable:
         return Learnable(name, kind, x.clone().requires_grad_(), tensor.dtype)
 
     def divide(self, rows: Rows) -> None:
-        """Keeps only this process's rows of rounding offsets; other kinds are small and stay whole."""
-        if isinstance(self.coordinates, Offsets):
-            self.coordinates.steps = rows.own(self.coordinates.steps)
+        """Keeps only this process's rows of latent numbers; other kinds are small and stay whole."""
+        if isinstance(self.coordinates, Latent):
+            self.coordinates.numbers = rows.own(self.coordinates.numbers)
 
     @property
     def raw(self) -> Tensor:
         """The coordinates as a tensor, divided if `divide` was called."""
-        return self.coordinates.steps if isinstance(self.coordinates, Offsets) else self.coordinates
+        return self.coordinates.numbers if isinstance(self.coordinates, Latent) else self.coordinates
 
     @property
     def gradient(self) -> Tensor | None:
         """The loss by `raw`; None if this tensor had no part in it."""
-        return self.coordinates.gradient if isinstance(self.coordinates, Offsets) else self.coordinates.grad
+        return self.coordinates.gradient if isinstance(self.coordinates, Latent) else self.coordinates.grad
 
     def forget_gradient(self) -> None:
         """Sets the gradient to None."""
-        if isinstance(self.coordinates, Offsets):
+        if isinstance(self.coordinates, Latent):
             self.coordinates.gradient = None
         else:
             self.coordinates.grad = None
 
     def restore(self, raw: Tensor) -> None:
         """Goes back to coordinates of an earlier time, all rows of them."""
-        if isinstance(self.coordinates, Offsets):
-            self.coordinates.steps = divided_as(raw, self.raw)
+        if isinstance(self.coordinates, Latent):
+            self.coordinates.numbers = divided_as(raw, self.raw)
         else:
             with torch.no_grad():
                 self.coordinates.copy_(raw)
 
     def now(self) -> Tensor:
         """The coordinates as they are now, in a tensor that later steps do not change."""
-        return self.raw if isinstance(self.coordinates, Offsets) else self.raw.detach().clone()
+        return self.raw if isinstance(self.coordinates, Latent) else self.raw.detach().clone()
 
     def current(self) -> Value:
         """What the student reads."""
-        return self.coordinates if isinstance(self.coordinates, Offsets) else self.value()
+        return self.coordinates if isinstance(self.coordinates, Latent) else self.value()
 
     def value(self, raw: Tensor | None = None) -> Tensor:
         """The tensor for the graph, differentiable with respect to `raw`."""
@@ -145,11 +144,11 @@ class Learnable:
 
 
 class Optimizer:
-    """Adam for everything but rotations, which take Cayley steps with momentum, and rounding offsets.
+    """Adam for everything but rotations, which take Cayley steps with momentum, and latent weights.
 
-    Offsets move by the sign of their gradient (Cheng et al. 2023, SignRound): it learns as well as Adam here, and needs
-    no moments, which would take eight bytes for every weight. A step is smaller than what float16 resolves, so it is
-    rounded at random to one of the two neighbours.
+    Those move by the sign of their gradient (Cheng et al. 2023, SignRound): it learns as well as Adam here, and needs
+    no moments, which would take eight bytes for every weight. A step is a few units or less, so it is rounded at random
+    to a whole number.
 
     Args:
         learnables: what to change.
@@ -162,7 +161,7 @@ class Optimizer:
         self._momentum = {item.name: torch.zeros_like(item.raw) for item in self._rotations}
         self._rates = {item.name: RATES[item.kind] * rate for item in learnables}
         self._steps, self._done = steps, 0
-        self._offsets = [item for item in learnables if item.kind == "rounding"]
+        self._latents = [item for item in learnables if item.kind == "rounding"]
         by_rate: dict[float, list[Tensor]] = {}
         self._named = {item.name: item.raw for item in learnables if item.kind not in ("orthogonal", "rounding")}
         for name, raw in self._named.items():
@@ -191,24 +190,23 @@ class Optimizer:
             if item.raw.grad is not None:
                 self._rotate(item, factor)
                 item.raw.grad = None
-        for number, item in enumerate(self._offsets):
+        for number, item in enumerate(self._latents):
             self._move(number, item, factor)
             item.forget_gradient()
         self._done += 1
 
     @torch.no_grad()
     def _move(self, number: int, item: Learnable, factor: float) -> None:
-        offsets = item.coordinates
-        assert isinstance(offsets, Offsets)
-        if offsets.gradient is not None:
+        latent = item.coordinates
+        assert isinstance(latent, Latent)
+        if latent.gradient is not None:
             generator = torch.Generator().manual_seed(self._done * 1_000_003 + number)
-            shape = (1, offsets.steps.shape[1])
-            noise = torch.randint(1 << _DROPPED, shape, generator=generator, dtype=torch.int32)
-            rate = torch.tensor(self._rates[item.name] * factor, device=offsets.steps.device)
-            kept = rows(offsets.steps)
+            kept = rows(latent.numbers)
+            noise = torch.rand(1, kept.shape[1], generator=generator).to(kept.device)
+            step = torch.tensor(self._rates[item.name] * factor * latent.unit, device=kept.device)
             if len(kept):
-                moved = _moved(kept, rows(offsets.gradient), rate, noise.to(kept.device))
-                offsets.steps = with_rows(offsets.steps, moved)
+                moved = moved_latents(kept, rows(latent.gradient), step, noise)
+                latent.numbers = with_rows(latent.numbers, moved)
 
     @torch.no_grad()
     def _rotate(self, item: Learnable, factor: float) -> None:
@@ -244,11 +242,3 @@ class Optimizer:
                 if keys:
                     state = {key: tensors[f"adam.{key}.{name}"].to(raw.device, copy=True) for key in keys}
                     self._adam.state[raw] = state
-
-
-@fused
-def _moved(steps: Tensor, gradient: Tensor, rate: Tensor, noise: Tensor) -> Tensor:
-    """Offsets a step further. `noise` decides which neighbour in float16 each is rounded to."""
-    exact = steps.float() - rate * gradient.float().sign()
-    rounded = ((exact.view(torch.int32) + noise) >> _DROPPED << _DROPPED).view(torch.float32)
-    return rounded.to(steps.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from loopq_compile.calibration import checkpoint, distributed, sharding
 from loopq_compile.calibration.best_state import on_disk
 from loopq_compile.calibration.data import Batch, pick, split
-from loopq_compile.calibration.learnable import Learnable, Offsets, Optimizer, Value
+from loopq_compile.calibration.learnable import Latent, Learnable, Optimizer, Value
 from loopq_compile.calibration.objective import LossParts
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.options import CalibrationOptions
@@ -139,7 +139,8 @@ class Steps(ABC):
         return self.options.fuses(self.steps)
 
     def values(self) -> dict[str, Value]:
-        """The current values by constant name: differentiable tensors, and offsets that keep their own gradient."""
+        """The current values by constant name: differentiable tensors, and latent weights, which keep their own
+        gradient."""
         return {item.name: item.current() for item in self.learnables}
 
     def step(self) -> LossParts | None:
@@ -186,7 +187,7 @@ class Steps(ABC):
         """Compares the current state with the best so far; the first call records the unchanged graph."""
         report = self.report
         with torch.no_grad():
-            values = {n: v for n, v in self.values().items() if report.curve or isinstance(v, Offsets)}
+            values = {n: v for n, v in self.values().items() if report.curve or isinstance(v, Latent)}
         refused = self.guard({name: value for name, value in values.items() if isinstance(value, Tensor)}) is not None
         report.refused += refused
         loss = math.nan if refused else self.validate(values)

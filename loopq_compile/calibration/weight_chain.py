@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, fx
 
 from loopq_compile.graph.evaluate import sources_of
 from loopq_compile.operators import ops
-from loopq_compile.operators.straight_through import offset_gradients, weight_codes
+from loopq_compile.operators.straight_through import weight_codes
 
 _NUMBERS, _NUMBERS_ELSEWHERE = 1 << 20, 1 << 24
 """About how many numbers of a weight go through its chain at a time: on a CPU, which has them in its cache, and on
@@ -30,6 +31,23 @@ Integers = tuple[Tensor, Tensor]
 """Codes `[N, K]` and scales `[N, groups]` of a weight."""
 
 
+@dataclass(frozen=True)
+class LatentGrid:
+    """How a weight that is stored as latent numbers is rounded.
+
+    Args:
+        numbers, scale: places of the two stored tensors among what the chain reads.
+        fraction: bits behind the point.
+        q_min, q_max: range of the integers.
+    """
+
+    numbers: int
+    scale: int
+    fraction: int
+    q_min: int
+    q_max: int
+
+
 class WeightChain:
     """The nodes from stored tensors to one quantized weight.
 
@@ -46,11 +64,9 @@ class WeightChain:
         ordered = [node for node in end.graph.nodes if node in nodes]
         stored = [node for node in ordered if node.op == "get_attr"]
         self._parts = _function(ordered, [x, scale])
-        self._moved: fx.GraphModule | None = None
-        self._offsets: int | None = None
-        if x.target is ops.offset.default and x.args[2] is scale and x.args[1] in stored:
-            self._moved = _function(ordered, list(x.args[:2]))
-            self._offsets = stored.index(x.args[1])
+        self.latent: LatentGrid | None = None
+        if x.target is ops.from_latent.default and set(stored) == {x.args[0], scale} == set(x.args[:2]):
+            self.latent = LatentGrid(stored.index(x.args[0]), stored.index(scale), x.args[3], *self._limits[1:])
         by_row = _read_by_row(end)
         self._by_row = [by_row.get(node) for node in stored]
         self.targets = tuple(str(node.target) for node in stored)
@@ -78,30 +94,6 @@ class WeightChain:
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """The quantized weight `[N, K]`, differentiable with respect to `tensors`; or some rows of it, from `some`."""
         return self._operator(*self._parts(*tensors), *self._limits)
-
-    def is_moved_by(self, places: Sequence[int]) -> bool:
-        """Whether these places of `targets` are the rounding offsets and nothing else."""
-        return self._offsets is not None and list(places) == [self._offsets]
-
-    def offset_gradient(self, grad: Tensor, tensors: Sequence[Tensor], scale: Tensor) -> Tensor:
-        """The gradient of rounding offsets, if nothing else of the chain is learned. This takes half as many passes
-        over the weight as autograd.
-
-        Args:
-            grad: gradient of the weight, `[N, K]`.
-            tensors: what the chain reads.
-            scale: its scales `[N, groups]`, as `codes` gave them.
-
-        Returns:
-            `[N, K]` in bfloat16.
-        """
-        assert self._moved is not None
-        result = torch.empty_like(grad, dtype=torch.bfloat16)
-        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            for rows in self.parts(tensors):
-                x, steps = self._moved(*self.some(tensors, rows))
-                result[rows] = offset_gradients(grad[rows], x, steps, scale[rows], *self._limits)
-        return result
 
     def parts(self, tensors: Sequence[Tensor]) -> list[slice]:
         """The rows that go through the chain together, in turn; all at once if its operators do not allow less.

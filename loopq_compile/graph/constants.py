@@ -21,6 +21,8 @@ _MADE = {
     *(_aten.zeros.default, _aten.ones.default, _aten.full.default, _aten.eye.default, _aten.linspace.default),
 }
 """Operators that make a tensor from numbers only, the same one every time."""
+LATENT = "_latent"
+"""End of the name of a weight that is stored as latent numbers (`loopq::from_latent`)."""
 _LARGE = 1 << 20
 """After dropping a value of more entries than this, freed memory is returned to the system."""
 
@@ -109,5 +111,5 @@ def chain_name(graph_module: fx.GraphModule, end: fx.Node) -> str:
             and len(get_tensor(graph_module, str(table.target))) > 1
         ):
             rows.add(node.args[2])
-    weight = str(root_weight(end).target)
+    weight = str(root_weight(end).target).removesuffix(LATENT)
     return f"{weight}_loop{'_'.join(map(str, sorted(rows)))}" if rows else weight

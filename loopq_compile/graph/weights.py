@@ -1,8 +1,8 @@
 """Where quantized linears get their weights from: helpers for passes after `annotate-linears`.
 
 A chain of constant nodes may lie between a weight and the linears that read it: an inverse transform, a rounding
-offset, quantization. A chain belongs to one weight; in a group with a transform for each loop, to one weight and one
-row of the transform's table.
+offset, quantization. The weight may be stored as latent numbers. A chain belongs to one weight; in a group with a
+transform for each loop, to one weight and one row of the transform's table.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ STEPS = (
     ops.fake_quantize.default,
     _aten.mul.Tensor,
     ops.offset.default,
+    ops.from_latent.default,
 )
 """Operators of a chain; the weight is their first argument."""
 

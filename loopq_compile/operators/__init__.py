@@ -10,6 +10,7 @@ import torch
 
 from loopq_compile.operators.adapter import transition_adapter
 from loopq_compile.operators.cache import cached_attention, dequantize_cache, quantize_cache
+from loopq_compile.operators.latent import from_latent
 from loopq_compile.operators.packed import packed_linear, quantize_packed, transition_adapter_row
 from loopq_compile.operators.quantize import dequantize, dynamic_scale, offset, quantize
 from loopq_compile.operators.straight_through import fake_quantize, fake_quantize_dynamic
@@ -25,6 +26,7 @@ __all__ = [
     "dynamic_scale",
     "fake_quantize",
     "fake_quantize_dynamic",
+    "from_latent",
     "kronecker",
     "offset",
     "ops",

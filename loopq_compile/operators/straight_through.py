@@ -216,21 +216,6 @@ def _from_codes(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes.to(factors.dtype) * factors).to(dtype)
 
 
-@fused
-def _offset_gradients(grad: Tensor, x: Tensor, steps: Tensor, scale: Tensor, q_min: int, q_max: int) -> Tensor:
-    factors = wide(scale).unsqueeze(-1)
-    ratio = (wide(x) + wide(steps) * factors) / factors
-    return torch.where((ratio >= q_min) & (ratio <= q_max), wide(grad) * factors, 0.0).to(torch.bfloat16)
-
-
-def offset_gradients(
-    grad: Tensor, x: Tensor, steps: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: int
-) -> Tensor:
-    """The gradient of `steps` in `fake_quantize(offset(x, steps, scale), scale)`, in one pass: `[N, K]` in bfloat16."""
-    grads, weights, moves = (_rows(tensor, group_size) for tensor in (grad, x, steps))
-    return _offset_gradients(grads, weights, moves, _scale_rows(scale, x), q_min, q_max).view(x.shape)
-
-
 def weight_codes(x: Tensor, scale: Tensor, group_size: int, q_min: int, q_max: int) -> Tensor:
     """`loopq::quantize` of a weight in one pass over it: int8, `[N, K]`."""
     return _to_codes(_rows(x, group_size), _scale_rows(scale, x), q_min, q_max).view(x.shape)

@@ -52,14 +52,20 @@ class Chain:
         return before if before.target is ops.offset.default else None
 
     @property
+    def latent(self) -> Any:
+        """The node that reads latent numbers; None if the weight is stored as it is."""
+        before = self.quantize.args[0]
+        return before if before.target is ops.from_latent.default else None
+
+    @property
     def plain(self) -> fx.Node:
         """The weight W' before rounding offsets."""
         return self.quantize.args[0] if self.rounding is None else self.rounding.args[0]
 
     @property
     def solved(self) -> bool:
-        """Whether a solver wrote the offsets."""
-        return self.rounding is not None and SOLVED in self.rounding.meta
+        """Whether a solver chose the integers."""
+        return SOLVED in self.quantize.args[0].meta
 
     @property
     def where(self) -> str:

@@ -29,8 +29,10 @@ from loopq_compile.graph.keys import GROUP, LEARN
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.state import CompilerState, get_state, get_tensor, set_tensor
 from loopq_compile.graph.weights import quantized_weights
+from loopq_compile.operators import ops
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
+from loopq_compile.solvers.chains import find_chains
 
 LARGEST_CONDITION = 1e4
 """A state is not kept if a transform's condition number exceeds this."""
@@ -45,9 +47,9 @@ WEIGHT_BYTES = 16
 class Calibrate(Pass):
     """Learns what earlier passes inserted: transforms, ranges and clip ratios, rounding, adapters.
 
-    Before: a program that runs, with tables, offsets and adapters at their starting values. After: the same graph with
-    learned values: the best on held-out batches, starting values included. The teacher is the captured model;
-    labels are not used.
+    Before: a program that runs, with tables, latent weights and adapters at their starting values. After: the same
+    graph with learned values: the best on held-out batches, starting values included. The teacher is the captured
+    model; labels are not used.
 
     Does nothing if there is nothing to learn.
 
@@ -71,6 +73,7 @@ class Calibrate(Pass):
         self.share, self.default_steps, self.trajectory = share, default_steps, trajectory
         self.final_share = final_share
         self.kinds = frozenset(RATES if kinds is None else kinds)
+        self._rounds = kinds is not None and "rounding" in self.kinds
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         state = self.state(graph_module)
@@ -78,6 +81,8 @@ class Calibrate(Pass):
             raise InternalError("calibrate needs the captured graph as a teacher; run it through compile or quantize.")
         if state.run.calibration is None:
             raise LoopQError(f"method={state.method!r} learns from calibration data: calibration=[token tensors].")
+        if self._rounds and any(chain.latent is None for chain in find_chains(graph_module)):
+            raise LoopQError("calibrate learns rounding only of latent weights: put LatentWeights() in front of it.")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         state = self.state(graph_module)
@@ -119,7 +124,7 @@ class Calibrate(Pass):
             return
         phase = len(state.results.get("calibration", ()))
         training = self._training(graph_module, learnables, options, self.steps(options), phase)
-        with _without_offsets(graph_module, training):
+        with _without_latents(graph_module, training):
             yield training
 
     def _training(
@@ -177,8 +182,8 @@ class Calibrate(Pass):
 
 
 @contextlib.contextmanager
-def _without_offsets(graph_module: fx.GraphModule, training: Training) -> Iterator[None]:
-    """Takes rounding offsets out of the graph while they are learned, so that they are not there once more; puts the
+def _without_latents(graph_module: fx.GraphModule, training: Training) -> Iterator[None]:
+    """Takes latent weights out of the graph while they are learned, so that they are not there once more; puts the
     best back. After an error they stay divided if the processes divide them: other processes may have had no error."""
     names = [item.name for item in training.learnables if item.kind == "rounding"]
     for name in names:
@@ -204,7 +209,8 @@ def find_learnables(graph_module: fx.GraphModule, kinds: frozenset[str]) -> list
         if GROUP in node.meta:
             kind = "range" if static else "clip"
         if node.op == "get_attr" and kind in kinds:
-            found.append(Learnable.of(str(node.target), kind, get_tensor(graph_module, str(node.target))))
+            fraction = next((user.args[3] for user in node.users if user.target is ops.from_latent.default), 0)
+            found.append(Learnable.of(str(node.target), kind, get_tensor(graph_module, str(node.target)), fraction))
     return found
 
 

@@ -43,12 +43,17 @@ class CalibrateBlocks(Pass):
 
     Args:
         default_steps: steps for each block, used if the options do not set them.
-        kinds: what is learned, out of `loopq_compile.calibration.learnable.RATES`.
+        kinds: what is learned, out of `loopq_compile.calibration.learnable.RATES`, without "rounding".
+
+    Raises:
+        LoopQError: rounding was asked for, which `calibrate` learns.
     """
 
     def __init__(self, default_steps: int = 200, kinds: Iterable[str] = KINDS) -> None:
         super().__init__()
         self.default_steps, self.kinds = default_steps, frozenset(kinds)
+        if "rounding" in self.kinds:
+            raise LoopQError("calibrate-blocks does not learn rounding: put latent-weights and calibrate behind it.")
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         state = self.state(graph_module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from loopq_compile.graph.constants import chain_name, constant_nodes, evaluate
 from loopq_compile.graph.insert import add_constant
 from loopq_compile.graph.keys import SITE
-from loopq_compile.graph.state import get_tensor
+from loopq_compile.graph.state import get_state, get_tensor
 from loopq_compile.memory import release
 from loopq_compile.operators import ops
 from loopq_compile.passes.base import Pass, PassResult
@@ -24,7 +25,8 @@ class PackWeights(Pass):
     scale)` with constants `<weight>_codes` (int8) and `<weight>_scale`, or `<weight>_loop<row>_codes` for a weight with
     a transform per loop. The floating-point weight, and all else that nothing reads any more, is removed.
 
-    With `release_model`, the memory of a weight is freed as soon as its integers exist.
+    With `release_model`, the memory of a weight is freed as soon as its integers exist, also where only the captured
+    graph still holds it.
 
     Does nothing to activations: their quantize nodes read values that are not constant.
     """
@@ -43,7 +45,26 @@ class PackWeights(Pass):
         if quantized:
             graph.eliminate_dead_code()
             drop_unused(graph_module)
+            if self.state(graph_module).run.release_model:
+                _release_captured(graph_module)
         return PassResult(graph_module, bool(quantized))
+
+
+def _release_captured(graph_module: fx.GraphModule) -> None:
+    """Frees quantized weights that only the captured graph still holds, as those behind latent weights."""
+    state = get_state(graph_module)
+    if state.run.teacher is None:
+        return
+    captured, kept = dict(_tensors(state.run.teacher)), {x.untyped_storage()._cdata for _, x in _tensors(graph_module)}
+    weights = [
+        captured[site.weight] for site in state.sites.values() if site.reason is None and site.weight in captured
+    ]
+    release(weight for weight in weights if weight.untyped_storage()._cdata not in kept)
+
+
+def _tensors(module: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _names(graph_module: fx.GraphModule, quantized: list[fx.Node]) -> dict[fx.Node, str]:

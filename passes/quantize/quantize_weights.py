@@ -35,7 +35,7 @@ class QuantizeWeights(Pass):
         learnable: `scale = dynamic_scale(weight, clip)` follows the weight while a transform is learned; `clip` is a
             table `[outputs, inputs / group_size]` for calibration to learn. The initial scales are the same.
         rounding: puts `offset(weight, rounding, scale)` before the pair: a table of zeros of the weight's shape, for
-            what a weight solver or learned rounding adds. The zeros take no memory. Equals `learnable` by default.
+            what a weight solver adds. The zeros take no memory. Equals `learnable` by default.
     """
 
     def __init__(self, learnable: bool = False, rounding: bool | None = None) -> None:
@@ -93,9 +93,7 @@ class QuantizeWeights(Pass):
 
     def _add_rounding(self, graph_module: fx.GraphModule, name: str, site: Site) -> fx.Node:
         zero = torch.zeros(1, 1, dtype=OFFSETS, device=get_tensor(graph_module, site.weight).device)
-        node = add_constant(graph_module, f"{name}_rounding", zero.expand(site.shape))
-        node.meta[LEARN] = "rounding"
-        return node
+        return add_constant(graph_module, f"{name}_rounding", zero.expand(site.shape))
 
 
 def _group_size(scheme: Scheme, inputs: int) -> int:

@@ -106,7 +106,7 @@ class SolveWeights(Pass):
         options = replace(self.options, solver=state.options.weight_solver or self.options.solver)
         if options.solver == "rtn":
             return PassResult(graph_module, False)
-        chains = [chain for chain in find_chains(graph_module) if not chain.solved]
+        chains = [chain for chain in find_chains(graph_module) if not chain.solved and chain.latent is None]
         if not chains:
             return PassResult(graph_module, False)
         if state.run.calibration is None:

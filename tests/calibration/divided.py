@@ -1,7 +1,7 @@
 """`python -m tests.calibration.divided FOLDER`: what each of several processes keeps of the weights while it learns.
 
-Each process prints a line of JSON: the largest share that it keeps of any offsets, gradient and integers, and whether
-a calibration that was killed (`FOLDER` gets its checkpoint) ends with the same tensors as one that was not.
+Each process prints a line of JSON: the largest share that it keeps of any latent weight and gradient, and whether a
+calibration that was killed (`FOLDER` gets its checkpoint) ends with the same tensors as one that was not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loopq_compile.calibration import sharding
 from loopq_compile.calibration.held_weights import HeldWeight
-from loopq_compile.calibration.learnable import Offsets
+from loopq_compile.calibration.learnable import Latent
 from loopq_compile.calibration.training import Training
 from loopq_compile.passes.learn.calibrate import Calibrate
 from loopq_compile.processes import apart, world
@@ -27,6 +27,7 @@ OPTIONS = {
     "evaluate_every": 2,
     "checkpoint_every": 2,
     "scheme": "w4a16",
+    "rounding": True,
     "learning_rate": 3.0,
     "batch_rows": 6,
 }
@@ -46,11 +47,10 @@ def gradients(shares: dict[str, float] | None = None) -> dict[str, Tensor]:
         found["norm"] = sharding.average_gradients([item.gradient for item in items], loss)
         found |= {item.name: sharding.whole(item.gradient).float() for item in items}
         if shares is not None:
-            offsets = [item.coordinates for item in items if isinstance(item.coordinates, Offsets)]
+            latents = [item.coordinates for item in items if isinstance(item.coordinates, Latent)]
             held = [value[0] for value in training.student.prepare(training.values()).values() if _is_held(value)]
-            shares["steps"] = max(_share(x.steps) for x in offsets)
-            shares["gradient"] = max(_share(x.gradient) for x in offsets)
-            shares["codes"] = max(_share(weight._codes) for weight in held)
+            shares["numbers"] = max(_share(x.numbers) for x in latents)
+            shares["gradient"] = max(_share(x.gradient) for x in latents)
             for weight in held:
                 rows, columns = weight._codes.shape
                 weight.add(torch.ones(3, rows), torch.ones(3, columns))
@@ -113,7 +113,7 @@ def main() -> None:
     assert ours.keys() == alone.keys()
     errors = {name: float((x - alone[name]).norm() / alone[name].norm()) for name, x in ours.items()}
     whole = learned_tensors(prepared(Calibrate(), **OPTIONS))
-    assert any(name.endswith("rounding") and tensor.any() for name, tensor in whole.items())
+    assert any(name.endswith("latent") and tensor.any() for name, tensor in whole.items())
     killed(folder)
     assert_same(learned_tensors(prepared(Calibrate(), **OPTIONS, checkpoint=folder)), whole)
     facts = {"shares": shares, "error": max(errors.values())}

@@ -36,21 +36,29 @@ def test_clip_ratios_of_one_can_still_learn():
     assert item.raw.grad.min() > 1e-3
 
 
-def test_offsets_move_by_the_sign_of_their_gradient_on_average():
-    start = torch.full((1024, 32), 0.4, dtype=torch.float16)
-    item = Learnable.of("x", "rounding", start)
+def test_latent_weights_move_by_the_sign_of_their_gradient_on_average():
+    start = torch.full((1024, 512), 100, dtype=torch.int16)
+    item = Learnable.of("x", "rounding", start, fraction=11)
     optimizer = Optimizer([item], 0.01, 40)
-    rates = 0.0
+    units = 0.0
     for _ in range(40):
-        item.coordinates.add_gradient(torch.tensor([1.0, -1.0] * 16).expand(1024, 32))
-        rates += 0.01 * RATES["rounding"] * optimizer.factor
+        item.coordinates.add_gradient(torch.tensor([1.0, -1.0] * 256).expand(1024, 512))
+        units += 0.01 * RATES["rounding"] * optimizer.factor * 2048
         optimizer.step()
         assert item.gradient is None
-    assert rates < 2**-9, "far below what float16 resolves in a step"
+    assert 1 < units < 40 * 0.1, "far less than a unit in a step"
     moved = item.raw.float() - start.float()
-    assert float(moved[:, ::2].mean()) == pytest.approx(-rates, rel=0.1)
-    assert float(moved[:, 1::2].mean()) == pytest.approx(rates, rel=0.1)
-    assert (start == torch.tensor(0.4, dtype=torch.float16)).all(), "the graph's own table stays"
+    assert float(moved[:, ::2].mean()) == pytest.approx(-units, rel=0.1)
+    assert float(moved[:, 1::2].mean()) == pytest.approx(units, rel=0.1)
+    assert (start == 100).all(), "the graph's own table stays"
+
+
+def test_latent_weights_stop_at_the_ends_of_their_range():
+    ends = torch.tensor([[-32768, 32767]], dtype=torch.int16)
+    item = Learnable.of("x", "rounding", ends, fraction=11)
+    item.coordinates.add_gradient(torch.tensor([[1.0, -1.0]]))
+    Optimizer([item], 1.0, 1).step()
+    assert item.raw.equal(ends)
 
 
 def rotation_problem(steps=60, size=6):

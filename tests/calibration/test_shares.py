@@ -72,7 +72,7 @@ def test_each_process_keeps_its_rows_of_what_a_step_holds(tmp_path):
     torchrun("-m", "tests.calibration.divided", str(tmp_path))
     for rank in (0, 1):
         fact = json.loads((tmp_path / f"facts-{rank}.json").read_text())
-        assert fact["shares"] == dict.fromkeys(("steps", "gradient", "codes", "sum"), 0.5)
+        assert fact["shares"] == dict.fromkeys(("numbers", "gradient", "sum"), 0.5)
         assert fact["error"] < 0.01
 
 

@@ -16,6 +16,7 @@ from loopq_compile.passes.loops.tag_loops import TagLoops
 from loopq_compile.passes.quantize.annotate_linears import AnnotateLinears
 from loopq_compile.passes.quantize.collect_ranges import CollectRanges
 from loopq_compile.passes.quantize.insert_activation_qdq import InsertActivationQdq
+from loopq_compile.passes.quantize.latent_weights import LatentWeights
 from loopq_compile.passes.quantize.quantize_weights import QuantizeWeights
 from loopq_compile.passes.quantize.set_ranges import SetRanges
 from loopq_compile.passes.transforms.insert_adapters import InsertAdapters
@@ -41,12 +42,13 @@ def prepared(
     scheme: str = "w4a4",
     activation: str = "dynamic",
     adapters: bool = True,
-    rounding: bool = True,
+    rounding: bool = False,
     transforms: bool = True,
     learn: str = "transform",
     **options,
 ) -> fx.GraphModule:
-    """A quantized graph with everything that can be learned in it, and its teacher and data in its state."""
+    """A quantized graph with what can be learned in it, and its teacher and data in its state; latent weights take the
+    place of weights and their transforms if their `rounding` is to be learned."""
     source = captured(loops, layers) if model is None else capture(model, tokens() if example is None else example)
     graph_module = copy_graph(source)
     state = get_state(graph_module)
@@ -58,10 +60,12 @@ def prepared(
     front = [TagLoops(), AnnotateLinears()]
     if transforms:
         front.append(InsertTransforms(learn=learn, init="hadamard" if learn == "orthogonal" else "identity"))
-    front += [CollectRanges(), QuantizeWeights(learnable=True, rounding=rounding)]
+    front += [CollectRanges(), QuantizeWeights(learnable=True)]
     front += [InsertActivationQdq(), InsertLas(), SetRanges()]
     if adapters:
         front.append(InsertAdapters())
+    if rounding:
+        front.append(LatentWeights())
     return Pipeline([*front, *passes]).run(graph_module)
 
 

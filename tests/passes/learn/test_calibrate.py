@@ -12,7 +12,7 @@ from loopq_compile.graph.state import get_state, get_tensor
 from loopq_compile.passes.learn.calibrate import Calibrate, find_learnables, fingerprint
 from tests.calibration.tools import learned_tensors, prepared
 
-KINDS = {"transform", "clip", "weight_clip", "rounding", "adapter"}
+KINDS = {"transform", "clip", "weight_clip", "adapter"}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def learned():
 def test_the_program_comes_nearer_to_its_teacher(learned):
     state = get_state(learned[1])
     (report,) = state.results["calibration"]
-    assert report["best"] < 0.9 * report["start"] and report["skipped"] == report["refused"] == 0
+    assert report["best"] < 0.95 * report["start"] and report["skipped"] == report["refused"] == 0
     assert report["steps"] == 25 and report["tokens"] == 25 * 4 * 16 and report["phase"] == 0
     assert state.log[-1].modified and "25 steps, 1,600 tokens: divergence from the teacher" in state.log[-1].notes[0]
     json.dumps(report)
@@ -66,11 +66,25 @@ def test_the_tensors_of_the_captured_model_are_not_touched(learned):
         assert tensor.equal(wanted), name
 
 
-@pytest.mark.parametrize("kinds", [("clip",), ("adapter",), ("transform", "rounding")])
+@pytest.mark.parametrize("kinds", [("clip",), ("adapter",), ("transform", "weight_clip")])
 def test_kinds_choose_what_is_learned(kinds):
     graph_module = prepared(Calibrate(kinds=kinds), steps=1)
     (report,) = get_state(graph_module).results["calibration"]
     assert set(report["learned"]) == set(kinds)
+
+
+def test_rounding_is_learned_of_latent_weights():
+    before = prepared(rounding=True)
+    after = prepared(Calibrate(kinds=("rounding", "clip")), rounding=True, steps=2)
+    (report,) = get_state(after).results["calibration"]
+    assert set(report["learned"]) == {"rounding", "clip"}
+    latent = [name for name in learned_tensors(before) if name.endswith("_latent")]
+    assert len(latent) == 7
+    for name in latent:
+        start, end = get_tensor(before, name), get_tensor(after, name)
+        assert end.dtype == torch.int16 and not start.equal(end)
+    with pytest.raises(lq.LoopQError, match=r"rounding only of latent weights: put LatentWeights\(\) in front of it"):
+        prepared(Calibrate(kinds=("rounding",)))
 
 
 def test_rotations_are_learned_as_rotations():
