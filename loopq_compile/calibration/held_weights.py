@@ -51,7 +51,7 @@ class HeldWeight:
     def __init__(
         self,
         chain: WeightChain,
-        values: Sequence[Value],
+        values: Sequence[Tensor],
         integers: Integers,
         summed: bool,
         gradient: torch.dtype,
@@ -62,14 +62,17 @@ class HeldWeight:
         self._codes, self._scale = integers
         self._sum: Tensor | None = None
         self._through: list[Tensor | None] = []
-        self._leaves = [value for value in self._values if isinstance(value, Tensor) and value.requires_grad]
+        self._leaves = [value for value in self._values if value.requires_grad]
 
     def token(self) -> Tensor | None:
         """Stands for the weight in autograd's graph; None if nothing of the chain is learned."""
-        if not torch.is_grad_enabled() or not any(map(_is_learned, self._values)):
+        if not torch.is_grad_enabled() or not self._is_learned():
             return None
         anchor = torch.zeros((), device=self._scale.device, requires_grad=True)
         return _Token.apply(anchor, self, *self._leaves)
+
+    def _is_learned(self) -> bool:
+        return bool(self._leaves)
 
     def value(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight `[N, K]`, in its own type or in `dtype`."""
@@ -97,8 +100,8 @@ class HeldWeight:
 
     def _pass_on(self, grad: Tensor) -> None:
         """Sends a gradient of the weight through the chain."""
-        learned = [place for place, value in enumerate(self._values) if _is_learned(value)]
-        tensors, chain = tensors_of(self._values), self._chain
+        tensors, chain = self._values, self._chain
+        learned = [place for place, value in enumerate(tensors) if value.requires_grad]
         found: dict[int, Tensor] = {}
         for rows in chain.parts(tensors):
             some = chain.some(tensors, rows)
@@ -133,18 +136,20 @@ class LatentWeight(HeldWeight):
 
     Args:
         chain: one with a `latent`.
-        values: as for `HeldWeight`.
+        numbers: the latent numbers, a tensor if they are not learned.
+        scale: the scales `[N, groups]`.
         gradient, rows: as for `HeldWeight`.
     """
 
-    def __init__(self, chain: WeightChain, values: Sequence[Value], gradient: torch.dtype, rows: Rows) -> None:
+    def __init__(self, chain: WeightChain, numbers: Value, scale: Tensor, gradient: torch.dtype, rows: Rows) -> None:
         assert chain.latent is not None
-        numbers, scale = values[chain.latent.numbers], values[chain.latent.scale]
-        assert isinstance(scale, Tensor)
         stored = numbers.numbers if isinstance(numbers, Latent) else numbers
-        super().__init__(chain, values, (stored, scale), True, gradient, rows)
+        super().__init__(chain, [], (stored, scale), True, gradient, rows)
         self._latent = numbers
         self._grid = chain.group_size, chain.latent.fraction, chain.latent.q_min, chain.latent.q_max
+
+    def _is_learned(self) -> bool:
+        return isinstance(self._latent, Latent)
 
     def value(self, dtype: torch.dtype | None = None) -> Tensor:
         numbers, dtype = whole(self._codes), dtype or self._scale.dtype
@@ -155,15 +160,6 @@ class LatentWeight(HeldWeight):
         assert isinstance(self._latent, Latent)
         self._latent.add_gradient(latent_gradients(grad, whole(self._codes), self._scale, *self._grid))
         trim_bounded(_PASSED * grad.numel())
-
-
-def tensors_of(values: Sequence[Value]) -> list[Tensor]:
-    """The values as a chain reads them, whole."""
-    return [whole(value.numbers) if isinstance(value, Latent) else value for value in values]
-
-
-def _is_learned(value: Value) -> bool:
-    return isinstance(value, Latent) or value.requires_grad
 
 
 def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:

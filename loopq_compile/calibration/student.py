@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from loopq_compile.calibration.held_weights import HeldWeight, LatentWeight, held_linear, hold_weights, tensors_of
+from loopq_compile.calibration.held_weights import HeldWeight, LatentWeight, held_linear, hold_weights
 from loopq_compile.calibration.learnable import Value
 from loopq_compile.calibration.regions import fuse_regions
 from loopq_compile.calibration.sharding import Rows
@@ -155,10 +155,12 @@ class Student:
     ) -> tuple[HeldWeight, Tensor | None]:
         """What `held_linear` takes; `known` are what chains before it read and gave, for loops that are equal."""
         read = [self._value(target, values) for target in chain.targets]
+        tensors = [value for value in read if isinstance(value, Tensor)]
         if chain.latent is not None:
-            latent = LatentWeight(chain, read, self._gradients, self._rows)
+            scale = read[chain.latent.scale]
+            assert isinstance(scale, Tensor)
+            latent = LatentWeight(chain, read[chain.latent.numbers], scale, self._gradients, self._rows)
             return latent, latent.token()
-        tensors = tensors_of(read)
         integers = next((found for other, found in known if _equal(other, tensors)), None)
         if integers is None:
             integers = chain.codes(tensors)
@@ -166,7 +168,7 @@ class Student:
                 known.append((tensors, integers))
         codes, scale = integers
         kept = self._rows.own(codes), scale
-        weight = HeldWeight(chain, read, kept, not self._equal_loops, self._gradients, self._rows)
+        weight = HeldWeight(chain, tensors, kept, not self._equal_loops, self._gradients, self._rows)
         return weight, weight.token()
 
 
