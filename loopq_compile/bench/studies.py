@@ -20,5 +20,6 @@ REPORTS: dict[str, Callable[[Study, Selection], Report]] = {
     "fig4": sweeps.fig4,
     "fig5": sweeps.fig5,
     "fig6": sweeps.fig6,
+    "budget": sweeps.budget,
 }
 """Each takes a study and a selection of runs, measures what is missing, and returns the report."""

@@ -1,4 +1,5 @@
-"""Figures 4 to 6 of the LoopQ paper: perplexity against selected groups, loops that run, and calibration samples."""
+"""Figures 4 to 6 of the LoopQ paper: perplexity against selected groups, loops that run, and calibration samples; and
+KL against the budget of calibration."""
 
 from __future__ import annotations
 
@@ -27,6 +28,9 @@ from loopq_compile.program import Program
 
 GROUPS, SAMPLES = (0, 2, 4, 8), (8, 16, 32, 64, 128)
 """Default points of figures 4 and 6."""
+STEPS = (20, 60, 180, 540)
+"""Default points of `budget`."""
+_SCORES = {"perplexity": ".3f", "ratio": ".3f", "kl": ".4f"}
 
 
 def fig4(study: Study, selection: Selection) -> Report:
@@ -52,6 +56,42 @@ def fig6(study: Study, selection: Selection) -> Report:
     report.title = f"Perplexity by number of calibration samples: {study.settings.model}"
     report.notes.append(f"Samples of {study.settings.sample_length} tokens ({study.settings.calibration}).")
     return report
+
+
+def budget(study: Study, selection: Selection) -> Report:
+    """KL to the model against the number of calibration steps, with the tokens and minutes that they take."""
+    if 0 in selection.values:
+        raise LoopQError("A method cannot be calibrated in 0 steps; --values takes numbers from 1 on.")
+    steps = selection.values or STEPS
+    by_steps = [selection.runs(options={"steps": count}) for count in steps]
+    rows: list[Sequence[str]] = []
+    lines: dict[str, plots.Line] = {}
+    data = []
+    for versions in zip(*by_steps, strict=True):  # one method and scheme, for every number of steps
+        label = versions[0][0].setting
+        points: list[tuple[int, float]] = []
+        for count, runs in zip(steps, versions, strict=True):
+            found = [study.measure(run) for run in runs]
+            tokens = max((_tokens_learned(x) for x in good(found)), default=0)
+            minutes = spread([x["calibration"]["seconds"] / 60 for x in good(found)], ".1f")
+            cells = [spread([x[key] for x in good(found)], form) for key, form in _SCORES.items()]
+            rows.append((label, str(count), f"{tokens:,}", minutes, *cells, failures(found)))
+            data.append({"run": label, "steps": count, "tokens": tokens, "seeds": [_brief(x) for x in found]})
+            points += [(tokens, mean(x["kl"] for x in good(found)))] if good(found) else []
+        lines[label] = [x for x, _ in points], [y for _, y in points]
+    return Report(
+        "budget",
+        f"Quality by budget of calibration: {study.settings.model}",
+        ("run", "steps", "tokens", "minutes", "perplexity", "ratio", "KL to full precision", "note"),
+        rows,
+        {"full precision": study.full_precision(), "runs": data},
+        lambda figure: plots.lines(figure.subplots(), lines, "calibration tokens", "KL to full precision"),
+        notes=[f"Calibrated on {study.settings.calibration}; a text of fewer tokens is read several times."],
+    )
+
+
+def _tokens_learned(values: Values) -> int:
+    return sum(int(phase.get("tokens", 0)) for phase in values["results"].get("calibration", ()))
 
 
 def fig5(study: Study, selection: Selection) -> Report:

@@ -319,6 +319,17 @@ def test_extrapolation_of_programs(shared: Study) -> None:
     assert row[2] != row[1]
 
 
+def test_the_budget_is_in_steps_tokens_and_minutes(shared: Study) -> None:
+    report = sweeps.budget(shared, Selection(["loopq-plain", "las"], [DYNAMIC], values=(1, 3)))
+    learned, other = report.rows[:2], report.rows[2:]
+    assert [row[1] for row in report.rows] == ["1", "3", "1", "3"]
+    tokens = [int(row[2].replace(",", "")) for row in learned]
+    assert tokens[1] == 3 * tokens[0] > 0 and all(float(row[3]) >= 0 and float(row[6]) > 0 for row in learned)
+    assert all(row[2] == "0" for row in other), "las learns nothing"
+    with pytest.raises(LoopQError, match="0 steps"):
+        sweeps.budget(shared, Selection(["las"], [STATIC], values=(0, 4)))
+
+
 def test_sweeps_vary_one_thing(shared: Study) -> None:
     report = sweeps.fig6(shared, Selection(["las"], [STATIC], values=(2, 4)))
     assert [row[1] for row in report.rows] == ["", "2", "4"]

@@ -1,4 +1,4 @@
-"""The tables and figures of the LoopQ paper, as commands: `bench table1` to `bench fig6`."""
+"""The tables and figures of the LoopQ paper, as commands: `bench table1` to `bench fig6`; and `bench budget`."""
 
 from __future__ import annotations
 
@@ -72,6 +72,10 @@ REPORTS = {
     "fig4": ("Perplexity by number of groups with transforms for every loop.", ("loopq", "w4a4", _DYNAMIC)),
     "fig5": ("Perplexity by number of loops that run, beyond those calibrated.", (_E2E, "w4a4", _DYNAMIC)),
     "fig6": ("Perplexity by number of calibration samples.", ("flatquant-e2e,loopq", "w4a4", _DYNAMIC)),
+    "budget": (
+        "KL to the model by number of calibration steps, with their tokens and minutes.",
+        ("loopq", "w4a4", _DYNAMIC),
+    ),
 }
 """Name of every report: what it shows, and its own defaults of methods, schemes and activations."""
 
