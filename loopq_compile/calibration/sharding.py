@@ -72,7 +72,7 @@ def whole(x: Tensor) -> Tensor:
     if x.dtype != torch.int16:
         return x.full_tensor()
     part = rows(x).view(torch.uint8)  # neither gloo nor NCCL sends 16-bit integers
-    shape = (x.shape[0], 2 * x.shape[1])
+    shape = torch.Size((x.shape[0], 2 * x.shape[1]))
     bytes_ = DTensor.from_local(part, x.device_mesh, x.placements, run_check=False, shape=shape, stride=(shape[1], 1))
     return bytes_.full_tensor().view(torch.int16)
 

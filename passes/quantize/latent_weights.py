@@ -43,11 +43,11 @@ class LatentWeights(Pass):
         return PassResult(graph_module, bool(chains))
 
 
-def _latents(graph_module: fx.GraphModule, quantized: list[fx.Node]) -> dict[fx.Node, tuple[Tensor, Tensor]]:
+def _latents(graph_module: fx.GraphModule, quantized: list[Any]) -> dict[fx.Node, tuple[Tensor, Tensor]]:
     """Latent numbers and scales by quantize node."""
     found: dict[fx.Node, tuple[Tensor, Tensor]] = {}
     known: dict[fx.Node, Tensor] = {}
-    readers: dict[Any, list[fx.Node]] = defaultdict(list)
+    readers: dict[Any, list[Any]] = defaultdict(list)
     for node in quantized:
         for argument in node.args[:2]:
             readers[argument].append(node)
