@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -56,6 +57,24 @@ def test_looped_smollm2() -> None:
     assert program.loops.count == 3
     with pytest.raises(SystemExit, match="0-3"):
         example.main(["--layers", "3-4"])
+
+
+def test_retrofit_smollm2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stopped and started again, to a folder that loads as the original architecture with other layers 1 and 2."""
+    from loopq_compile.sources.loading import load_model
+
+    example, out = load("retrofit_smollm2"), ["--out", str(tmp_path / "out"), "--steps", "20", "--learning-rate", "1e-3"]
+    assert len(example.main([*out, "--minutes", "0"])) == 1
+    losses = example.main(out)
+    assert len(losses) == 20 and losses[-1] < 0.95 * losses[0]
+    assert capsys.readouterr().out.splitlines()[-1].endswith("after 20 steps")
+    original, learned = example.load(None), load_model(str(tmp_path / "out")).model
+    assert learned.config.num_hidden_layers == 4
+    same = [
+        all(map(torch.equal, a.parameters(), b.parameters()))
+        for a, b in zip(original.model.layers, learned.model.layers, strict=True)
+    ]
+    assert same == [True, False, False, True]
 
 
 def test_custom_backend(monkeypatch: pytest.MonkeyPatch) -> None:
