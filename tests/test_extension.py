@@ -149,7 +149,7 @@ def test_names_registered_here_are_not_overwritten(monkeypatch):
 
 def test_a_pipeline_prints_its_passes_and_counts_those_of_one_name():
     text = str(methods.loopq()).splitlines()
-    assert text[0] == "Pipeline 'loopq', 20 passes" and text[1].startswith("  0  tag-loops ")
+    assert text[0] == "Pipeline 'loopq', 21 passes" and text[1].startswith("  0  tag-loops ")
     names = [item.name for item in methods.loopq().insert_before("calibrate", Break(), occurrence=-1)]
     assert names.index("break") == max(i for i, name in enumerate(names) if name == "calibrate") - 1
     with pytest.raises(lq.LoopQError, match="has 'calibrate' 4 times; occurrence is 4"):
