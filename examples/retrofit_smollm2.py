@@ -81,9 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--model", help='"smollm2", a Hugging Face folder or id; without it a tiny random Llama')
     parser.add_argument("--layers", default="1-2", help="first and last layer of the loop, counted from 0")
     parser.add_argument("--times", type=int, default=2, help="how often they run")
-    parser.add_argument(
-        "--text", default="self", help="as --calibration of compile: self, docs, mixed, a file"
-    )
+    parser.add_argument("--text", default="self", help="as --calibration of compile: self, docs, mixed, a file")
     parser.add_argument("--samples", type=int, default=64, help="rows of text")
     parser.add_argument("--length", type=int, default=32, help="tokens in a row")
     parser.add_argument("--batch-rows", type=int, default=4, help="rows in a step")

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,7 +64,10 @@ def test_retrofit_smollm2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     """Stopped and started again, to a folder that loads as the original architecture with other layers 1 and 2."""
     from loopq_compile.sources.loading import load_model
 
-    example, out = load("retrofit_smollm2"), ["--out", str(tmp_path / "out"), "--steps", "20", "--learning-rate", "1e-3"]
+    example, out = (
+        load("retrofit_smollm2"),
+        ["--out", str(tmp_path / "out"), "--steps", "20", "--learning-rate", "1e-3"],
+    )
     assert len(example.main([*out, "--minutes", "0"])) == 1
     losses = example.main(out)
     assert len(losses) == 20 and losses[-1] < 0.95 * losses[0]
@@ -75,6 +79,24 @@ def test_retrofit_smollm2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         for a, b in zip(original.model.layers, learned.model.layers, strict=True)
     ]
     assert same == [True, False, False, True]
+
+
+def test_train_recurrent(tmp_path: Path) -> None:
+    """The folder loads with its code, and the compiler finds the layers that run three times."""
+    import loopq_compile as lq
+    from loopq_compile import bundled
+    from loopq_compile.sources.loading import load_model
+
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    bundled.load_tokenizer().save(str(work / "tokenizer.json"))
+    np.save(work / "train.npy", np.random.default_rng(0).integers(0, 64, 4096).astype(np.uint16))
+    sizes = ["--width", "32", "--length", "32", "--steps", "10", "--learning-rate", "1e-2"]
+    losses = load("train_recurrent").main(["--work", str(work), "--out", str(out), *sizes])
+    assert losses[-1] < losses[0] - 0.5
+    model = load_model(str(out), trust_remote_code=True).model
+    program = lq.compile(model, scheme="w6a16", method="symmetric")
+    assert program.loops.describe() == "3 x (layers.4, layers.5, layers.6)"
 
 
 def test_custom_backend(monkeypatch: pytest.MonkeyPatch) -> None:
