@@ -22,6 +22,7 @@ from loopq_compile.planning.budget import RESERVE, Budget, fit
 from loopq_compile.planning.costs import Cost, Learning, Phase, Rehearsed
 from loopq_compile.planning.rehearsal import Rehearsal
 from tests.calibration.test_checkpoint import KilledError, killed_at
+from tests.calibration.test_shares import torchrun
 from tests.tiny import tiny_model, tokens
 
 STEP = Learning(setup=10.0, ask=0.0, target=0, step=2.0, evaluation=0.0, memory=0)
@@ -163,3 +164,27 @@ def test_processes_rehearse_their_share():
     assert mine == replace(options, batch_rows=4, statistics_tokens=500)
     assert len(batches) == 3 and all(torch.equal(*pair) for pair in zip(batches, DATA[1::2], strict=True))
     assert budget.share(options, DATA, 0, 1) == (options, DATA)
+
+
+@pytest.mark.nightly
+def test_two_processes_take_the_steps_of_the_first():
+    """Each of them measures something else."""
+    script = """
+import os
+import loopq_compile as lq
+from loopq_compile.graph.state import get_state
+from loopq_compile.planning import budget
+from tests.planning.test_budget import compiled
+rank = int(os.environ["RANK"])
+budget.fit = lambda *_: budget.Budget(3 + 2 * rank, 60.0, "chosen")
+print(get_state(compiled(minutes=30, method="flatquant-e2e").graph_module).options.steps)
+def refuse(*_):
+    raise lq.LoopQError("too few")
+if rank == 0:
+    budget.fit = refuse
+try:
+    compiled(minutes=30, method="flatquant-e2e")
+except lq.LoopQError as error:
+    print(error)
+"""
+    assert sorted(torchrun("-c", script).split("\n")) == ["", "3", "3", "too few", "too few"]
