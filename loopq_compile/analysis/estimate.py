@@ -97,7 +97,8 @@ def estimate(
         _copies(pipeline, options, state, quantized) * sum(_weight_bytes(scheme, *s.shape) for s in quantized)
     )
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    costs, budget = [], None
+    costs: list[Cost] = []
+    budget: Budget | None = None
     if len(calibration):
         batches = [bind_batch(batch, state.signature) for batch in calibration]
         work = Work.of(graph_module, batches, options)

@@ -111,7 +111,7 @@ def _words(rehearsed: Rehearsed, steps: int, minutes: float, seconds: float) -> 
     if times <= REPEATS:
         return text
     samples = math.ceil(steps / REPEATS) * options.batch_rows / (1 - options.validation)
-    return f"{text}, which is too short for them: give about {math.ceil(samples)} samples (--samples)"
+    return f"{text}, so it is too short: give about {math.ceil(samples)} samples (--samples)"
 
 
 def _upwards(value: float) -> float:

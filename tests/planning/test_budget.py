@@ -81,7 +81,7 @@ def test_a_text_that_is_too_short_is_said_to_be():
     assert "they read 20% of the calibration text" in fit(measured(Phase(Calibrate(), STEP)), 10, 100.0).text
     assert "200 steps of 4 samples fit into 10 minutes" in fit(short, 10, 100.0).text
     # 200 steps are 4 times 50 batches of 4 rows, and an eighth is held out.
-    assert "text 10 times, which is too short for them: give about 229 samples" in fit(short, 10, 100.0).text
+    assert "text 10 times, so it is too short: give about 229 samples" in fit(short, 10, 100.0).text
 
 
 def test_minutes_without_learning_are_refused():
