@@ -26,6 +26,7 @@ from loopq_compile.memory import LARGE, available_memory, bound_heap, trim
 from loopq_compile.methods import get_pipeline, reference_graph
 from loopq_compile.passes.learn.requirements import Work, check_fits, kind_of
 from loopq_compile.pipeline import Pipeline
+from loopq_compile.planning.budget import settle_steps
 from loopq_compile.program import Program, failures_with_programs
 from loopq_compile.storage.artifact import read
 
@@ -61,7 +62,8 @@ def compile(
             another `device`, which keeps memory near one copy of the model. Neither the model nor anything that shares
             its weights can be used afterwards.
         options: fields of `Scheme` to change, such as `group_size=64` or `skip=("*.o_proj",)`, and of
-            `CalibrationOptions`, such as `steps=300`, `seed=1`, `weight_solver="gptq"` or `checkpoint="folder"`.
+            `CalibrationOptions`, such as `steps=300` or `minutes=30`, `seed=1`, `weight_solver="gptq"` or
+            `checkpoint="folder"`.
 
     Returns:
         A `Program` that is called like the model.
@@ -120,6 +122,8 @@ def _quantize(
         bound_heap()
         _check_memory(graph_module, scheme, pipeline)
     try:
+        if options.minutes is not None:
+            settle_steps(graph_module, pipeline)
         with says_how_to_go_on(state), failures_with_programs():
             graph_module = pipeline.run(graph_module)
         infer_shapes(graph_module)

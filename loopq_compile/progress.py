@@ -46,6 +46,12 @@ def progress(items: Iterable[Item], title: str, total: int | None = None) -> Ite
         yield from bar.track(items, total=total, description=title)
 
 
+def remark(text: str) -> None:
+    """Prints a line on standard error, in the first process only: what a run that takes long has decided."""
+    if leads():
+        print(text, file=sys.stderr)
+
+
 class StepProgress:
     """A bar for a calibration: steps, loss, learning rate, time left; on standard error, if that is a terminal.
 

@@ -25,6 +25,7 @@ ORDER = [
     "passes",
     "debugging",
     "pipeline",
+    "planning",
     "methods",
     "generation",
     "backends",

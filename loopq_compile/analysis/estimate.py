@@ -1,10 +1,11 @@
 """Predicts the cost of a compilation: size on disk, memory, time.
 
-Time and memory are those of a rehearsal (`loopq_compile.analysis.rehearsal`). The model is not changed.
+Time and memory are those of a rehearsal (`loopq_compile.planning.rehearsal`). The model is not changed.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from loopq_compile.analysis.machine import Machine, predict
-from loopq_compile.analysis.rehearsal import Cost, Rehearsal
 from loopq_compile.calibration.batches import bind_batch, count_tokens
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.device import device_of
@@ -24,6 +24,9 @@ from loopq_compile.methods import reference_graph
 from loopq_compile.passes.learn.requirements import Work, check_fits
 from loopq_compile.passes.learn.select_transforms import LEAST_GROUPS, SelectTransforms
 from loopq_compile.pipeline import Pipeline
+from loopq_compile.planning.budget import Budget, check_learns, fit, rehearsal_options
+from loopq_compile.planning.costs import Cost
+from loopq_compile.planning.rehearsal import Rehearsal
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Estimate:
         memory: peak memory beyond what is already loaded, in bytes.
         seconds: time of the compilation on this machine at its present load; None without calibration data.
         passes: memory and time of every pass.
+        budget: the steps that fit, if the options give minutes.
     """
 
     loops: str
@@ -48,6 +52,7 @@ class Estimate:
     memory: int
     seconds: float | None
     passes: list[Cost]
+    budget: Budget | None = None
 
 
 def estimate(
@@ -71,9 +76,14 @@ def estimate(
         say: called with the name of every pass before it is rehearsed.
 
     Raises:
-        LoopQError: the scheme does not fit the model, or the calibration does not fit into memory.
+        LoopQError: the scheme does not fit the model, the calibration does not fit into memory, or too few minutes are
+            given.
     """
     options = options or CalibrationOptions()
+    if options.minutes is not None:
+        if machine is not None:
+            raise LoopQError("minutes needs a rehearsal, which is of this machine; with another, give steps.")
+        check_learns(pipeline, options.minutes, len(calibration) > 0)
     graph_module = reference_graph(captured, scheme)
     state = get_state(graph_module)
     quantized = [site for site in state.sites.values() if site.reason is None]
@@ -87,7 +97,8 @@ def estimate(
         _copies(pipeline, options, state, quantized) * sum(_weight_bytes(scheme, *s.shape) for s in quantized)
     )
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    costs = []
+    costs: list[Cost] = []
+    budget: Budget | None = None
     if len(calibration):
         batches = [bind_batch(batch, state.signature) for batch in calibration]
         work = Work.of(graph_module, batches, options)
@@ -100,7 +111,8 @@ def estimate(
                 warnings.warn(warning, stacklevel=2)
     elif machine is not None:
         raise LoopQError("A prediction for another machine needs calibration data: how long its rows are.")
-    costs = costs or Rehearsal(captured, scheme, pipeline, list(calibration), options, peak, say).run()
+    if not costs:
+        costs, budget = _rehearsed(captured, scheme, pipeline, list(calibration), options, peak, say)
     return Estimate(
         loops=state.loops.describe(),
         quantized=len(quantized),
@@ -110,7 +122,25 @@ def estimate(
         memory=max(size, *(cost.memory for cost in costs)),
         seconds=sum(cost.seconds for cost in costs) if len(calibration) else None,
         passes=costs,
+        budget=budget,
     )
+
+
+def _rehearsed(
+    captured: fx.GraphModule,
+    scheme: Scheme,
+    pipeline: Pipeline,
+    calibration: list[Tensor],
+    options: CalibrationOptions,
+    peak: Peak | None,
+    say: Callable[[str], None],
+) -> tuple[list[Cost], Budget | None]:
+    start = time.perf_counter()
+    if options.minutes is None:
+        return Rehearsal(captured, scheme, pipeline, calibration, options, peak, say).run().costs(), None
+    found = Rehearsal(captured, scheme, pipeline, calibration, rehearsal_options(options), peak, say).run()
+    budget = fit(found, options.minutes, time.perf_counter() - start)
+    return found.costs(budget.steps), budget
 
 
 def _weight_bytes(scheme: Scheme, outputs: int, inputs: int) -> int:

@@ -17,13 +17,13 @@ import math
 import re
 from dataclasses import dataclass
 
-from loopq_compile.analysis.rehearsal import Cost
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.passes.learn.calibrate import Calibrate
 from loopq_compile.passes.learn.requirements import Work, check_fits, kind_of
 from loopq_compile.passes.learn.select_transforms import SEQUENCES
 from loopq_compile.pipeline import Pipeline, pass_name
+from loopq_compile.planning.costs import Cost
 
 _REACHED = 0.5
 _LAUNCH = 1e-5

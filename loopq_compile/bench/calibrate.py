@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from loopq_compile.analysis.rehearsal import Rehearsal
 from loopq_compile.bench.results import Report
 from loopq_compile.calibration.teacher import predictions
 from loopq_compile.calibration.training import Training
@@ -18,6 +17,7 @@ from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.methods import get_pipeline
 from loopq_compile.operators.fusion import fusing
+from loopq_compile.planning.rehearsal import Rehearsal
 
 PARTS = ("plain forward", "teacher", "weights", "forward", "backward", "update")
 """The plain forward pass of the captured model is not part of a step; all others are."""

@@ -81,6 +81,13 @@ def compile_command(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps of methods that learn; by default the method's own.")
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="Instead of --steps: how long the compilation may take. A rehearsal chooses the steps that fit.",
+        ),
+    ] = None,
     batch_rows: Annotated[int, typer.Option(min=1, help="Calibration samples in a step.")] = 4,
     statistics_tokens: Annotated[
         int,
@@ -128,15 +135,17 @@ def compile_command(
     from loopq_compile.graph.options import CalibrationOptions
     from loopq_compile.graph.scheme import Scheme
     from loopq_compile.methods import get_pipeline
+    from loopq_compile.planning.budget import check_learns
     from loopq_compile.storage.artifact import FILES
     from loopq_compile.storage.atomic import check_file, check_folder
     from loopq_compile.storage.manifest import PROGRAM
 
     chosen = {"group_size": group_size, "signed_scales": not positive_scales, "skip": tuple(skip or ())}
     wanted = Scheme.parse(scheme, activation=activation, **chosen)
-    get_pipeline(method)  # unknown names fail before a model is loaded
+    pipeline = get_pipeline(method)  # unknown names fail before a model is loaded
     options = CalibrationOptions(
         steps=steps,
+        minutes=minutes,
         seed=seed,
         batch_rows=batch_rows,
         statistics_tokens=statistics_tokens,
@@ -145,6 +154,8 @@ def compile_command(
         recompute=recompute,
         checkpoint=str(checkpoint) if checkpoint else None,
     )
+    if minutes is not None:
+        check_learns(pipeline, minutes, has_data=True)
     elsewhere = _machine(machine, dry_run)
     check_folder(out, PROGRAM, FILES)
     if checkpoint:
@@ -157,9 +168,9 @@ def compile_command(
     source = calibration or default_text(method, activation, loaded)
     batches = _batches(source, loaded, samples, length, seed, note(json))
     if dry_run:
-        _predict(loaded.model, wanted, get_pipeline(method), batches, options, elsewhere, json)
+        _predict(loaded.model, wanted, pipeline, batches, options, elsewhere, json)
     else:
-        _show(_compile(loaded, wanted, method, batches, options, out), out, json)
+        _show(_compile(loaded, wanted, method, batches, source, options, out), out, json)
 
 
 def _batches(
@@ -172,8 +183,12 @@ def _batches(
 ) -> list[Tensor] | None:
     if not source:
         return None
+    from loopq_compile.sources.self_generated import SUBSTITUTES, provenance
+
     batches = calibration_batches(source, loaded.tokenizer, samples, length, seed, model=loaded.model)
     say(f"calibrating on {sum(map(len, batches))} samples of {length} tokens from {source}")
+    if source in SUBSTITUTES:
+        say(provenance(source))
     return batches
 
 
@@ -182,17 +197,23 @@ def _compile(
     scheme: Scheme,
     method: str,
     batches: list[Tensor] | None,
+    source: str | None,
     options: CalibrationOptions,
     out: Path,
 ) -> Program:
-    """Quantizes the model, releases its weights one by one, and saves the program with its tokenizer."""
+    """Quantizes the model, releases its weights one by one, and saves the program with its tokenizer; its log names the
+    `source` of the text."""
     from loopq_compile.compiler import compile as compile_model
+    from loopq_compile.graph.state import LogEntry
     from loopq_compile.processes import barrier
+    from loopq_compile.sources.self_generated import provenance
     from loopq_compile.storage.artifact import save
 
     program = compile_model(
         loaded.model, scheme=scheme, method=method, calibration=batches, release_model=True, **options.to_dict()
     )
+    if source and batches:
+        program.log.insert(0, LogEntry("calibration-text", False, [provenance(source)]))
     save(program.graph_module, out, loaded.files())
     barrier()  # the report reads what the first process wrote
     return program
@@ -230,6 +251,8 @@ def _predict(
         print_json({"dry_run": True, **asdict(found)})
         return
     seconds = "unknown without calibration data" if found.seconds is None else f"about {duration(found.seconds)}"
+    if found.budget is not None:
+        say(found.budget.text)
     shown = [cost for cost in found.passes if cost.seconds > 0.01 * (found.seconds or math.inf)]
     for cost in shown:
         say(f"{cost.name:20s} {duration(cost.seconds):>10s} {cost.memory / 2**20:10,.0f} MiB")

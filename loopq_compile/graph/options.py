@@ -30,6 +30,8 @@ class CalibrationOptions:
 
     Args:
         steps: optimizer steps of learned methods, summed over all phases; None for the method's default.
+        minutes: how long the whole compilation may take, instead of `steps`: a rehearsal measures the passes on this
+            machine, and the number of steps is chosen from it.
         seed: of everything random: order of samples, signs of rotations, start of adapters.
         batch_rows: calibration rows (sequences) in a step.
         learning_rate: factor on the learning rates of all parameters; 1 is what was tuned.
@@ -64,6 +66,7 @@ class CalibrationOptions:
     """
 
     steps: int | None = None
+    minutes: float | None = None
     seed: int = 0
     batch_rows: int = 4
     learning_rate: float = 1.0
@@ -97,6 +100,10 @@ class CalibrationOptions:
         for field in ("steps", "top_k"):
             if getattr(self, field) is not None:
                 _check_count(field, getattr(self, field), 1)
+        if self.minutes is not None:
+            _check_number("minutes", self.minutes, above=0.0)
+            if self.steps is not None:
+                raise LoopQError(f"steps={self.steps} and minutes={self.minutes:g} exclude each other; leave one out.")
         for field in ("learning_rate", "temperature", "gradient_clip"):
             _check_number(field, getattr(self, field), above=0.0)
         for field in ("state_weight", "transition_weight"):

@@ -23,6 +23,13 @@ from loopq_compile.storage.atomic import writing_file
 
 CALIBRATIONS = ("self", "docs", "mixed")
 """Sources of calibration text other than files: sampled by the model; docstrings; half of each."""
+SUBSTITUTES = {
+    "docs": "docstrings of the installed libraries",
+    "bundled": "docstrings of the installed libraries",
+    "self": "text sampled by the model",
+    "mixed": "docstrings and text sampled by the model",
+}
+"""Sources that stand in for the text that a model will read, in words."""
 CHARACTERS = 16
 """Characters of a text to read per needed token, about four times as many as it takes; samples are drawn from these."""
 
@@ -131,6 +138,18 @@ def calibration_data(
         order = torch.argsort(torch.tensor([*range(0, 2 * own, 2), *range(1, 2 * (samples - own), 2)]))
         every = every[order]
     return list(every.split(4))
+
+
+def provenance(source: str) -> str:
+    """A line about the text behind a calibration, and what to do if another would be better; of a file the name only,
+    since programs are passed on.
+
+    Args:
+        source: as for `calibration_data`.
+    """
+    if source in SUBSTITUTES:
+        return f"calibrated on {SUBSTITUTES[source]}; give --calibration for the text you care about"
+    return f"calibrated on {Path(source).name}"
 
 
 def _rows_of_text(source: str, tokenizer: Any, samples: int, length: int, seed: int) -> list[Tensor]:

@@ -44,6 +44,10 @@ WEIGHT_BYTES = 16
 """What a step takes for every learned weight, the model and temporary tensors included."""
 
 
+_NO_EFFECT = ("checkpoint", "checkpoint_every", "minutes")
+"""Options that leave the result as it is; the steps that `minutes` led to are an option of their own."""
+
+
 class Calibrate(Pass):
     """Learns what earlier passes inserted: transforms, ranges and clip ratios, rounding, adapters.
 
@@ -253,7 +257,7 @@ def fingerprint(
 ) -> str:
     """Hash of everything that affects the result: the graph's `tensors`, options, data, and what is `learned` how
     long."""
-    options = {k: v for k, v in state.options.to_dict().items() if k not in ("checkpoint", "checkpoint_every")}
+    options = {k: v for k, v in state.options.to_dict().items() if k not in _NO_EFFECT}
     digest = hashlib.sha256(repr((options, state.scheme, state.method, steps, list(learned))).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 
 from loopq_compile.calibration.batches import bind_batch, count_rows, count_tokens
 from loopq_compile.calibration.data import split
-from loopq_compile.calibration.target_store import MEMORY_BYTES, target_bytes
+from loopq_compile.calibration.target_store import target_bytes
 from loopq_compile.calibration.training import Training
 from loopq_compile.graph.constants import evaluate
 from loopq_compile.graph.device import device_of
@@ -36,6 +36,7 @@ from loopq_compile.passes.quantize.collect_ranges import CollectRanges
 from loopq_compile.passes.quantize.solve_weights import SolveWeights
 from loopq_compile.passes.transforms.smooth_activations import SmoothActivations
 from loopq_compile.pipeline import Pipeline, pass_name
+from loopq_compile.planning.costs import Cost, Learning, Phase, Rehearsed
 from loopq_compile.processes import apart
 from loopq_compile.solvers.chains import Chain, find_chains, find_families, write_codes
 from loopq_compile.solvers.rtn import Grid
@@ -48,43 +49,6 @@ _SOLVED = 24
 """Bytes for every number of the largest weight at the height of its solution."""
 _NODE_SECONDS = 0.007
 """Seconds to capture a node and print it, on a core of 2024."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a pass is predicted to need.
-
-    Args:
-        name: of the pass.
-        seconds: its time.
-        memory: peak of the process, or of the GPU, while it runs, beyond what lay there before the first pass, in
-            bytes.
-    """
-
-    name: str
-    seconds: float
-    memory: int
-
-
-@dataclass(frozen=True)
-class _Learning:
-    """Measured parts of one phase of calibration: seconds, except for `memory` and `target`, in bytes.
-
-    Args:
-        setup: to make teacher and student, and what the first step takes longer than the second.
-        ask: the teacher's answer on one batch.
-        target: size of that answer.
-        step: one step, without the teacher.
-        evaluation: one evaluation on all batches held out.
-        memory: peak, with the answers on the batches of the rehearsal.
-    """
-
-    setup: float
-    ask: float
-    target: int
-    step: float
-    evaluation: float
-    memory: int
 
 
 class Rehearsal:
@@ -121,19 +85,21 @@ class Rehearsal:
         state.run.calibration = list(batches[:enough]) or None
         self._seen = sum(map(count_tokens, bound[:enough]))
         state.run.teacher = copy_graph(captured)
-        self._asked = 0
         if sum(tensor.numel() for tensor in captured.parameters()) > LARGE:
             bound_heap()
 
-    def run(self) -> list[Cost]:
+    def run(self) -> Rehearsed:
         """What every pass needs, in their order; capture comes first and the shapes of all nodes last. Under `torchrun`
         every process rehearses for itself."""
-        with apart():
-            return self._run()
+        try:
+            with apart():
+                return Rehearsed(tuple(self._run()), self._options, *self._split())
+        finally:
+            get_state(self._graph).run.close()
 
-    def _run(self) -> list[Cost]:
-        costs: list[Cost | Calibrate] = []
-        learned: dict[frozenset[str], _Learning | None] = {}
+    def _run(self) -> list[Cost | Phase]:
+        parts: list[Cost | Calibrate | Phase] = []
+        learned: dict[frozenset[str], Learning | None] = {}
         last = {item.kinds: number for number, item in enumerate(self._pipeline) if isinstance(item, Calibrate)}
         for number, item in enumerate(self._pipeline):
             self._say(pass_name(item))
@@ -143,16 +109,18 @@ class Rehearsal:
             if isinstance(item, Calibrate):  # of phases that learn the same, the last has the most to do
                 if last[item.kinds] == number:
                     learned[item.kinds] = self._learn(item)
-                costs.append(item)
+                parts.append(item)
+            elif isinstance(item, CalibrateBlocks):
+                parts.append(Phase(item, self._learn(Calibrate(kinds=item.kinds, default_steps=item.default_steps))))
             else:
                 seconds, memory = self._rehearse(item)
-                costs.append(Cost(pass_name(item), seconds, max(memory, self._peak.bytes())))
+                parts.append(Cost(pass_name(item), seconds, max(memory, self._peak.bytes())))
             trim()
         self._peak.restart()
         seconds = _timed(lambda: infer_shapes(self._graph))
         shapes = Cost("shapes", seconds, self._peak.bytes())
         capture = Cost("capture", _NODE_SECONDS * len(self._graph.graph.nodes), 0)
-        found = [item if isinstance(item, Cost) else self._phase(item, learned[item.kinds]) for item in costs]
+        found = [Phase(part, learned[part.kinds]) if isinstance(part, Calibrate) else part for part in parts]
         return [capture, *found, shapes]
 
     def _rehearse(self, item: PassBase) -> tuple[float, int]:
@@ -161,15 +129,12 @@ class Rehearsal:
             return self._select(item), 0
         if isinstance(item, SolveWeights) and (self._options.weight_solver or item.options.solver) != "rtn":
             return self._solve(item)
-        if isinstance(item, CalibrateBlocks):
-            found = self._learn(Calibrate(kinds=item.kinds, default_steps=item.default_steps))
-            return (0.0 if found is None else found.setup + found.step * (self._options.steps or item.default_steps)), 0
         seconds = _timed(lambda: Pipeline([item], self._pipeline.name).run(self._graph))
         if self._tokens and isinstance(item, CollectRanges | SmoothActivations):
             seconds *= max(1.0, self._measured(item) / self._seen)
         return seconds, 0
 
-    def _learn(self, item: Calibrate) -> _Learning | None:
+    def _learn(self, item: Calibrate) -> Learning | None:
         start = time.perf_counter()
         with item.prepared(self._graph) as training:
             if training is None:
@@ -181,7 +146,7 @@ class Rehearsal:
     def observe(self, training: Training) -> None:
         """Called with every phase that is ready to run; does nothing here."""
 
-    def _phase_parts(self, training: Training, setup: float) -> _Learning:
+    def _phase_parts(self, training: Training, setup: float) -> Learning:
         with fusing(training.worth_fusing()):
             number, held = training.learn[0], training.held[:1]
             asks = [
@@ -198,25 +163,13 @@ class Rehearsal:
         evaluation = prepare + max(0.0, second[0] - prepare) * held_out
         target = target_bytes(training.teacher.targets(number, training.batches[number]))
         setup += max(0.0, sum(first) - sum(second))
-        return _Learning(setup, min(asks), target, second[1], evaluation, self._peak.bytes())
+        return Learning(setup, min(asks), target, second[1], evaluation, self._peak.bytes())
 
     def _split(self) -> tuple[int, int]:
         """Numbers of all batches to learn from, and of those held out."""
         count = -(-sum(self._rows) // self._options.batch_rows)
         learn, held = split([[]] * count, self._options.validation, self._options.seed)
         return len(learn), len(held) or max(1, len(learn) // 8)
-
-    def _phase(self, item: Calibrate, found: _Learning | None) -> Cost:
-        """One phase of calibration, from its measured parts."""
-        if found is None:
-            return Cost(pass_name(item), 0.0, 0)
-        steps, (learn, held) = item.steps(self._options), self._split()
-        evaluations = 1 + -(-steps // self._options.evaluate_every)
-        batches = min(steps, learn) + held
-        asked, self._asked = max(0, batches - self._asked), max(self._asked, batches)
-        answers = min(MEMORY_BYTES, found.target * max(0, batches - 2))
-        seconds = found.setup + found.step * steps + found.evaluation * evaluations + found.ask * asked
-        return Cost(pass_name(item), seconds, found.memory + answers)
 
     def _select(self, item: SelectTransforms) -> float:
         groups, wanted = item.candidates(self._graph)

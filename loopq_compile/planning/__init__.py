@@ -1,0 +1,1 @@
+"""What a compilation will take, and how long it may learn, known before it starts."""
