@@ -1,29 +1,28 @@
-"""How fast a model reads and writes text: PyTorch, ONNX Runtime in full precision, and quantized files."""
+"""How fast a model reads and writes text: PyTorch, ONNX Runtime in full precision, quantized files, other engines."""
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import itertools
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loopq_compile._version import __version__
+from loopq_compile.bench import speed_rivals
 from loopq_compile.bench.cells import Cells, Values
 from loopq_compile.bench.results import Report
-from loopq_compile.bench.speed_session import Job, load, measure
+from loopq_compile.bench.speed_contest import Contest, Contestant
+from loopq_compile.bench.speed_fidelity import ROW, rows
+from loopq_compile.bench.speed_session import Job, load
 from loopq_compile.bench.speed_torch import WAYS
 from loopq_compile.capture.to_graph import capture
 from loopq_compile.compiler import compile as compile_model
 from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.graph.scheme import Scheme
-from loopq_compile.memory import trim
 from loopq_compile.methods import get_pipeline
 from loopq_compile.passes.loops.tag_loops import TagLoops
 from loopq_compile.pipeline import Pipeline
@@ -42,13 +41,15 @@ def speed(
     products: Sequence[str] = ("packed",),
     group_size: int = 32,
     *,
+    rivals: Sequence[str] = (),
+    turns: int = 1,
     cells: Cells | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Measures a model in several ways, each in a separate process; this process holds no model meanwhile.
 
     Args:
-        job: the model, lengths, batches and repeats.
+        job: the model, lengths, batches and repeats. With a text, rows also have KL to the float32 model.
         schemes: schemes of quantized files, compiled without data.
         forms: forms of the export: "unrolled", "rolled".
         head_bits: bits of the head in quantized files; None for floating point.
@@ -58,6 +59,9 @@ def speed(
             group of linears, like learned methods.
         products: of the export: "packed"; "int8" and (unrolled) "both" if a scheme quantizes activations.
         group_size: neighbouring features that share a scale.
+        rivals: other engines, from `speed_rivals.RIVALS`, with 4-bit weights in groups of the same size. One that is
+            not installed is left out and noted; one that cannot run the model, or crashes, says so in its row.
+        turns: how often each row is measured, by turns; the best counts.
         cells: stores finished rows, so that an interrupted run can continue.
         say: called with what is being measured.
 
@@ -70,33 +74,45 @@ def speed(
             raise LoopQError(f"Unknown way {name!r} to run PyTorch.{did_you_mean(name, WAYS)}")
     for scheme, method in itertools.product(schemes, methods):
         Scheme.parse(scheme), get_pipeline(method)
-    cells, data, notes = cells or Cells(), list[Values](), list[str]()
-    for way in pytorch:
-        if WAYS[way].torchao and importlib.util.find_spec("torchao") is None:
-            notes.append("There is no torchao row: torchao is not installed (pip install 'loopq-compile[torchao]').")
-            say(notes[-1])
-            continue
-        if WAYS[way].torchao:
-            notes.append(
-                "torchao's wheels for x86 come without its CPU kernels: its row dequantizes weights in every call, "
-                "and is not the best that torchao can do."
-            )
-        data.append(_torch_row(job, way, cells, say))
+    for name in rivals:
+        if name not in speed_rivals.RIVALS:
+            raise LoopQError(f"Unknown rival {name!r}.{did_you_mean(name, speed_rivals.RIVALS)}")
+    ways, notes = _pytorch(pytorch)
     exports = [_Export(form=form) for form in forms]
     for parts in itertools.product(schemes, methods, products, forms, head_bits):
         fits = Scheme.parse(parts[0]).quantizes_activations and parts[2:4] != ("both", "rolled")
         if parts[2] == "packed" or fits:
             exports.append(_Export(*parts, group_size))
-    data += [_onnx_row(job, export, cells, say) for export in exports]
+    entered = ways + [Contestant(x.runs, x.form, write=partial(_write, job, x)) for x in exports]
+    for name in rivals:
+        absent = speed_rivals.missing(name)
+        notes.append(absent or f"{name}: {speed_rivals.versions(name)}.")
+        if absent is None:
+            entered += speed_rivals.contestants(name, job, group_size, head_bits, partial(_write, job, _Export()))
+    for note in notes:
+        say(note)
+    data = Contest(job, turns, cells or Cells(), say).run(entered)
     if all("failed" in x for x in data):
         raise LoopQError(data[0]["failed"] if data else "There is nothing to measure.")
-    return _report(job, data, notes)
+    return _report(job, turns, data, notes)
 
 
-def _torch_row(job: Job, way: str, cells: Cells, say: Callable[[str], None]) -> Values:
-    runs = f"PyTorch {WAYS[way].dtype}" if not WAYS[way].torchao else "torchao w4a8"
-    row = {"runs": runs, "form": "compiled" if WAYS[way].compiled else "eager"}
-    return _cell(row, replace(job, way=way), cells, say, partial(measure, replace(job, way=way)))
+def _pytorch(names: Sequence[str]) -> tuple[list[Contestant], list[str]]:
+    """The rows of PyTorch, and notes on torchao."""
+    rows, notes = list[Contestant](), list[str]()
+    for name in names:
+        way = WAYS[name]
+        if way.torchao and importlib.util.find_spec("torchao") is None:
+            notes.append("There is no torchao row: torchao is not installed (pip install 'loopq-compile[torchao]').")
+            continue
+        if way.torchao:
+            notes.append(
+                "torchao's wheels for x86 come without its CPU kernels: its row dequantizes weights in every call, "
+                "and is not the best that torchao can do."
+            )
+        runs = f"PyTorch {way.dtype}" if not way.torchao else "torchao w4a8"
+        rows.append(Contestant(runs, "compiled" if way.compiled else "eager", name))
+    return rows, notes
 
 
 @dataclass(frozen=True)
@@ -120,30 +136,8 @@ class _Export:
         return " ".join(parts) + (f", head w{self.head}" if self.head else "")
 
 
-def _onnx_row(job: Job, export: _Export, cells: Cells, say: Callable[[str], None]) -> Values:
-    def run() -> Values:
-        with tempfile.TemporaryDirectory() as folder:
-            written = _write(job, export, folder)
-            gc.collect()  # graphs and their nodes refer to each other
-            trim()
-            return written | measure(replace(job, model=str(Path(folder) / "model.onnx"), config=None))
-
-    return _cell({"runs": export.runs, "form": export.form}, job, cells, say, run)
-
-
-def _cell(row: Values, job: Job, cells: Cells, say: Callable[[str], None], run: Callable[[], Values]) -> Values:
-    """A row, measured or stored; a row that fails says why, and is tried again next time."""
-    say(f"{row['runs']}, {row['form']}")
-    about = {"speed": row, "version": __version__, "torch": torch.__version__, **asdict(job)}
-    try:
-        return row | cells.get(f"{row['runs']}-{row['form']}", about, run)
-    except LoopQError as error:
-        say(f"failed: {error}")
-        return row | {"failed": str(error)}
-
-
-def _write(job: Job, export: _Export, folder: str) -> Values:
-    """Writes a file, and keeps nothing of the model in memory."""
+def _write(job: Job, export: _Export, folder: Path) -> tuple[str, Values]:
+    """Writes a file, and keeps nothing of the model in memory; returns its name and values for the row."""
     model = load(job)
     example: Any = None if hasattr(model, "prepare_inputs_for_generation") else torch.ones(2, 8, dtype=torch.int64)
     options: dict[str, Any] = {"form": export.form, "head_bits": export.head, "products": export.products}
@@ -153,30 +147,46 @@ def _write(job: Job, export: _Export, folder: str) -> Values:
     else:
         program = Program(Pipeline([TagLoops()]).run(capture(model, example)))
     made = program.export_onnx(folder, target="onnxruntime", cache=True, last_token=True, **options)
-    return {"bytes": made.bytes, "nodes": made.node_count}
+    return made.path.name, {"bytes": made.bytes, "nodes": made.node_count}
 
 
-def _report(job: Job, data: list[Values], notes: list[str]) -> Report:
+def _report(job: Job, turns: int, data: list[Values], notes: list[str]) -> Report:
     columns = ["runs", "form", "MB", "open ms", "compile s", "memory MB", "peak MB"]
     columns += [f"prefill {length}" for length in job.prefill] + [f"decode x{batch}" for batch in job.decode]
+    columns += ["KL"] if job.text else []
+    by_turns = f", in {turns} turns" if turns > 1 else ""
     notes = [
-        f"Tokens a second, one thread, the best of {job.repeats} runs behind one that does not count. Prefill: one "
-        f"prompt of so many tokens, logits of the last. Decode: {job.steps} steps of 1 token behind {job.context} "
-        "tokens of context, all rows counted. Compile: what torch.compile adds to the calls that do not count.",
+        f"Tokens a second, one thread, the best of {job.repeats} runs{by_turns} behind one that does not count. "
+        f"Prefill: one prompt of so many tokens, logits of the last. Decode: {job.steps} steps of 1 token behind "
+        f"{job.context} tokens of context, all rows counted. Compile: what torch.compile adds to the calls that do not "
+        "count.",
         "Memory and peak are what opening and running add to the resident size of a process of its own, at the end "
         "and at most (loading and compiling included).",
+        *([_about_kl(job)] if job.text else []),
         *notes,
         *(f"{x['runs']}, {x['form']}: not measured. {x['failed']}" for x in data if "failed" in x),
     ]
-    rows = [_row(x, len(columns)) for x in data]
-    return Report("speed", f"Speed of {job.model}", columns, rows, data, text_columns=2, notes=notes)
+    lines = [_row(x, len(columns), bool(job.text)) for x in data]
+    return Report("speed", f"Speed of {job.model}", columns, lines, data, text_columns=2, notes=notes)
 
 
-def _row(x: Values, width: int) -> tuple[str, ...]:
+def _about_kl(job: Job) -> str:
+    return (
+        f"KL: from the float32 model's predictions to the row's, in nats, on {rows(job.text).numel():,} tokens of "
+        f"text, read token by token, in rows of up to {ROW} side by side."
+    )
+
+
+def _row(x: Values, width: int, kl: bool) -> tuple[str, ...]:
     if "failed" in x:
         return (x["runs"], x["form"], "failed", *[""] * (width - 3))
     size = f"{x['bytes'] / 1e6:.1f}" if "bytes" in x else ""
     compiling = f"{x['first_s']:.1f}" if x["form"] == "compiled" else ""
     rates = [*x["prefill"].values(), *x["decode"].values()]
     memory = (f"{x[key] / 1e6:.0f}" for key in ("memory", "peak"))
-    return (x["runs"], x["form"], size, f"{x['load_ms']:.0f}", compiling, *memory, *(f"{rate:,.1f}" for rate in rates))
+    numbers = [*memory, *(f"{rate:,.1f}" for rate in rates), *([_kl(x["kl"])] if kl else [])]
+    return (x["runs"], x["form"], size, f"{x['load_ms']:.0f}", compiling, *numbers)
+
+
+def _kl(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""`python -m loopq_compile.bench.speed_session JSON`: how fast one model reads and writes text.
+"""`python -m loopq_compile.bench.speed_session JSON [LOGITS]`: how fast one model reads and writes text.
 
 Runs in a separate process. Takes a `Job` as JSON and prints JSON: `load_ms`; `memory` and `peak`, the bytes that
 loading and running added to the resident size, at the end and at most; `first_s`, by how many seconds first calls took
@@ -9,21 +9,23 @@ longer than second ones, mostly the time of `torch.compile`; `prefill`, tokens p
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loopq_compile.bench import speed_llamacpp, speed_openvino
+from loopq_compile.bench.processes import run_module
 from loopq_compile.bench.session import peak, resident
-from loopq_compile.errors import LoopQError, first_line
+from loopq_compile.bench.speed_fidelity import ROW, divergence
+from loopq_compile.errors import first_line
 from loopq_compile.generation.decoders import Decoder
 
 
@@ -32,13 +34,15 @@ class Job:
     """What to measure.
 
     Args:
-        model: what `loopq_compile.sources.loading.load_model` takes, or an ONNX file.
-        way: how PyTorch runs the model, one of `speed_torch.WAYS`; "" for an ONNX file.
+        model: what `loopq_compile.sources.loading.load_model` takes, or the file of a contestant.
+        way: how PyTorch runs the model, one of `speed_torch.WAYS`; "" for an ONNX file in ONNX Runtime; of rivals, a
+            name from `speed_openvino.WAYS` or `speed_llamacpp.WAY`.
         config: configuration of an Ouro model with random weights, as `OuroConfig.to_dict` writes it; None for the
             model by name.
         prefill: lengths of prompts, one row.
         decode: batch sizes, each after a prompt of `context` tokens, for `steps` tokens.
         repeats: number of runs, of which the fastest counts.
+        text: token ids on which a contestant is compared with the model; none compares nothing.
         trust_remote_code, allow_pickle: for Hugging Face models, as in `load_model`.
     """
 
@@ -50,24 +54,32 @@ class Job:
     context: int = 128
     steps: int = 16
     repeats: int = 3
+    text: tuple[int, ...] = ()
     trust_remote_code: bool = False
     allow_pickle: bool = False
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: Job, reference: Path | None = None) -> dict[str, Any]:
     """Starts this module as a process and returns what it prints.
 
+    Args:
+        job: what to measure.
+        reference: the model's logits for the job's text; None compares nothing.
+
     Raises:
-        LoopQError: the process failed.
+        LoopQError: the process failed or crashed.
     """
-    command = [sys.executable, "-m", "loopq_compile.bench.speed_session", json.dumps(asdict(job))]
+    arguments = [json.dumps(asdict(job)), *([str(reference)] if reference else [])]
     with tempfile.TemporaryDirectory() as cache:  # the cache of an earlier run would make torch.compile look fast
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"it was ended by signal {-done.returncode}"])[-1]
-        raise LoopQError(f"{job.model} could not be measured: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+        environment = {"TORCHINDUCTOR_CACHE_DIR": cache}
+        failed = f"{Path(job.model).name} could not be measured"
+        return json.loads(run_module("speed_session", *arguments, failed=failed, environment=environment))
+
+
+def from_json(text: str) -> Job:
+    """The job that `json.dumps(asdict(job))` wrote."""
+    given: dict[str, Any] = json.loads(text)
+    return Job(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
 
 def _load(job: Job) -> Callable[[], Decoder]:
@@ -76,10 +88,19 @@ def _load(job: Job) -> Callable[[], Decoder]:
         from loopq_compile.backends.onnx import OnnxExecutable
 
         return OnnxExecutable(job.model, threads=1).decoder
+    if job.way in speed_openvino.WAYS:
+        return speed_openvino.decoders(Path(job.model), job.way)
+    if job.way == speed_llamacpp.WAY:
+        return speed_llamacpp.decoders(Path(job.model), longest(job))
     from loopq_compile.bench.speed_torch import WAYS, decoders
 
     way = WAYS[job.way]
     return decoders(load(job, way.dtype), way)
+
+
+def longest(job: Job) -> int:
+    """Tokens of the longest row that a contestant reads."""
+    return max(job.context + job.steps, min(ROW, len(job.text)), *job.prefill)
 
 
 def load(job: Job, dtype: str = "float32") -> nn.Module:
@@ -99,7 +120,7 @@ def load(job: Job, dtype: str = "float32") -> nn.Module:
     return load_model(job.model, dtype=dtype, **options).model.to(getattr(torch, dtype)).eval()
 
 
-def _main(job: Job) -> None:
+def _main(job: Job, reference: str | None = None) -> None:
     torch.set_num_threads(1)
     before, start = resident(), time.perf_counter()
     decoder = _load(job)
@@ -118,8 +139,12 @@ def _main(job: Job) -> None:
     with torch.no_grad():
         prefill = {n: n / seconds(partial(_prefill, decoder, n)) for n in job.prefill}
         decode = {n: n / seconds(partial(_decode, decoder, job, n)) for n in job.decode}
-    values = {"load_ms": loaded * 1e3, "memory": resident() - before, "peak": peak() - before}
-    print(json.dumps({**values, "first_s": max(0.0, sum(compiled)), "prefill": prefill, "decode": decode}))
+    values: dict[str, Any] = {"load_ms": loaded * 1e3, "memory": resident() - before, "peak": peak() - before}
+    values |= {"first_s": max(0.0, sum(compiled)), "prefill": prefill, "decode": decode}
+    if reference is not None:
+        with torch.no_grad():
+            values["kl"] = divergence(decoder, job.text, Path(reference))
+    print(json.dumps(values))
 
 
 def _ids(batch: int, length: int) -> Tensor:
@@ -147,9 +172,7 @@ def _decode(make: Callable[[], Decoder], job: Job, batch: int) -> float:
 
 
 if __name__ == "__main__":
-    given: dict[str, Any] = json.loads(sys.argv[1])
-    lists: dict[str, Any] = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
     try:
-        _main(Job(**(given | lists)))
+        _main(from_json(sys.argv[1]), *sys.argv[2:])
     except Exception as error:  # a rival may raise anything: one line for the table
         sys.exit(f"{type(error).__name__}: {first_line(error)}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from loopq_compile.bench import random_models, speed_session
+from loopq_compile.bench import random_models, speed_contest, speed_session
 from loopq_compile.bench import speed as speed_module
 from loopq_compile.bench.cells import Cells
 from loopq_compile.bench.speed import speed
@@ -59,15 +59,15 @@ def stubbed(monkeypatch: pytest.MonkeyPatch, fails: str = "none") -> list[str]:
     """Rows are invented; names of what was measured are collected."""
     measured = []
 
-    def fake(job: Job) -> dict[str, object]:
+    def fake(job: Job, reference: Path | None = None) -> dict[str, object]:
         measured.append(job.way)
         if job.way == fails:
             raise LoopQError("it is broken")
         rates = {"prefill": {"128": 1.0}, "decode": {"1": 1.0}}
         return {"load_ms": 1.0, "memory": 1, "peak": 2, "first_s": 3.25, **rates}
 
-    monkeypatch.setattr(speed_module, "measure", fake)
-    monkeypatch.setattr(speed_module, "_write", lambda *_: {"bytes": 1, "nodes": 1})
+    monkeypatch.setattr(speed_contest, "measure", fake)
+    monkeypatch.setattr(speed_module, "_write", lambda *_: ("model.onnx", {"bytes": 1, "nodes": 1}))
     return measured
 
 
