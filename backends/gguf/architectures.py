@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from loopq_compile.errors import LoopQError
 
@@ -16,19 +17,37 @@ class Architecture:
         name: llama.cpp's name.
         member: name in `gguf.MODEL_ARCH`.
         turns_rows: rotary positions turn neighbouring channels: rows of queries and keys are stored in that order.
-        loops: it runs the stack several times itself, so that a layer is stored once.
+        loops: how it runs stored layers several times, so that each is stored once. "stack": all of them in turn.
+            "cycles": a low stack some times, then a high stack, and all of this again. Empty: it runs each once.
         rope_factors: it reads a factor for every rotary frequency (`rope_freqs.weight`).
+        biases: its linears can have them.
+        norm: the final norm has a gain, `model.norm.weight`.
+        names: tensors that the package's map lacks; `{bid}` stands for the number of a layer.
     """
 
     name: str
     member: str
     turns_rows: bool = False
-    loops: bool = False
+    loops: Literal["", "stack", "cycles"] = ""
     rope_factors: bool = False
+    biases: bool = True
+    norm: bool = True
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 _LLAMA = Architecture("llama", "LLAMA", turns_rows=True, rope_factors=True)
-_NANBEIGE = Architecture("nanbeige", "NANBEIGE", turns_rows=True, loops=True, rope_factors=True)
+_NANBEIGE = Architecture("nanbeige", "NANBEIGE", turns_rows=True, loops="stack", rope_factors=True)
+_HRM_TEXT = Architecture(
+    "hrm_text",
+    "HRM_TEXT",
+    loops="cycles",
+    biases=False,
+    norm=False,
+    names={
+        "model.z_L_init": "hrm.z_l_init",
+        "model.layers.{bid}.self_attn.gate_proj": "blk.{bid}.attn_gate",
+    },
+)
 ARCHITECTURES = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
@@ -36,6 +55,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": Architecture("qwen3", "QWEN3"),
     "Nanbeige": _NANBEIGE,
     "NanbeigeForCausalLM": _NANBEIGE,
+    "HrmTextForCausalLM": _HRM_TEXT,
 }
 """By name of the captured class, which fixes what is computed between the weights."""
 
@@ -56,8 +76,12 @@ def find_architecture(model_name: str) -> Architecture:
 
 
 def name_map(architecture: Architecture, layers: int) -> Any:
-    """The package's own map of tensor names. Releases that do not know `nanbeige` know its tensors: those of Llama."""
+    """The package's own map of tensor names. Architectures that a release does not know have the names of Llama."""
     import gguf
 
     member = getattr(gguf.MODEL_ARCH, architecture.member, gguf.MODEL_ARCH.LLAMA)
-    return gguf.get_tensor_name_map(member, layers)
+    found = gguf.get_tensor_name_map(member, layers)
+    for at in range(layers):
+        for ours, theirs in architecture.names.items():
+            found.mapping[ours.format(bid=at)] = (None, theirs.format(bid=at))
+    return found

@@ -14,7 +14,8 @@ from loopq_compile.graph.names import shown_name
 from loopq_compile.graph.state import get_state, get_tensor
 from loopq_compile.operators import ops
 
-LAYER = re.compile(r"(.*\blayers\.)(\d+)\.(.+)")
+LAYER = re.compile(r"(.*\blayers\.\d+)\.(.+)")
+"""The name of a layer, and of a part of it."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ class Contents:
     Args:
         tensors: weights, gains, biases and tables.
         uses: how often each is read.
-        order: by position, the number in the names of the layer that runs there, such as `(0, 1, 1, 3)`.
+        order: by position, the name of the layer that runs there, such as `("model.layers.0", "model.layers.0")`.
     """
 
     tensors: dict[str, Stored] = field(default_factory=dict)
     uses: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    order: tuple[int, ...] = ()
+    order: tuple[str, ...] = ()
 
 
 def read_contents(graph_module: fx.GraphModule) -> Contents:
@@ -53,7 +54,7 @@ def read_contents(graph_module: fx.GraphModule) -> Contents:
     """
     contents = Contents()
     weights = {f"{site.weight}_codes": site.weight for site in get_state(graph_module).sites.values()}
-    runs: dict[str, list[int]] = defaultdict(list)
+    runs: dict[str, list[str]] = defaultdict(list)
     for node in graph_module.graph.nodes:
         if node.op != "call_function" or _is_weight(node):
             continue
@@ -65,7 +66,7 @@ def read_contents(graph_module: fx.GraphModule) -> Contents:
             contents.tensors.setdefault(name, stored)
             contents.uses[name] += 1
             if layer := LAYER.fullmatch(name):
-                runs[layer[3]].append(int(layer[2]))
+                runs[layer[2]].append(layer[1])
     orders = {tuple(run): part for part, run in runs.items()}
     if len(orders) > 1:
         one, other = (f"{part} runs in order {list(order)}" for order, part in list(orders.items())[:2])

@@ -10,18 +10,17 @@ from typing import Any
 
 from torch import fx
 
-from loopq_compile.backends.gguf.architectures import Architecture, find_architecture
-from loopq_compile.backends.gguf.contents import Contents, read_contents
+from loopq_compile.backends.gguf.architectures import find_architecture
+from loopq_compile.backends.gguf.contents import read_contents
 from loopq_compile.backends.gguf.metadata import add_metadata, check_config, read_config
 from loopq_compile.backends.gguf.refuse import METHOD, check_program
+from loopq_compile.backends.gguf.stack import EMBEDDINGS, HEAD, read_stack
 from loopq_compile.backends.gguf.tensors import FLOATS, TensorWriter
 from loopq_compile.backends.gguf.vocabulary import add_tokenizer
 from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.graph.state import get_state
 from loopq_compile.storage.atomic import real_path, writing_file
 from loopq_compile.storage.card import CARD_FILE, write_card
-
-EMBEDDINGS, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
 @dataclass(frozen=True)
@@ -80,17 +79,14 @@ def export(
     settings = read_config(config, tokenizer)
     check_config(settings, architecture)
     contents = read_contents(graph_module)
-    loops, order = _layers(contents, architecture)
+    stack = read_stack(contents, architecture)
     with writing_file(path) as part:
         writer = gguf.GGUFWriter(part, architecture.name)
-        add_metadata(writer, settings, architecture, len(order), state.model_name)
-        if architecture.loops:
-            writer.add_uint32(f"{architecture.name}.num_loops", loops)
-            writer.add_bool(f"{architecture.name}.skip_loop_final_norm", contents.uses[NORM] == 1)
+        add_metadata(writer, settings, architecture, stack, state.model_name)
         vocabulary = len(contents.tensors[EMBEDDINGS].values)
         writer.add_vocab_size(vocabulary)
         made = TensorWriter(writer, architecture, settings, {EMBEDDINGS: embeddings, HEAD: head})
-        made.add_all(contents, order)
+        made.add_all(contents, stack.stored)
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0 if "Q4_0" in made.types else gguf.LlamaFileType.MOSTLY_Q8_0)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         if tokenizer is None:
@@ -108,7 +104,7 @@ def export(
     if all(file.suffix == ".gguf" for file in others):  # a folder of GGUF files, as the hub has them
         write_card(found.parent, state, "gguf")
     types, change = dict(made.types), made.change
-    return GgufExport(found, size, architecture.name, loops * len(order), len(order), types, change, written)
+    return GgufExport(found, size, architecture.name, stack.runs, len(stack.stored), types, change, written)
 
 
 def _package() -> Any:
@@ -118,25 +114,3 @@ def _package() -> Any:
         raise LoopQError("GGUF files need the package gguf: pip install 'loopq-compile[gguf]'.") from error
     logging.getLogger("gguf").setLevel(logging.WARNING)
     return gguf
-
-
-def _layers(contents: Contents, architecture: Architecture) -> tuple[int, tuple[int, ...]]:
-    """How often the engine runs the stored layers, and which layers these are.
-
-    Raises:
-        LoopQError: the final norm does not run where the engine runs it, or a looping engine runs other layers.
-    """
-    for name in (EMBEDDINGS, NORM):
-        if name not in contents.tensors:
-            raise LoopQError(f"The program has no {name!r}, so it is not {architecture.name}. Export it as ONNX.")
-    order, norms = contents.order, contents.uses[NORM]
-    once = tuple(dict.fromkeys(order))
-    loops = len(order) // max(len(once), 1)
-    if architecture.loops and order == once * loops and norms in (1, loops):
-        return loops, once
-    if not architecture.loops and norms == 1:
-        return 1, order
-    raise LoopQError(
-        f"llama.cpp's {architecture.name} does not run layers {list(order)} with the final norm {norms} times. Export "
-        "the program as ONNX."
-    )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from loopq_compile.backends.gguf.architectures import Architecture
+from loopq_compile.backends.gguf.stack import Stack
 from loopq_compile.errors import LoopQError, first_line
 
 CONFIG_FILES = "source_config.json", "config.json"
@@ -57,7 +58,8 @@ def check_config(config: Mapping[str, Any], architecture: Architecture) -> None:
     Raises:
         LoopQError: something does, or a size is missing.
     """
-    wanted = ("hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps")
+    wanted = ["hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps"]
+    wanted += ["embedding_scale"] if architecture.loops == "cycles" else []
     if missing := [name for name in wanted if config.get(name) is None]:
         raise LoopQError(f"The configuration lacks {', '.join(missing)}. Name the config.json of the captured model.")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -101,13 +103,13 @@ def rope_factors(config: Mapping[str, Any], frequencies: np.ndarray | None, arch
     return factors.astype(np.float32)
 
 
-def add_metadata(writer: Any, config: Mapping[str, Any], architecture: Architecture, layers: int, name: str) -> None:
-    """Writes sizes and constants of the model; `layers` as stored."""
+def add_metadata(writer: Any, config: Mapping[str, Any], architecture: Architecture, stack: Stack, name: str) -> None:
+    """Writes sizes and constants of the model, and its loops."""
     heads, size = config["num_attention_heads"], head_size(config)
     writer.add_name(name)
     writer.add_context_length(config.get("max_position_embeddings") or 4096)
     writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(layers)
+    writer.add_block_count(stack.blocks)
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
@@ -116,3 +118,9 @@ def add_metadata(writer: Any, config: Mapping[str, Any], architecture: Architect
     writer.add_rope_dimension_count(size)
     writer.add_key_length(size)
     writer.add_value_length(size)
+    if architecture.loops == "cycles":
+        writer.add_embedding_scale(float(config["embedding_scale"]))
+        writer.add_bool(f"{architecture.name}.hrm.prefix_lm", bool(config.get("prefix_lm", True)))
+    for key, value in stack.keys.items():
+        add = writer.add_bool if isinstance(value, bool) else writer.add_uint32
+        add(f"{architecture.name}.{key}", value)

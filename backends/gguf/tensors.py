@@ -32,22 +32,23 @@ class TensorWriter:
         self.types: Counter[str] = Counter()
         self.change = 0.0
 
-    def add_all(self, contents: Contents, order: tuple[int, ...]) -> None:
+    def add_all(self, contents: Contents, order: tuple[str, ...]) -> None:
         """Adds every tensor; those of a layer once for every position in `order`.
 
         Raises:
             LoopQError: a tensor has no place in the architecture.
         """
         names = name_map(self.architecture, len(order))
-        positions: dict[int, list[int]] = {}
+        suffixes = (".weight", ".bias") if self.architecture.biases else (".weight",)
+        positions: dict[str, list[int]] = {}
         for position, layer in enumerate(order):
             positions.setdefault(layer, []).append(position)
         for name, stored in contents.tensors.items():
             if name == _FREQUENCIES or name.startswith(_OPENED):
                 continue
             part = LAYER.fullmatch(name)
-            uses = [f"{part[1]}{at}.{part[3]}" for at in positions[int(part[2])]] if part else [name]
-            targets = [names.get_name(use, try_suffixes=(".weight", ".bias")) for use in uses]
+            uses = [f"model.layers.{at}.{part[2]}" for at in positions[part[1]]] if part else [name]
+            targets = [names.get_name(use, try_suffixes=suffixes) for use in uses]
             if None in targets:
                 raise LoopQError(
                     f"llama.cpp's {self.architecture.name} has no place for {name!r} {list(stored.values.shape)}. "

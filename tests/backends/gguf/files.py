@@ -18,6 +18,7 @@ import loopq_compile as lq
 from loopq_compile.models import repeat_layers
 from loopq_compile.models.nanbeige import Nanbeige, NanbeigeConfig
 from loopq_compile.passes.quantize.round_scales import RoundScales
+from tests.looped_models import hrm_text
 
 VOCABULARY = 128
 
@@ -55,6 +56,15 @@ def nanbeige(scheme: Any = "w4a8", **options: Any) -> tuple[NanbeigeConfig, lq.P
     config = NanbeigeConfig(initializer_range=0.1, **sizes, **options)
     method = lq.pipelines.symmetric().insert_after("pack-weights", RoundScales())
     return config, lq.compile(Nanbeige(config).eval(), tokens(2), scheme=scheme, method=method)
+
+
+def hrm(scheme: Any = "w4a8", **options: Any) -> tuple[Any, lq.Program]:
+    """A tiny HRM-Text, two layers in either stack, and its program: twice the low stack two times and the high one."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "head_dim": 32, "L_cycles": 2, "initializer_range": 0.1}
+    model = hrm_text(**(sizes | {"embedding_scale": 7.5} | options))
+    method = lq.pipelines.symmetric().insert_after("pack-weights", RoundScales())
+    return model, lq.compile(model, scheme=scheme, method=method)
 
 
 def tokens(rows: int = 1, length: int = 24, seed: int = 1) -> Tensor:

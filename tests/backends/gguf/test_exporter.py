@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import loopq_compile as lq
+from loopq_compile.backends.gguf.architectures import find_architecture
+from loopq_compile.backends.gguf.contents import Contents, Stored
+from loopq_compile.backends.gguf.stack import EMBEDDINGS, read_stack
 from loopq_compile.graph.state import get_state, get_tensor
 from loopq_compile.operators import ops
 from loopq_compile.passes.quantize.round_scales import RoundScales
-from tests.backends.gguf.files import compiled, field, looped_llama, nanbeige, tensors
+from tests.backends.gguf.files import compiled, field, hrm, looped_llama, nanbeige, tensors
 
 NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -77,6 +81,52 @@ def test_nanbeige_is_stored_once(tmp_path: Path) -> None:
     wanted = program_weight(program, "model.layers.1.self_attn.q_proj", heads=4)
     np.testing.assert_array_equal(found["blk.1.attn_q.weight"], wanted)
     assert not any(name.startswith("blk.2.") for name in found)
+
+
+def test_both_stacks_of_hrm_text_are_stored_once(tmp_path: Path) -> None:
+    model, program = hrm()
+    report = program.export_gguf(tmp_path / "m.gguf", config=model.config, embeddings="f32", head="f32")
+    assert (report.architecture, report.layers, report.stored_layers) == ("hrm_text", 12, 4)
+    keys = {"block_count": 12, "hrm.layers_per_stack": 2, "hrm.h_cycles": 2, "hrm.l_cycles": 2, "hrm.prefix_lm": True}
+    keys |= {"embedding_scale": 7.5, "attention.head_count_kv": 4, "attention.key_length": 32}
+    assert {key: field(tmp_path / "m.gguf", f"hrm_text.{key}") for key in keys} == keys
+    found = tensors(tmp_path / "m.gguf")
+    for block, layer in enumerate(f"{stack}_module.layers.{at}" for stack in "LH" for at in range(2)):
+        for name, module in {**NAMES, "attn_gate": "self_attn.gate_proj"}.items():
+            wanted = program_weight(program, f"model.{layer}.{module}")
+            np.testing.assert_array_equal(found.pop(f"blk.{block}.{name}.weight"), wanted)
+    for name, value in {
+        "token_embd.weight": model.model.embed_tokens.weight,
+        "output.weight": model.lm_head.weight,
+        "hrm.z_l_init": model.model.z_L_init,
+    }.items():
+        np.testing.assert_array_equal(found.pop(name), value.detach().numpy())
+    assert not found
+    lacking = {key: value for key, value in model.config.to_dict().items() if key != "embedding_scale"}
+    with pytest.raises(lq.LoopQError, match="lacks embedding_scale"):
+        program.export_gguf(tmp_path / "m.gguf", config=lacking)
+
+
+def test_biases_have_no_place_in_hrm_text(tmp_path: Path) -> None:
+    model, program = hrm(attention_bias=True, num_hidden_layers=1, H_cycles=1, L_cycles=1)
+    with pytest.raises(lq.LoopQError, match=r"no place for 'model\.L_module\.layers\.0\.self_attn\.q_proj\.bias'"):
+        program.export_gguf(tmp_path / "m.gguf", config=model.config)
+    assert not (tmp_path / "m.gguf").exists()
+
+
+LOW, HIGH = ("low.layers.0", "low.layers.1"), ("high.layers.0", "high.layers.1")
+
+
+@pytest.mark.parametrize(
+    "order",
+    [LOW[:1], (*LOW, *HIGH, *LOW), (*LOW, *HIGH, *LOW, *LOW, *HIGH), (*LOW, *HIGH[:1]), (*HIGH, *LOW[::-1], *LOW)],
+    ids=["one layer", "no high stack at the end", "other numbers of cycles", "stacks of other sizes", "another order"],
+)
+def test_other_cycles_are_refused(order: tuple[str, ...]) -> None:
+    architecture = find_architecture("HrmTextForCausalLM")
+    contents = Contents({EMBEDDINGS: Stored(torch.zeros(1, 1))}, order=order)
+    with pytest.raises(lq.LoopQError, match="hrm_text does not run layers"):
+        read_stack(contents, architecture)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import loopq_compile as lq
-from tests.backends.gguf.files import compiled, looped_llama, nanbeige, save_tokenizer, tokens, unpacked
+from tests.backends.gguf.files import compiled, hrm, looped_llama, nanbeige, save_tokenizer, tokens, unpacked
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="run by hand, since llama-cpp-python is built from source: pip install llama-cpp-python"
@@ -52,11 +52,14 @@ def difference(one: Tensor, other: Tensor) -> float:
 def made(kind: str, scheme: str) -> tuple[Any, lq.Program]:
     if kind == "Nanbeige":
         return nanbeige(scheme)
+    if kind == "HrmText":
+        model, program = hrm(scheme)
+        return model.config, program
     model, program = compiled(kind, scheme)
     return model.config, program
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3", "Nanbeige"])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3", "Nanbeige", "HrmText"])
 def test_logits_are_those_of_the_program(kind: str, tmp_path: Path) -> None:
     """Equal where llama.cpp rounds nothing; with rounded activations, as far away as rounding them moves logits."""
     ids, floats = tokens(), {"embeddings": "f32", "head": "f32"}
