@@ -80,7 +80,7 @@ def name_map(architecture: Architecture, layers: int) -> Any:
     import gguf
 
     member = getattr(gguf.MODEL_ARCH, architecture.member, gguf.MODEL_ARCH.LLAMA)
-    found = gguf.get_tensor_name_map(member, layers)
+    found: Any = gguf.get_tensor_name_map(member, layers)
     for at in range(layers):
         for ours, theirs in architecture.names.items():
             found.mapping[ours.format(bid=at)] = (None, theirs.format(bid=at))

@@ -79,7 +79,8 @@ def measure(job: Job, reference: Path | None = None) -> dict[str, Any]:
 def from_json(text: str) -> Job:
     """The job that `json.dumps(asdict(job))` wrote."""
     given: dict[str, Any] = json.loads(text)
-    return Job(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    given |= {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+    return Job(**given)
 
 
 def _load(job: Job) -> Callable[[], Decoder]:
