@@ -51,7 +51,7 @@ def test_without_a_bound_all_of_it_goes_back():
 
 
 def test_a_library_without_these_functions_is_left_alone(monkeypatch):
-    for name in ("_malloc_trim", "_mallinfo", "_mallopt"):
+    for name in ("_malloc_trim", "_mallinfo", "_mallopt", "_outside"):
         monkeypatch.setattr(memory, name, None)
     memory.bound_heap()
     memory.trim()

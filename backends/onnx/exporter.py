@@ -178,7 +178,8 @@ def _check_options(graph_module: Any, directory: Any, **chosen: str) -> None:
         if value not in _CHOICES[option]:
             raise LoopQError(f"Unknown ONNX {option} {value!r}.{did_you_mean(str(value), _CHOICES[option])}")
     for node in graph_module.graph.nodes:
-        if node.target is torch.ops.aten.linear.default and node.meta["val"].dtype is torch.float64:
+        dtype = getattr(node.meta.get("val"), "dtype", None)
+        if node.target is torch.ops.aten.linear.default and dtype is torch.float64:
             raise LoopQError(
                 f"{shown_name(node.name)!r} computes in float64; ONNX files of this version are float32: compile "
                 "model.float()."

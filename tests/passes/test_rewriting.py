@@ -202,8 +202,6 @@ def test_half_precision_models_stay_in_half_precision(dtype, scheme, activation)
     expected, got = model(tokens(2)), program(tokens(2))
     assert got.dtype == dtype and got.isfinite().all()
     assert (got.float() - expected.float()).norm() < 0.05 * expected.float().norm()
-    with pytest.raises(lq.LoopQError, match=r"compile model.float\(\)"):
-        program.export_onnx("unused")
 
 
 def test_a_weight_that_is_normalised_at_run_time_is_quantized_as_it_results():
