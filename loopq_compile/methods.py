@@ -32,6 +32,7 @@ from loopq_compile.passes.quantize.set_ranges import SetRanges
 from loopq_compile.passes.quantize.solve_weights import SolveWeights
 from loopq_compile.passes.transforms.fold_diagonals import FoldDiagonals
 from loopq_compile.passes.transforms.insert_adapters import InsertAdapters
+from loopq_compile.passes.transforms.insert_compensation import InsertCompensation
 from loopq_compile.passes.transforms.insert_las import InsertLas
 from loopq_compile.passes.transforms.insert_transforms import InsertTransforms
 from loopq_compile.passes.transforms.smooth_activations import SmoothActivations
@@ -144,6 +145,7 @@ def loopq(
     trajectory: bool = True,
     rounding: bool = True,
     transforms: bool = True,
+    compensation_rank: int = 0,
 ) -> Pipeline:
     """LoopQ and what was measured to help beyond the paper (see `calibration/README.md`): learned rounding of weights,
     which starts from second-order solutions.
@@ -155,10 +157,17 @@ def loopq(
         trajectory: states at the ends of loops count in the loss, not only predictions.
         rounding: weights may move before they are rounded.
         transforms: transforms of activations and weights; without them `slt` has nothing to select.
+        compensation_rank: rank of a low-rank part in floating point beside every quantized linear, with coefficients
+            for each loop; 0 for none. Needs `rounding`, whose phase learns it.
+
+    Raises:
+        LoopQError: `compensation_rank` without `rounding`.
     """
+    if compensation_rank and not rounding:
+        raise LoopQError("compensation_rank needs rounding=True: it is learned in the phase after the solver.")
     slt = slt and transforms
     options = {"las": las, "slt": slt, "cta": cta, "trajectory": trajectory, "transforms": transforms}
-    return _loopq("loopq", **options, rounding=rounding)
+    return _loopq("loopq", **options, rounding=rounding, compensation_rank=compensation_rank)
 
 
 def loopq_plain() -> Pipeline:
@@ -184,6 +193,7 @@ def _loopq(
     trajectory: bool = True,
     transforms: bool = True,
     rounding: bool,
+    compensation_rank: int = 0,
     final_share: float | None = None,
 ) -> Pipeline:
     def calibrate(share: float, kinds: Iterable[str]) -> Calibrate:
@@ -198,7 +208,9 @@ def _loopq(
     for number in range(parts):
         passes.append(calibrate(share / parts, _FIRST_KINDS))
         passes += [SelectTransforms(number, SELECTION_ROUNDS)] if number < parts - 1 else []
-    passes += [*_solve(), calibrate(1 - share, _SECOND_KINDS)] if rounding else []
+    if rounding:
+        compensation = [InsertCompensation(compensation_rank)] if compensation_rank else []
+        passes += [*_solve(compensation), calibrate(1 - share, _SECOND_KINDS)]
     return Pipeline([*passes, *_back()], name)
 
 
@@ -213,9 +225,9 @@ def _quantization(learnable: bool = False, rounding: bool = False) -> list[PassB
     return [CollectRanges(), QuantizeWeights(learnable, rounding), InsertActivationQdq(), SetRanges()]
 
 
-def _solve() -> list[PassBase]:
-    """The solver from whose result learned rounding starts."""
-    return [SolveWeights("gptq", centered=False), LatentWeights()]
+def _solve(between: Iterable[PassBase] = ()) -> list[PassBase]:
+    """The solver from whose result learned rounding starts; passes `between` see weights and integers."""
+    return [SolveWeights("gptq", centered=False), *between, LatentWeights()]
 
 
 def _back() -> list[PassBase]:

@@ -77,6 +77,10 @@ def _transition_adapter(
     return u + gate * (gain * normed + shift + low_rank)
 
 
+def _compensate(y: Tensor, x: Tensor, coefficients: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return y + torch.matmul(torch.matmul(x, down) * coefficients, up.t())
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _aten.rms_norm.default: _rms_norm,
     _aten.diff.default: _diff,
@@ -85,6 +89,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     _aten.view.default: torch.reshape,  # spelled-out attention gives another memory layout than the operator did
     _loopq.kronecker.default: _kronecker,
     _loopq.transition_adapter.default: _transition_adapter,
+    _loopq.compensate.default: _compensate,
     _loopq.quantize_cache.default: quantize_cache_definition,
     _loopq.dequantize_cache.default: dequantize_cache_definition,
     **{operator: _to for operator in (_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other)},

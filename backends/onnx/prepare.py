@@ -26,8 +26,10 @@ _READERS = {
     _loopq.dynamic_scale.default,
     _loopq.kronecker.default,
     _loopq.transition_adapter.default,
+    _loopq.compensate.default,
 }
-"""Operators that read rows of per-loop tables: scales, clip ratios, factors of transforms, parts of adapters."""
+"""Operators that read rows of per-loop tables: scales, clip ratios, factors of transforms, parts of adapters and of
+compensation."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from loopq_compile.memory import Peak, available_memory
 from loopq_compile.methods import reference_graph
 from loopq_compile.passes.learn.requirements import Work, check_fits
 from loopq_compile.passes.learn.select_transforms import LEAST_GROUPS, SelectTransforms
+from loopq_compile.passes.transforms.insert_compensation import InsertCompensation
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.planning.budget import Budget, check_learns, fit, rehearsal_options
 from loopq_compile.planning.costs import Cost
@@ -93,6 +94,8 @@ def estimate(
     size = sum(tensor.nbytes for name, tensor in tensors.items() if name not in integers)
     size += sum(_weight_bytes(scheme, *site.shape) for site in quantized)
     size += sum(4 * state.loops.count * _groups(scheme, site.shape[1]) for site in quantized)
+    ranks = [item.rank for item in pipeline if isinstance(item, InsertCompensation)]
+    size += sum(4 * rank * (sum(site.shape) + state.loops.count) for rank in ranks[:1] for site in quantized)
     size += round(
         _copies(pipeline, options, state, quantized) * sum(_weight_bytes(scheme, *s.shape) for s in quantized)
     )

@@ -25,6 +25,7 @@ _PARTS = (
     "per-loop tables",
     "transforms",
     "adapters",
+    "compensation",
     "floating point",
 )
 
@@ -127,6 +128,8 @@ def _part(node: fx.Node, tensor: Tensor) -> str:
         return "transforms"
     if any(user.target is ops.transition_adapter.default for row in (node, *node.users) for user in row.users):
         return "adapters"
+    if any(user.target is ops.compensate.default for row in (node, *node.users) for user in row.users):
+        return "compensation"
     if GROUP in node.meta:
         return "per-loop tables"
     return "their scales" if name.endswith("_scale") else "floating point"

@@ -10,6 +10,7 @@ import torch
 
 from loopq_compile.operators.adapter import transition_adapter
 from loopq_compile.operators.cache import cached_attention, dequantize_cache, quantize_cache
+from loopq_compile.operators.compensation import compensate
 from loopq_compile.operators.latent import from_latent
 from loopq_compile.operators.packed import packed_linear, quantize_packed, transition_adapter_row
 from loopq_compile.operators.quantize import dequantize, dynamic_scale, offset, quantize
@@ -21,6 +22,7 @@ ops = torch.ops.loopq
 
 __all__ = [
     "cached_attention",
+    "compensate",
     "dequantize",
     "dequantize_cache",
     "dynamic_scale",

@@ -34,6 +34,7 @@ from loopq_compile.passes.learn.calibrate_blocks import CalibrateBlocks
 from loopq_compile.passes.learn.select_transforms import SEQUENCES, Scoring, SelectTransforms
 from loopq_compile.passes.quantize.collect_ranges import CollectRanges
 from loopq_compile.passes.quantize.solve_weights import SolveWeights
+from loopq_compile.passes.transforms.insert_compensation import InsertCompensation
 from loopq_compile.passes.transforms.smooth_activations import SmoothActivations
 from loopq_compile.pipeline import Pipeline, pass_name
 from loopq_compile.planning.costs import Cost, Learning, Phase, Rehearsed
@@ -130,7 +131,7 @@ class Rehearsal:
         if isinstance(item, SolveWeights) and (self._options.weight_solver or item.options.solver) != "rtn":
             return self._solve(item)
         seconds = _timed(lambda: Pipeline([item], self._pipeline.name).run(self._graph))
-        if self._tokens and isinstance(item, CollectRanges | SmoothActivations):
+        if self._tokens and isinstance(item, CollectRanges | SmoothActivations | InsertCompensation):
             seconds *= max(1.0, self._measured(item) / self._seen)
         return seconds, 0
 

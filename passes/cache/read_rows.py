@@ -13,7 +13,7 @@ from loopq_compile.operators import ops
 from loopq_compile.passes.base import Pass, PassResult
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.linear.default, ops.kronecker.default, ops.transition_adapter.default}
+_PRODUCTS = {_aten.linear.default, ops.kronecker.default, ops.transition_adapter.default, ops.compensate.default}
 _ATTENTION = {_aten.scaled_dot_product_attention.default, ops.cached_attention.default}
 _ROUNDING = {ops.quantize.default, ops.dynamic_scale.default, ops.quantize_cache.default}
 _DONE = "by_row"

@@ -39,6 +39,7 @@ _ROWS = {
     ops.dynamic_scale.default,
     ops.kronecker.default,
     ops.transition_adapter.default,
+    ops.compensate.default,
 }
 """Operators on the last axis (norms: the last few), which treat each row by itself."""
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.flatten.using_ints}
