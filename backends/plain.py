@@ -24,8 +24,11 @@ from loopq_compile.operators import ops
 
 METHOD = "loopq-plain"
 _DYNAMIC = "It rounds activations at run time: use a scheme with dynamic scales, such as 'w4a8', or 'w4a16'."
-_ONLINE = {ops.kronecker.default: "a transform", ops.transition_adapter.default: "an adapter between loops"}
-_ONLINE[ops.compensate.default] = "a low-rank compensation of rounding"
+_ONLINE = {
+    ops.kronecker.default: "a transform",
+    ops.transition_adapter.default: "an adapter between loops",
+    ops.compensate.default: "a low-rank compensation of rounding",
+}
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,8 @@ def _part(node: fx.Node, tensor: Tensor) -> str:
         return "transforms"
     if any(user.target is ops.transition_adapter.default for row in (node, *node.users) for user in row.users):
         return "adapters"
-    if any(user.target is ops.compensate.default for row in (node, *node.users) for user in row.users):
+    parts = [(row, user) for row in (node, *node.users) for user in row.users]
+    if any(user.target is ops.compensate.default and row in user.args[2:] for row, user in parts):
         return "compensation"
     if GROUP in node.meta:
         return "per-loop tables"

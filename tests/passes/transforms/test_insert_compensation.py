@@ -5,11 +5,13 @@ import torch
 
 import loopq_compile as lq
 from loopq_compile.backends.onnx import OnnxExecutable, export
+from loopq_compile.backends.plain import plain_linears
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import get_state, get_tensor
 from loopq_compile.methods import loopq
 from loopq_compile.operators import ops
 from loopq_compile.passes.learn.calibrate import Calibrate
+from loopq_compile.passes.quantize.pack_weights import PackWeights
 from loopq_compile.passes.transforms.insert_compensation import InsertCompensation, low_rank, unrounded
 from tests.backends.onnx.test_rolled import difference
 from tests.calibration.tools import prepared
@@ -40,7 +42,7 @@ def test_full_rank_removes_all_of_the_error_even_for_silent_channels():
 
 
 def test_every_loop_reads_its_row_and_shares_the_rest():
-    graph_module = prepared(InsertCompensation(4), loops=3, rounding=False)
+    graph_module = prepared(InsertCompensation(4), loops=3)
     made = [node for node in graph_module.graph.nodes if node.target is ops.compensate.default]
     assert len(made) == 3 * 7
     for node in made:
@@ -52,9 +54,9 @@ def test_every_loop_reads_its_row_and_shares_the_rest():
     assert len({node.args[3] for node in made}) == 7
     again = InsertCompensation(4)(graph_module)
     assert not again.modified
-    assert not InsertCompensation(0)(prepared(rounding=False)).modified
+    assert not InsertCompensation(0)(prepared()).modified
     with pytest.raises(lq.LoopQError, match="before latent-weights"):
-        prepared(InsertCompensation(4))
+        prepared(InsertCompensation(4), rounding=True)
     with pytest.raises(lq.LoopQError, match="rank=-1"):
         InsertCompensation(-1)
 
@@ -66,9 +68,9 @@ def outputs_error(graph_module):
 
 
 def test_full_rank_gives_back_what_rounding_of_weights_took():
-    before = outputs_error(prepared(scheme="w3a16", rounding=False))
-    some = outputs_error(prepared(InsertCompensation(8), scheme="w3a16", rounding=False))
-    full = outputs_error(prepared(InsertCompensation(64), scheme="w3a16", rounding=False))
+    before = outputs_error(prepared(scheme="w3a16"))
+    some = outputs_error(prepared(InsertCompensation(8), scheme="w3a16"))
+    full = outputs_error(prepared(InsertCompensation(64), scheme="w3a16"))
     assert full < 1e-8 < some < before
 
 
@@ -87,11 +89,11 @@ def test_it_is_learned_saved_and_counted(compiled, tmp_path):
     assert f"compensation {stored:,} " in compiled.summary()
     compiled.save(tmp_path / "p")
     with torch.no_grad():
-        assert torch.equal(lq.load(tmp_path / "p")(tokens(5))[0], compiled(tokens(5))[0])
+        assert torch.equal(lq.load(tmp_path / "p")(tokens(5))["logits"], compiled(tokens(5))["logits"])
 
 
 def test_every_part_has_a_gradient():
-    with Calibrate(kinds=("adapter",)).prepared(prepared(InsertCompensation(4), rounding=False)) as training:
+    with Calibrate(kinds=("adapter",)).prepared(prepared(InsertCompensation(4))) as training:
         training.backward(0)
         found = {item.name: item.gradient for item in training.learnables if item.name.startswith("compensation.")}
     assert len(found) == 3 * 7 and all(float(gradient.abs().sum()) > 0 for gradient in found.values())
@@ -103,11 +105,14 @@ def test_every_part_has_a_gradient():
 def test_files_run_it(compiled, tmp_path, target, form):
     run = OnnxExecutable(export(compiled.graph_module, tmp_path, target=target, form=form).path, threads=1)
     # On a single text a last bit may decide a code; a wrong number shows in all of them.
-    assert min(difference(compiled(x), run(x)) for x in (tokens(5), tokens(6), tokens(7))) < 1e-4
+    most = 1e-4 if target == "qdq" else 1e-2  # ONNX Runtime rounds activations once more
+    assert min(difference(compiled(x), run(x)) for x in (tokens(5), tokens(6), tokens(7))) < most
 
 
-def test_engines_without_it_refuse(compiled, tmp_path):
-    with pytest.raises(lq.LoopQError, match="no place for"):
-        compiled.export_gguf(tmp_path / "model.gguf")
+def test_engines_without_it_refuse():
+    program = prepared(InsertCompensation(4), transforms=False, adapters=False, scheme="w4a16")
+    PackWeights()(program)
+    with pytest.raises(lq.LoopQError, match="a low-rank compensation of rounding"):
+        plain_linears(program, "llama.cpp", "GGUF")
     with pytest.raises(lq.LoopQError, match="compensation_rank needs rounding=True"):
         loopq(rounding=False, compensation_rank=4)
