@@ -15,6 +15,8 @@ from loopq_compile.operators.precision import all_wide, wide, wide_type
 
 LATENT = torch.int16
 """The type in which latent numbers are stored."""
+_WIDER = torch.int32
+"""What compiled functions read and write: they handle 16-bit integers one by one, and these several at a time."""
 _LOWEST, _HIGHEST = torch.iinfo(LATENT).min, torch.iinfo(LATENT).max
 
 
@@ -36,7 +38,7 @@ def from_latent(latent: Tensor, scale: Tensor, group_size: int, fraction: int) -
     Returns:
         `[N, K]` in single precision at least.
     """
-    groups = latent.unflatten(-1, (-1, group_size))
+    groups = latent.to(_WIDER).unflatten(-1, (-1, group_size))
     return _weights(groups, scale.unsqueeze(-1), 1 << fraction).flatten(-2)
 
 
@@ -47,14 +49,14 @@ def _(latent: Tensor, scale: Tensor, group_size: int, fraction: int) -> Tensor:
 
 def to_latent(x: Tensor, scale: Tensor, group_size: int, fraction: int) -> Tensor:
     """The latent numbers of a weight, `[N, K]` in int16; those outside the range become its ends."""
-    return _latents(x.unflatten(-1, (-1, group_size)), scale.unsqueeze(-1), 1 << fraction).flatten(-2)
+    return _latents(x.unflatten(-1, (-1, group_size)), scale.unsqueeze(-1), 1 << fraction).flatten(-2).to(LATENT)
 
 
 def rounded_latents(
     latent: Tensor, scale: Tensor, group_size: int, fraction: int, q_min: int, q_max: int, dtype: torch.dtype
 ) -> Tensor:
     """`dequantize(quantize(from_latent(latent, scale), scale), scale)` in one pass, `[N, K]` in `dtype`."""
-    groups = latent.unflatten(-1, (-1, group_size))
+    groups = latent.to(_WIDER).unflatten(-1, (-1, group_size))
     return _rounded(groups, scale.unsqueeze(-1), 1 << fraction, q_min, q_max, dtype).flatten(-2)
 
 
@@ -69,11 +71,10 @@ def latent_gradients(
         latent, scale, group_size, fraction: as for `from_latent`.
         q_min, q_max: range of the integers.
     """
-    groups = grad.unflatten(-1, (-1, group_size)), latent.unflatten(-1, (-1, group_size))
+    groups = grad.unflatten(-1, (-1, group_size)), latent.to(_WIDER).unflatten(-1, (-1, group_size))
     return _gradients(*groups, scale.unsqueeze(-1), 1 << fraction, q_min, q_max).flatten(-2)
 
 
-@fused
 def moved_latents(latent: Tensor, gradient: Tensor, step: Tensor, noise: Tensor) -> Tensor:
     """Latent numbers, moved against the sign of their gradient.
 
@@ -83,8 +84,13 @@ def moved_latents(latent: Tensor, gradient: Tensor, step: Tensor, noise: Tensor)
         noise: `[1, K]`, uniform in [0, 1): decides whether a broken number is rounded down or up, so that steps of
             less than a unit count, too.
     """
+    return _moved(latent.to(_WIDER), gradient, step, noise).to(LATENT)
+
+
+@fused
+def _moved(latent: Tensor, gradient: Tensor, step: Tensor, noise: Tensor) -> Tensor:
     moved = (latent.float() - step * gradient.float().sign() + noise).floor()
-    return moved.clamp(_LOWEST, _HIGHEST).to(latent.dtype)
+    return moved.clamp(_LOWEST, _HIGHEST).to(_WIDER)
 
 
 def _ratio(latent: Tensor, unit: int, like: Tensor) -> Tensor:
@@ -101,7 +107,7 @@ def _weights(latent: Tensor, scale: Tensor, unit: int) -> Tensor:
 @fused
 def _latents(x: Tensor, scale: Tensor, unit: int) -> Tensor:
     x, scale = all_wide(x, scale)
-    return (x / scale * unit).floor().clamp(_LOWEST, _HIGHEST).to(LATENT)
+    return (x / scale * unit).floor().clamp(_LOWEST, _HIGHEST).to(_WIDER)
 
 
 @fused
