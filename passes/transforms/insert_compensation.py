@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,5 +164,5 @@ def _insert(graph_module: fx.GraphModule, site: Site, linears: list[fx.Node], do
             chosen = call(graph, _aten.select.int, nodes["coefficients"], 0, row)
             made = call(graph, ops.compensate.default, linear, unrounded(linear), chosen, nodes["down"], nodes["up"])
         made.meta["val"] = linear.meta["val"]
-        linear.replace_all_uses_with(made, lambda user, made=made: user is not made)
+        linear.replace_all_uses_with(made, partial(operator.is_not, made))
     return sum(values.numel() for values in tables.values())
