@@ -190,12 +190,12 @@ def test_latent_weights_get_the_gradient_that_autograd_gives_to_offsets():
     program = LatentWeights()(program).graph_module
     learnables = {item.name: item for item in find_learnables(program, frozenset({"rounding"}))}
     values = {name: item.current() for name, item in learnables.items()}
-    results, _ = Student(program, learned=list(values), gradients=torch.bfloat16).run([tokens(3)], values)
+    results, _ = Student(program, learned=list(values)).run([tokens(3)], values)
     results[0].square().mean().backward()
     torch.testing.assert_close(results[0], expected[0], rtol=1e-5, atol=1e-5)
     assert len(names) == len(values) == 7
     for name, leaf in leaves.items():
         found, wanted = values[name.replace("_rounding", "_latent")].gradient.float(), leaf.grad
         assert 0 < wanted.count_nonzero() < wanted.numel()
-        torch.testing.assert_close(found, wanted, rtol=3e-2, atol=3e-2 * wanted.abs().max().item(), msg=name)
-        assert (found.sign() == wanted.sign()).float().mean() > 0.99, "nothing passes a clipped weight"
+        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2 * wanted.abs().max().item(), msg=name)
+        assert (found.sign() == wanted.sign()).float().mean() > 0.999, "nothing passes a clipped weight"

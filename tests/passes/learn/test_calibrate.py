@@ -19,15 +19,15 @@ KINDS = {"transform", "clip", "weight_clip", "adapter"}
 def learned():
     """A low-bit program before and after a short calibration."""
     options = {"scheme": "w3a3", "loops": 2, "evaluate_every": 5}
-    return prepared(**options), prepared(Calibrate(), **options, steps=25)
+    return prepared(**options), prepared(Calibrate(), **options, steps=100)
 
 
 def test_the_program_comes_nearer_to_its_teacher(learned):
     state = get_state(learned[1])
     (report,) = state.results["calibration"]
-    assert report["best"] < 0.95 * report["start"] and report["skipped"] == report["refused"] == 0
-    assert report["steps"] == 25 and report["tokens"] == 25 * 4 * 16 and report["phase"] == 0
-    assert state.log[-1].modified and "25 steps, 1,600 tokens: divergence from the teacher" in state.log[-1].notes[0]
+    assert report["best"] < 0.9 * report["start"] and report["skipped"] == report["refused"] == 0
+    assert report["steps"] == 100 and report["tokens"] == 100 * 4 * 16 and report["phase"] == 0
+    assert state.log[-1].modified and "100 steps, 6,400 tokens: divergence from the teacher" in state.log[-1].notes[0]
     json.dumps(report)
 
 
