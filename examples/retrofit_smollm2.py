@@ -75,6 +75,26 @@ class Until(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+def training_arguments(options: argparse.Namespace, checkpoints: Path, **more: Any) -> TrainingArguments:
+    """A cosine schedule with checkpoints to go on from, on a GPU if there is one."""
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_rows,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, options.steps // 20),
+        save_steps=100,
+        save_total_limit=1,
+        logging_steps=max(1, options.steps // 50),
+        report_to=[],
+        label_names=["input_ids"],
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        **more,
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> list[float]:
     """Returns the losses that were logged."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,22 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         model=student,
         train_dataset=rows,
         callbacks=[Until(options.minutes)],
-        args=TrainingArguments(
-            output_dir=str(checkpoints),
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch_rows,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, options.steps // 20),
-            bf16=options.model is not None,
-            save_steps=100,
-            save_total_limit=1,
-            logging_steps=max(1, options.steps // 50),
-            report_to=[],
-            label_names=["input_ids"],
-            remove_unused_columns=False,
-            use_cpu=not torch.cuda.is_available(),
-        ),
+        args=training_arguments(options, checkpoints, bf16=options.model is not None),
     )
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=last)

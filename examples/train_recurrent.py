@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from recurrent_model import RecurrentConfig, RecurrentForCausalLM
-from retrofit_smollm2 import Until
+from retrofit_smollm2 import Until, training_arguments
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 
@@ -68,24 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         model=RecurrentForCausalLM(config),
         train_dataset=Pieces(np.load(options.work / "train.npy"), options.length),
         callbacks=[Until(options.minutes)],
-        args=TrainingArguments(
-            output_dir=str(checkpoints),
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch_rows,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, options.steps // 50),
-            weight_decay=0.1,
-            adam_beta2=0.98,
-            bf16=True,
-            save_steps=200,
-            save_total_limit=1,
-            logging_steps=max(1, options.steps // 50),
-            report_to=[],
-            label_names=["input_ids"],
-            remove_unused_columns=False,
-            use_cpu=not torch.cuda.is_available(),
-        ),
+        args=training_arguments(options, checkpoints, bf16=True, weight_decay=0.1, adam_beta2=0.98),
     )
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
