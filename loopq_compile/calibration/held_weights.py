@@ -92,11 +92,13 @@ class HeldWeight:
             self._sum += self._rows.mean(grad.t() @ x)
 
     def gradients(self) -> list[Tensor | None]:
-        """The gradients of what is learned, after all products have added theirs."""
+        """The gradients of what is learned, after all products have added theirs. This weight is of no use afterwards:
+        autograd may hold it until long after the step, and it would keep the integers of before."""
         if self._sum is not None:
             self._pass_on(whole(self._sum))
-            self._sum = None
-        return self._through or [None] * len(self._leaves)
+        found = self._through or [None] * len(self._leaves)
+        del self._codes, self._values, self._leaves, self._sum, self._through
+        return found
 
     def _pass_on(self, grad: Tensor) -> None:
         """Sends a gradient of the weight through the chain."""
