@@ -6,12 +6,13 @@ import contextlib
 import copy
 import os
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.state import RunContext, attach_state, copy_nodes, get_state
@@ -38,6 +39,10 @@ class Snapshot:
         state = get_state(graph_module)
         sites = {name: copy.copy(site) for name, site in state.sites.items()}
         self._state = replace(state, sites=sites, log=list(state.log), run=RunContext())
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Holds these equal tensors, by dotted name, in the place of its own, which can then be freed."""
+        self._parts.update(tensors)
 
     @cached_property
     def graph_module(self) -> fx.GraphModule:

@@ -100,7 +100,7 @@ class Pipeline:
             debug.dump(graph_module, "captured")
         probe = Probe(graph_module)
         for item in self.passes:
-            snapshot = Snapshot(graph_module)
+            snapshot = get_state(graph_module).run.snapshot = Snapshot(graph_module)
             try:
                 graph_module = self._apply(item, graph_module, done, probe)
             except (LoopQError, InternalError) as error:

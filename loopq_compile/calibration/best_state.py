@@ -1,4 +1,4 @@
-"""The best state so far, of which large parts wait on disk until the phase ends."""
+"""Tensors that wait on disk until they are needed, such as those of the best state so far."""
 
 from __future__ import annotations
 

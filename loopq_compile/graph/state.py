@@ -56,6 +56,7 @@ class RunContext:
         targets: stores of the teacher's outputs, by watched nodes; later phases that watch the same nodes reuse them.
         statistics: what `collect-ranges` measured, by group and row of its per-loop table.
         release_model: whether to free each weight of the captured model when its integers are stored.
+        snapshot: the `loopq_compile.debugging.Snapshot` from before the running pass; None outside a pipeline.
         notes: lines for the log entry of the pass that is running.
     """
 
@@ -64,6 +65,7 @@ class RunContext:
     targets: dict[tuple[str, ...], Any] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
     release_model: bool = False
+    snapshot: Any = None
     notes: list[str] = field(default_factory=list)
 
     def close(self) -> None:

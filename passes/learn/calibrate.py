@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from loopq_compile.calibration.batches import calibration_batches
+from loopq_compile.calibration.best_state import on_disk
 from loopq_compile.calibration.data import Batch, regroup
 from loopq_compile.calibration.learnable import RATES, Learnable
 from loopq_compile.calibration.sharding import Rows, whole
@@ -30,6 +31,7 @@ from loopq_compile.graph.options import CalibrationOptions
 from loopq_compile.graph.state import CompilerState, get_state, get_tensor, set_tensor
 from loopq_compile.graph.weights import quantized_weights
 from loopq_compile.operators import ops
+from loopq_compile.operators.latent import LATENT
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
 from loopq_compile.solvers.chains import find_chains
@@ -188,11 +190,16 @@ class Calibrate(Pass):
 @contextlib.contextmanager
 def _without_latents(graph_module: fx.GraphModule, training: Training) -> Iterator[None]:
     """Takes latent weights out of the graph while they are learned, so that they are not there once more; puts the
-    best back. After an error they stay divided if the processes divide them: other processes may have had no error."""
+    best back. After an error they stay divided if the processes divide them: other processes may have had no error.
+    What is kept for a report of such an error waits on disk."""
     names = [item.name for item in training.learnables if item.kind == "rounding"]
+    snapshot = get_state(graph_module).run.snapshot
+    if snapshot is not None:
+        folder = training.store.parent if training.store else None
+        snapshot.replace(on_disk({name: get_tensor(graph_module, name) for name in names}, folder))
     for name in names:
-        table = get_tensor(graph_module, name)
-        set_tensor(graph_module, name, table.new_zeros(1, 1).expand(table.shape))
+        shape = get_tensor(graph_module, name).shape
+        set_tensor(graph_module, name, torch.zeros(1, 1, dtype=LATENT, device=device_of(graph_module)).expand(shape))
         del training.student.tensors[name]
     try:
         yield

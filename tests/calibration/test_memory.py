@@ -1,12 +1,20 @@
 """What calibration keeps while it runs through many loops. `python -m tests.calibration.memory` measures processes."""
 
+import gc
+
+import pytest
 import torch
 
+import loopq_compile as lq
+from loopq_compile.calibration import best_state
 from loopq_compile.calibration import student as students
-from loopq_compile.graph.state import get_state
+from loopq_compile.calibration.steps import Steps
+from loopq_compile.debugging import Snapshot
+from loopq_compile.graph.state import get_state, get_tensor
+from loopq_compile.operators.latent import LATENT
 from loopq_compile.passes.learn.calibrate import Calibrate
 from tests.calibration.memory import saved_bytes
-from tests.calibration.tools import prepared
+from tests.calibration.tools import learned_tensors, prepared
 from tests.tiny import tokens
 
 ROWS, LENGTH, WIDTH = 4, 61, 64
@@ -48,3 +56,45 @@ def test_auto_decides_by_size(monkeypatch):
         seen.clear()
         prepared(Calibrate(), steps=1, recompute="auto")
         assert seen[0] is expected
+
+
+def test_each_weight_whose_rounding_is_learned_exists_once(monkeypatch):
+    monkeypatch.setattr(best_state, "MEMORY_BYTES", 0)
+    counts, step = [], Steps.step
+
+    def counting(self):
+        parts = step(self)
+        waiting = {tensor.data_ptr() for tensor in (*self.best.values(), *spare.values())}
+        found = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.dtype == LATENT and x.numel() > 1]
+        counts.append(len({x.data_ptr() for x in found if x.stride() != (0, 0)} - waiting))
+        return parts
+
+    spare, replace = {}, Snapshot.replace
+
+    def watching(self, tensors):
+        spare.update(tensors)
+        replace(self, tensors)
+
+    monkeypatch.setattr(Snapshot, "replace", watching)
+    monkeypatch.setattr(Steps, "step", counting)
+    prepared(Calibrate(kinds=("rounding", "clip")), rounding=True, steps=4)
+    assert counts == [7] * 4, "whoever is kept from an earlier step, or for the case of an error, waits on disk"
+
+
+def test_after_an_error_the_weights_from_before_the_pass_come_back(monkeypatch):
+    monkeypatch.setattr(best_state, "MEMORY_BYTES", 0)
+    step = Steps.step
+
+    def failing(self):
+        if self.report.steps == 2:
+            raise lq.LoopQError("the third step")
+        return step(self)
+
+    monkeypatch.setattr(Steps, "step", failing)
+    before = prepared(rounding=True)
+    with pytest.raises(lq.LoopQError, match="the third step") as caught:
+        prepared(Calibrate(kinds=("rounding",)), rounding=True, steps=4)
+    found = caught.value.failure.graph_module
+    names = [name for name in learned_tensors(before) if name.endswith("_latent")]
+    assert len(names) == 7
+    assert all(get_tensor(found, name).equal(get_tensor(before, name)) for name in names)
