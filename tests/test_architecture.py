@@ -29,6 +29,7 @@ ORDER = [
     "methods",
     "generation",
     "backends",
+    "exports",
     "program",
     "compiler",
     "models",

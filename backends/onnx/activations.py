@@ -108,7 +108,7 @@ def lower_pair(graph: ir.Graph, quantize: ir.Node) -> None:
 
 
 def spell_out_pair(graph: ir.Graph, quantize: ir.Node) -> None:
-    """Replaces a pair with per-token scales by `clip(round(x / scale)) * scale`, which is bit-identical.
+    """Replaces a pair by `clip(round(x / scale)) * scale`, which is bit-identical.
 
     ONNX Runtime 1.32 dequantizes 4-bit integers one by one. For prompts, these nodes take a quarter of that time; for a
     single token, there are too many of them.
@@ -116,7 +116,12 @@ def spell_out_pair(graph: ir.Graph, quantize: ir.Node) -> None:
     x, scale = quantize.inputs
     assert x is not None and scale is not None
     emitter, leading, width = Emitter(graph, quantize), len(sizes(x)) - 1, sizes(x)[-1]
-    view, column = _group(emitter, x, sizes(scale)[-1]), emitter.reshape(scale, [sizes(scale)[-1], 1], leading)
+    groups = sizes(scale)[-1]
+    if len(sizes(scale)) == 1:
+        column = _column(emitter, scale, whole=False)
+    else:
+        column = emitter.reshape(scale, [groups, 1], leading)
+    view = _group(emitter, x, groups)
     steps = emitter.node("Div", [view, column], x.dtype, view.shape)
     whole = emitter.node("Round", [steps], x.dtype, view.shape)
     ends = [_limit(emitter, quantize.attributes[name].as_int(), x) for name in ("q_min", "q_max")]

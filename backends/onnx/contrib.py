@@ -63,15 +63,50 @@ def pack_head(graph: ir.Graph, bits: int) -> int:
     Raises:
         LoopQError: there is none.
     """
-    linears = [node for node in graph if node.domain == DOMAIN and node.op_type == "Linear"]
-    heads = [node for node in linears if node.outputs[0].name == "logits"]
-    if not heads:
-        raise LoopQError(f"head_bits={bits} needs logits that come straight from a linear head.")
+    heads = _heads(graph, bits)
     for node in heads:
         weight = node.inputs[1]
         _pack_head(graph, node, bits)
         _share_table(graph, weight, bits)
     return len(heads)
+
+
+def round_head(graph: ir.Graph, bits: int) -> int:
+    """Rounds the language-model head, which schemes leave in floating point, and embeddings that are tied to it.
+
+    Args:
+        bits: width of its weights, 4 or 8.
+
+    Raises:
+        LoopQError: there is none.
+    """
+    heads = _heads(graph, bits)
+    for weight in {node.inputs[1] for node in heads}:
+        codes, scale = _rounded_head(weight, bits)
+        emitter = Emitter(graph, graph[0])
+        given = [constant(graph, f"{weight.name}.codes", codes), constant(graph, f"{weight.name}.scales", scale)]
+        about = {"group_size": codes.shape[1] // scale.shape[1], "bits": bits}
+        made = emitter.node("Dequantize", given, weight.dtype, weight.shape, about, DOMAIN)
+        for reader, position in [*weight.uses()]:
+            reader.replace_input_with(position, made)
+        graph.initializers.pop(str(weight.name), None)
+    return len(heads)
+
+
+def rounded_linears(graph: ir.Graph) -> list[tuple[ir.Node, ir.Value]]:
+    """Linears whose inputs an engine can round itself, to 8 bits by the largest magnitude of a group, and these inputs
+    before they are rounded."""
+    nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == "Linear"]
+    pairs = [(node, before_rounding(node.inputs[0])) for node in nodes if node.inputs[0] is not None]
+    return [(node, x) for node, x in pairs if x is not None]
+
+
+def leave_rounding(graph: ir.Graph) -> int:
+    """Reads activations before their rounding to 8 bits, for an engine that rounds them itself."""
+    pairs = rounded_linears(graph)
+    for node, x in pairs:
+        node.replace_input_with(0, x)
+    return len(pairs)
 
 
 def remove_unread(graph: ir.Graph) -> int:
@@ -128,7 +163,7 @@ def _lower_linear(graph: ir.Graph, node: ir.Node, rows: RowProducts | None) -> b
     emitter, result = Emitter(graph, node), node.outputs[0]
     quantized = made_by(x, "Dequantize", DOMAIN) is not None
     if rows is not None and quantized:
-        _finish(emitter, node, _in_rows(emitter, _before_rounding(x) or x, weight, result, rows))
+        _finish(emitter, node, _in_rows(emitter, before_rounding(x) or x, weight, result, rows))
         return True
     if weight.block < SMALLEST_BLOCK or weight.block & (weight.block - 1):
         return False
@@ -136,7 +171,7 @@ def _lower_linear(graph: ir.Graph, node: ir.Node, rows: RowProducts | None) -> b
     codes = _pack(weight.codes, weight.scale.shape[-1], bits)
     packed = _row(emitter, constant(graph, f"{weight.name}.packed", codes), weight.codes_row)
     scales = _row(emitter, constant(graph, f"{weight.scale_name}.scales", weight.scale), weight.scale_row)
-    x = _before_rounding(x, weight.block) or x
+    x = before_rounding(x, weight.block) or x
     attributes = {"K": weight.codes.shape[-1], "N": weight.codes.shape[-2], "bits": bits, "block_size": weight.block}
     attributes["accuracy_level"] = 4 if quantized else 1
     y = emitter.node("MatMulNBits", [x, packed, scales], result.dtype, result.shape, attributes, domain=CONTRIB)
@@ -174,20 +209,37 @@ def _finish(emitter: Emitter, node: ir.Node, y: ir.Value) -> None:
     emitter.finish(y if bias is None else emitter.node("Add", [y, bias], result.dtype, result.shape))
 
 
-def _pack_head(graph: ir.Graph, node: ir.Node, bits: int) -> None:
-    """Replaces the `Linear` that gives the logits: weights rounded to nearest in blocks, activations to 8 bits."""
-    x, weight = node.inputs[:2]
+def _heads(graph: ir.Graph, bits: int) -> list[ir.Node]:
+    """The `Linear` nodes that give the logits; `bits` are for the error."""
+    linears = [node for node in graph if node.domain == DOMAIN and node.op_type == "Linear"]
+    heads = [node for node in linears if node.outputs[0].name == "logits"]
+    if not heads:
+        raise LoopQError(f"head_bits={bits} needs logits that come straight from a linear head.")
+    return heads
+
+
+def _rounded_head(weight: ir.Value | None, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """A head's weights rounded to nearest in blocks: integers `[N, K]` and scales `[N, blocks]`."""
     values = constant_array(weight)
-    if x is None or weight is None or values is None or values.ndim != 2 or values.shape[1] % _HEAD_BLOCKS[bits][-1]:
+    if values is None or values.ndim != 2 or values.shape[1] % _HEAD_BLOCKS[bits][-1]:
         raise LoopQError(f"head_bits={bits} needs a linear head with a multiple of {_HEAD_BLOCKS[bits][-1]} inputs.")
     outputs, features = values.shape
     block = next(size for size in _HEAD_BLOCKS[bits] if features % size == 0)
     blocks = values.reshape(outputs, -1, block)
     scale = np.maximum(np.abs(blocks).max(-1), 1e-12) / np.float32(2 ** (bits - 1) - 1)
     codes = np.rint(blocks / scale[..., None]).astype(np.int8).reshape(values.shape)
-    packed = constant(graph, f"{weight.name}.packed", _pack(codes, features // block, bits))
-    scales = constant(graph, f"{weight.name}.scales", scale.astype(values.dtype))
-    attributes = {"K": features, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": 4}
+    return codes, scale.astype(values.dtype)
+
+
+def _pack_head(graph: ir.Graph, node: ir.Node, bits: int) -> None:
+    """Replaces the `Linear` that gives the logits: weights rounded to nearest in blocks, activations to 8 bits."""
+    x, weight = node.inputs[:2]
+    assert x is not None and weight is not None
+    codes, scale = _rounded_head(weight, bits)
+    (outputs, features), blocks = codes.shape, scale.shape[1]
+    packed = constant(graph, f"{weight.name}.packed", _pack(codes, blocks, bits))
+    scales = constant(graph, f"{weight.name}.scales", scale)
+    attributes = {"K": features, "N": outputs, "bits": bits, "block_size": features // blocks, "accuracy_level": 4}
     emitter, result = Emitter(graph, node), node.outputs[0]
     y = emitter.node("MatMulNBits", [x, packed, scales], result.dtype, result.shape, attributes, domain=CONTRIB)
     _finish(emitter, node, y)
@@ -215,7 +267,7 @@ def _share_table(graph: ir.Graph, weight: ir.Value | None, bits: int) -> None:
         graph.initializers.pop(str(weight.name), None)
 
 
-def _before_rounding(x: ir.Value, block: int | None = None) -> ir.Value | None:
+def before_rounding(x: ir.Value, block: int | None = None) -> ir.Value | None:
     """The activations before they were rounded to 8 bits, if the product rounds them again; otherwise None.
 
     Args:

@@ -41,6 +41,8 @@ class OnnxExecutable:
             folder, or was not written by `export`.
     """
 
+    kind = "onnx"
+
     def __init__(
         self,
         path: str | os.PathLike[str],

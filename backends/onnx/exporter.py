@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +109,54 @@ def export(
     if float_bits not in FLOAT_BITS:
         raise LoopQError(f"float_bits must be 16 or 32; got {float_bits!r}.")
     check_destination(Path(directory), overwrite=overwrite)
+    source = open_form(
+        graph_module,
+        rolled=form == "rolled",
+        cache=cache,
+        last_token=last_token,
+        kv_bits=kv_bits,
+        early_exit=early_exit,
+    )
+    model, cache = source.model, source.cache
+    forms = [(model.clone(), "packed"), (model, "int8")] if products == "both" else [(model, products)]
+    lowered = [lowerings(target, products=k, head_bits=head_bits).without(skip).run(part) for part, k in forms]
+    model = join(*lowered) if len(lowered) > 1 else lowered[0]
+    model = finishing(float_bits).run(model)
+    model.ir_version = IR_VERSION
+    _describe_program(model, source.state, source.outputs, target=target, form=form, cache=cache, products=products)
+    threshold = EXTERNAL_DATA_THRESHOLD if external_data_threshold is None else external_data_threshold
+    files = write_model(model, Path(directory), threshold=threshold)
+    return describe(model, files, target=target, form=form)
+
+
+@dataclass(frozen=True)
+class OpenForm:
+    """A translated program whose quantization, linears and attention are still opaque nodes.
+
+    Args:
+        model: what `lowerings` take.
+        state: of the program as it was translated.
+        outputs: as in `Prepared`.
+        cache: whether it has a key-value cache.
+    """
+
+    model: ir.Model
+    state: CompilerState
+    outputs: list[Any]
+    cache: bool
+
+
+def open_form(graph_module: fx.GraphModule, *, rolled: bool = False, cache: bool = False, **options: Any) -> OpenForm:
+    """Translates a program on the CPU and in single precision, with the `options` of `deployment`.
+
+    Raises:
+        LoopQError: the program cannot have this form, or has an operator without translation.
+    """
     if device_of(graph_module) != CPU:
         graph_module = copy_on(graph_module, CPU)
     if uses_half_precision(graph_module):
         graph_module = in_single_precision(graph_module)
-    passes = deployment(
-        graph_module,
-        cache=cache,
-        rolled=form == "rolled",
-        early_exit=early_exit,
-        last_token=last_token,
-        kv_bits=kv_bits,
-    )
+    passes = deployment(graph_module, cache=cache, rolled=rolled, **options)
     graph_module = _rewritten(graph_module, passes) if passes else graph_module
     cache = has_cache(get_state(graph_module).signature)
     if cache and any(loop.skipped for loop in rolled_loops(graph_module)):
@@ -130,18 +166,9 @@ def export(
         )
     state = get_state(graph_module)
     prepared = prepare(graph_module)
-    names = output_names(state.signature, prepared.outputs)
-    model = translate(prepared, state.signature, names, OPSET)
+    model = translate(prepared, state.signature, output_names(state.signature, prepared.outputs), OPSET)
     simplify(model)
-    forms = [(model.clone(), "packed"), (model, "int8")] if products == "both" else [(model, products)]
-    lowered = [lowerings(target, products=k, head_bits=head_bits).without(skip).run(part) for part, k in forms]
-    model = join(*lowered) if len(lowered) > 1 else lowered[0]
-    model = finishing(float_bits).run(model)
-    model.ir_version = IR_VERSION
-    _describe_program(model, state, prepared.outputs, target=target, form=form, cache=cache, products=products)
-    threshold = EXTERNAL_DATA_THRESHOLD if external_data_threshold is None else external_data_threshold
-    files = write_model(model, Path(directory), threshold=threshold)
-    return describe(model, files, target=target, form=form)
+    return OpenForm(model, state, prepared.outputs, cache)
 
 
 def _check_rollable(graph_module: fx.GraphModule) -> None:

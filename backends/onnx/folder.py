@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import mmap
-import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (numpy types of ONNX's small floats)
@@ -22,7 +21,7 @@ from onnx import numpy_helper
 from loopq_compile.backends.onnx.convention import METADATA_KEY, from_json
 from loopq_compile.errors import LoopQError, first_line
 from loopq_compile.storage.artifact import Verified
-from loopq_compile.storage.atomic import check_folder, settle, writing_folder
+from loopq_compile.storage.atomic import settle
 from loopq_compile.storage.card import CARD_FILE
 from loopq_compile.storage.manifest import ManifestKind, check_files, check_name, check_regular, read_json
 
@@ -38,18 +37,6 @@ def versions() -> dict[str, dict[str, str]]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return {"versions": found}
-
-
-def add_files(directory: str | os.PathLike[str], files: Mapping[str, str]) -> None:
-    """Adds text files by name to an export, and to its manifest.
-
-    Raises:
-        LoopQError: one of them exists and is not ours, or the folder cannot be written.
-    """
-    check_folder(directory, KIND, files)
-    with writing_folder(directory, KIND, add=True, more=versions()) as made:
-        for name, text in files.items():
-            (made / name).write_text(text, encoding="utf-8")
 
 
 def verify(directory: Path) -> Verified:

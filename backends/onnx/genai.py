@@ -19,13 +19,13 @@ from typing import Any
 
 import onnx
 
-from loopq_compile.backends.onnx.folder import add_files
+from loopq_compile.backends.onnx.folder import KIND, versions
 from loopq_compile.backends.onnx.genai_tokenizer import TOKENIZER_CLASS, TOKENIZER_CONFIG, with_special_tokens
 from loopq_compile.errors import LoopQError
 from loopq_compile.generation.sampling import whole_number
 from loopq_compile.generation.tokenizer import TOKENIZER_FILE, read_tokenizer
 from loopq_compile.graph.caches import PAST_PREFIX, PRESENT_PREFIX
-from loopq_compile.storage.atomic import settle
+from loopq_compile.storage.atomic import add_files, settle
 
 CONFIG_FILE = "genai_config.json"
 ROLLED_REFUSAL = (
@@ -92,7 +92,8 @@ def write_genai_config(
     if (path.parent / TOKENIZER_FILE).is_file() and not (path.parent / TOKENIZER_CONFIG).exists():
         tokenizer = read_tokenizer(path.parent / TOKENIZER_FILE)
         files[TOKENIZER_CONFIG] = with_special_tokens({"tokenizer_class": TOKENIZER_CLASS}, tokenizer)
-    add_files(path.parent, {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()})
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
+    add_files(path.parent, KIND, texts, versions())
     return path.parent / CONFIG_FILE
 
 

@@ -17,7 +17,14 @@ from typing import Any
 import onnx_ir as ir
 
 from loopq_compile.backends.onnx.attention import fuse_attention, lower_attention
-from loopq_compile.backends.onnx.contrib import pack_head, pack_products, remove_unread, restate_norms
+from loopq_compile.backends.onnx.contrib import (
+    leave_rounding,
+    pack_head,
+    pack_products,
+    remove_unread,
+    restate_norms,
+    round_head,
+)
 from loopq_compile.backends.onnx.flatten import DOMAIN
 from loopq_compile.backends.onnx.heads import keep_rows
 from loopq_compile.backends.onnx.loop import lower_rows, roll
@@ -139,6 +146,21 @@ def lowerings(target: str, *, products: str = "packed", head_bits: int | None = 
             Lowering(remove_unread),
             optional(restate_norms),
             *standard,
+        ]
+    )
+
+
+def carrying(head_bits: int | None = None) -> Lowerings:
+    """For an engine with forms of its own for weights, linears and attention: these stay opaque."""
+    return Lowerings(
+        [
+            Lowering(check_types),
+            *([Lowering(partial(round_head, bits=head_bits))] if head_bits is not None else []),
+            Lowering(fuse_rotary, needed=False),
+            Lowering(leave_rounding),
+            Lowering(remove_unread),
+            Lowering(partial(spell_out_pairs, static=True), "Quantize"),
+            Lowering(lower_dynamic_scales, "DynamicScale"),
         ]
     )
 

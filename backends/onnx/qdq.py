@@ -49,11 +49,12 @@ def lower_weights(graph: ir.Graph) -> int:
     return _each(graph, lower_weight, weights)
 
 
-def spell_out_pairs(graph: ir.Graph) -> int:
-    """Rounds activations with per-token scales in floating point."""
+def spell_out_pairs(graph: ir.Graph, static: bool = False) -> int:
+    """Rounds activations in floating point: those with per-token scales, and with `static` scales, too."""
     nodes = _opaque(graph, "Quantize")
-    varying = [node for node in nodes if len(sizes(node.inputs[1])) == len(sizes(node.inputs[0]))]  # type: ignore[arg-type]
-    return _each(graph, spell_out_pair, varying)
+    if not static:
+        nodes = [node for node in nodes if len(sizes(node.inputs[1])) == len(sizes(node.inputs[0]))]  # type: ignore[arg-type]
+    return _each(graph, spell_out_pair, nodes)
 
 
 def lower_pairs(graph: ir.Graph) -> int:

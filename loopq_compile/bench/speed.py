@@ -60,7 +60,8 @@ def speed(
         products: of the export: "packed"; "int8" and (unrolled) "both" if a scheme quantizes activations.
         group_size: neighbouring features that share a scale.
         rivals: other engines, from `speed_rivals.RIVALS`, with 4-bit weights in groups of the same size. One that is
-            not installed is left out and noted; one that cannot run the model, or crashes, says so in its row.
+            not installed is left out and noted; one that cannot run the model, or crashes, says so in its row. With
+            "openvino", our programs run in OpenVINO, too.
         turns: how often each row is measured, by turns; the best counts.
         cells: stores finished rows, so that an interrupted run can continue.
         say: called with what is being measured.
@@ -88,7 +89,12 @@ def speed(
         absent = speed_rivals.missing(name)
         notes.append(absent or f"{name}: {speed_rivals.versions(name)}.")
         if absent is None:
-            entered += speed_rivals.contestants(name, job, group_size, head_bits, partial(_write, job, _Export()))
+            entered += speed_rivals.contestants(name, job, group_size, head_bits, partial(_program, job, _Export()))
+        if absent is None and name == "openvino":
+            for x in exports:
+                if x.scheme and x.products == "packed" and x.form == "unrolled":
+                    write = partial(_write_openvino, job, x)
+                    entered += speed_rivals.in_openvino(x.runs, write, speed_rivals.versions(name))
     for note in notes:
         say(note)
     data = Contest(job, turns, cells or Cells(), say).run(entered)
@@ -136,18 +142,26 @@ class _Export:
         return " ".join(parts) + (f", head w{self.head}" if self.head else "")
 
 
-def _write(job: Job, export: _Export, folder: Path) -> tuple[str, Values]:
-    """Writes a file, and keeps nothing of the model in memory; returns its name and values for the row."""
+def _program(job: Job, export: _Export) -> Program:
     model = load(job)
     example: Any = None if hasattr(model, "prepare_inputs_for_generation") else torch.ones(2, 8, dtype=torch.int64)
+    if not export.scheme:
+        return Program(Pipeline([TagLoops()]).run(capture(model, example)))
+    scheme = Scheme.parse(export.scheme, group_size=export.group_size)
+    return compile_model(model, example, scheme=scheme, method=export.method, release_model=True)
+
+
+def _write(job: Job, export: _Export, folder: Path) -> tuple[str, Values]:
+    """Writes a file, and keeps nothing of the model in memory; returns its name and values for the row."""
     options: dict[str, Any] = {"form": export.form, "head_bits": export.head, "products": export.products}
-    if export.scheme:
-        scheme = Scheme.parse(export.scheme, group_size=export.group_size)
-        program = compile_model(model, example, scheme=scheme, method=export.method, release_model=True)
-    else:
-        program = Program(Pipeline([TagLoops()]).run(capture(model, example)))
+    program = _program(job, export)
     made = program.export_onnx(folder, target="onnxruntime", cache=True, last_token=True, **options)
     return made.path.name, {"bytes": made.bytes, "nodes": made.node_count}
+
+
+def _write_openvino(job: Job, export: _Export, folder: Path) -> tuple[str, Values]:
+    made = _program(job, export).export_openvino(folder, last_token=True, head_bits=export.head)
+    return made.path.name, {"bytes": made.bytes, "nodes": made.nodes}
 
 
 def _report(job: Job, turns: int, data: list[Values], notes: list[str]) -> Report:

@@ -181,10 +181,10 @@ def load(
         read_tokenizer(tokenizer_file)  # may fail, so it comes before loading a model, which takes long
     loaded = load_model(name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, dtype=dtype)
     loaded = repeat_in(loaded, repeat) if repeat else loaded
-    if loaded.kind != "onnx":
+    if loaded.kind in ("model", "program"):
         loaded.model.to(place)
     elif device != "auto" and place.type != "cpu":
-        raise LoopQError(f"{name} is an ONNX file, which runs on the CPU. Leave --device out.")
+        raise LoopQError(f"{name} is an exported file, which runs on the CPU. Leave --device out.")
     return loaded.with_tokenizer(tokenizer_file) if tokenizer_file else loaded
 
 

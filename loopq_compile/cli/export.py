@@ -35,6 +35,9 @@ _NO_GGUF_OPTIONS = {"embeddings": "q8_0", "head": "q8_0", "config": None, "pre_t
 
 _NO_HUGGING_FACE_OPTIONS = {"source": None, "dtype": None, "zero_points": False, "trust_remote_code": False}
 
+_OPENVINO = ("last_token", "head_bits", "float_bits")
+"""Options that files for OpenVINO share with ONNX files."""
+
 _ONLY_ONNX = ("products", "head_bits", "early_exit", "float_bits", "external_data_threshold")
 
 
@@ -45,8 +48,8 @@ def export_command(
         str,
         typer.Option(
             help="qdq: ONNX with standard operators, for any runtime; onnxruntime: ONNX with packed products; "
-            "triton: fused kernels, compiled for NVIDIA GPUs; gguf: a file for llama.cpp; compressed-tensors: a folder "
-            "for transformers and vLLM."
+            "openvino: a folder for OpenVINO; triton: fused kernels, compiled for NVIDIA GPUs; gguf: a file for "
+            "llama.cpp; compressed-tensors: a folder for transformers and vLLM."
         ),
     ] = "qdq",
     form: Annotated[
@@ -67,7 +70,7 @@ def export_command(
     ] = "packed",
     head_bits: Annotated[
         int | None,
-        typer.Option("--head-bits", help="With --target onnxruntime: 4 or 8 bits for the head."),
+        typer.Option("--head-bits", help="With --target onnxruntime or openvino: 4 or 8 bits for the head."),
     ] = None,
     kv_bits: Annotated[
         int | None, typer.Option("--kv-bits", help="With --cache: keys and values in 8 or 4 bits.")
@@ -130,7 +133,7 @@ def export_command(
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Write a compiled program as an ONNX file, for llama.cpp, vLLM or transformers, or as kernels for NVIDIA GPUs.
+    """Write a compiled program as an ONNX file, for OpenVINO, llama.cpp, vLLM or transformers, or as GPU kernels.
 
     ONNX files pass the ONNX checker and run in ONNX Runtime: try `loopq-compile generate DIR` on one.
     """
@@ -168,9 +171,14 @@ def export_command(
         return _export_gguf(loaded, out, gguf, json)
     if gguf != _NO_GGUF_OPTIONS:
         raise LoopQError("--embeddings, --head, --config and --pre-tokenizer go with --target gguf.")
-    if target != "triton":
-        if architectures:
-            raise LoopQError("--sm goes with --target triton.")
+    if target != "triton" and architectures:
+        raise LoopQError("--sm goes with --target triton.")
+    if target == "openvino":
+        others = {name: value for name, value in options.items() if name not in _OPENVINO}
+        if genai or any(value != _NO_ONNX_OPTIONS[name] for name, value in others.items() if name != "cache"):
+            raise LoopQError("--target openvino goes with --last-token, --head-bits and --float-bits only.")
+        _export_openvino(loaded, out, {name: options[name] for name in _OPENVINO}, json)
+    elif target != "triton":
         _export_onnx(loaded, out, {"target": target, **options}, genai, json)
     elif genai or any(options[name] != _NO_ONNX_OPTIONS[name] for name in _ONLY_ONNX):
         raise LoopQError(
@@ -196,6 +204,16 @@ def _export_gguf(loaded: Loaded, out: Path, options: dict[str, Any], json: bool)
 def _export_hugging_face(loaded: Loaded, out: Path, options: dict[str, Any], json: bool) -> None:
     with _settings_of(loaded) as folder:
         report = loaded.model.export_hugging_face(out, tokenizer=folder, **options)
+    _show(report, json)
+
+
+def _export_openvino(loaded: Loaded, out: Path, options: dict[str, Any], json: bool) -> None:
+    from loopq_compile.backends.openvino.folder import KIND, versions
+    from loopq_compile.storage.atomic import add_files, check_folder
+
+    check_folder(out, KIND, loaded.files())
+    report = loaded.model.export_openvino(out, **options)
+    add_files(out, KIND, loaded.files(), versions())
     _show(report, json)
 
 

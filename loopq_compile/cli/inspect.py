@@ -56,8 +56,8 @@ def inspect_command(
     Example: loopq-compile inspect my-program --html my-program.html
     """
     loaded = load(model, None, trust_remote_code, None, allow_pickle, dtype)
-    if loaded.kind == "onnx":
-        raise LoopQError(f"{model} is an ONNX file; inspect the program it was exported from, or open it in Netron.")
+    if loaded.kind not in ("model", "program"):
+        raise LoopQError(f"{model} is an exported file; inspect the program it came from, or open it in Netron.")
     program = loaded.model if loaded.kind == "program" else _captured(loaded.model)
     outlook = _feasibility(program) if program.scheme is None and (json or not code) else None
     say = note(json)

@@ -66,8 +66,8 @@ def report_command(
     names = last if len(set(last)) == len(last) else programs
     loaded = {name: load(program, device=device) for name, program in zip(names, programs, strict=True)}
     for name, one in loaded.items():
-        if one.kind == "onnx":
-            raise LoopQError(f"{name} is an ONNX export; report takes the program that it was made from.")
+        if one.kind not in ("model", "program"):
+            raise LoopQError(f"{name} is an export; report takes the program that it was made from.")
         if one.kind != "program":
             raise LoopQError(f"{name} is not a compiled program; run `loopq-compile compile {name} --out DIR` first.")
     batches, base, tokenizer = [], None, None

@@ -47,6 +47,7 @@ def _verify(directory: Path) -> list[Verified]:
     """Checks a folder with a program, an export, or both."""
     from loopq_compile.backends.compressed_tensors import verify as weights
     from loopq_compile.backends.onnx import folder
+    from loopq_compile.backends.openvino import folder as openvino
     from loopq_compile.storage import artifact
     from loopq_compile.storage.atomic import settle
 
@@ -55,7 +56,8 @@ def _verify(directory: Path) -> list[Verified]:
     settle(directory)
     exported = (directory / folder.MODEL_FILE).exists() or (directory / folder.KIND.file).exists()
     for_engines = (directory / weights.KIND.file).exists()
-    saved = (directory / artifact.GRAPH_FILE).exists() or not (exported or for_engines)
+    for_openvino = (directory / openvino.KIND.file).exists()
+    saved = (directory / artifact.GRAPH_FILE).exists() or not (exported or for_engines or for_openvino)
     checks = ([artifact.verify] if saved else []) + ([folder.verify] if exported else [])
-    checks += [weights.verify] if for_engines else []
+    checks += ([weights.verify] if for_engines else []) + ([openvino.verify] if for_openvino else [])
     return [check(directory) for check in checks]

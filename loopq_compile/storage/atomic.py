@@ -67,6 +67,29 @@ def writing_folder(
                 _move_up(goal)
 
 
+def add_files(
+    directory: str | os.PathLike[str],
+    kind: ManifestKind,
+    files: Mapping[str, str],
+    more: dict[str, Any] | None = None,
+) -> None:
+    """Adds text files by name to a folder with a manifest.
+
+    Args:
+        directory: the folder.
+        kind: kind of its manifest.
+        files: text by file name.
+        more: what else the manifest says.
+
+    Raises:
+        LoopQError: one of them exists and is not ours, or the folder cannot be written.
+    """
+    check_folder(directory, kind, files)
+    with writing_folder(directory, kind, add=True, more=more) as made:
+        for name, text in files.items():
+            (made / name).write_text(text, encoding="utf-8")
+
+
 @contextlib.contextmanager
 def writing_file(file: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a path to write to; it becomes `file` if the block succeeds, and is deleted otherwise.

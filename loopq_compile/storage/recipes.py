@@ -67,6 +67,22 @@ RECIPES = {
         ("gguf", "llama.cpp"),
         {"llama.cpp, with the name of the file for FILE": _shell('llama-cli -m DIR/FILE.gguf -p "Text" -n 64')},
     ),
+    "openvino": Recipe(
+        "a model for OpenVINO",
+        "openvino",
+        ("openvino",),
+        {
+            "OpenVINO": _python(
+                "from loopq_compile.backends.openvino import OpenVinoExecutable\n\n"
+                'tokens = OpenVinoExecutable("DIR").generate(ids, 64)'
+            ),
+            "optimum-intel, for models of transformers": _python(
+                "from optimum.intel import OVModelForCausalLM\n\n"
+                'model = OVModelForCausalLM.from_pretrained("DIR", use_cache=True, stateful=True)'
+            ),
+            "Command line": _shell('loopq-compile generate DIR --prompt "Text"'),
+        },
+    ),
     "compressed-tensors": Recipe(
         "a compressed-tensors folder",
         "transformers",
