@@ -14,7 +14,7 @@ import numpy as np
 from loopq_compile.backends.onnx.flatten import DOMAIN
 from loopq_compile.errors import InternalError
 
-_SMALL = 512
+_SMALL = 64
 """Bytes of constants that stay as they are."""
 
 
