@@ -19,7 +19,7 @@ from loopq_compile.cli import app
 from loopq_compile.generation.decoders import Decoder
 from loopq_compile.graph.texts import logits_of
 from tests.backends.gguf.files import looped_llama, save_tokenizer
-from tests.decoding import ids, left_padded, ouro
+from tests.decoding import captured, ids, left_padded, ouro
 
 openvino = pytest.importorskip("openvino")
 
@@ -59,6 +59,19 @@ def test_logits_are_those_of_the_program(scheme: str, method: str, options: dict
     with torch.no_grad():
         expected = logits_of(program(ids(2, 9)))
     assert error(exported(program, tmp_path)(ids(2, 9)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["loopformer", "llama-eager", "parcae", "huginn", "nanbeige", "sliced", "exits"])
+def test_other_models_decode_as_they_read(name: str, tmp_path: Path) -> None:
+    """Learned positions, attention that a model spells out, states that are mixed, and a row with padding."""
+    model, program = captured(name)
+    decoder, tokens = exported(program, tmp_path).decoder(), ids()
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    given = torch.cat([decoder.read(tokens[:, a:b], mask[:, :b]) for a, b in ((0, 6), (6, 7), (7, 10))], 1)
+    with torch.no_grad():
+        whole, alone = logits_of(model(tokens)), logits_of(model(tokens[1:, 4:]))
+    assert error(given[0], whole[0]) < 1e-5 and error(given[1, 4:], alone[0]) < 1e-5
 
 
 def test_attention_is_one_step_with_its_cache(tmp_path: Path) -> None:
