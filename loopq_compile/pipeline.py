@@ -127,6 +127,7 @@ class Pipeline:
                 if node not in before:
                     node.meta.setdefault(MADE_BY, name)
             if result.modified:
+                get_state(graph_module).figures = []
                 graph_module.graph.lint()
                 if device.type != "cpu":  # what the pass made may lie elsewhere
                     place(graph_module, device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +29,8 @@ from loopq_compile.cli.common import (
     table,
     text_source,
 )
+from loopq_compile.errors import LoopQError
+from loopq_compile.graph.state import Figure
 
 if TYPE_CHECKING:
     from loopq_compile.sources.loading import Loaded
@@ -66,6 +70,9 @@ def eval_command(
     dtype: Dtype = "float32",
     device: Device = "auto",
     exit_threshold: ExitThreshold = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the figures in the folders of programs, for their model cards.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Measure perplexity (lower is better): how well models predict a text.
@@ -81,16 +88,31 @@ def eval_command(
     With --tasks, models answer the questions of lm-eval's tasks instead.
 
     Example: loopq-compile eval my-program --tasks hellaswag,winogrande --limit 200
+
+    With --save, figures of programs go into their folders and model cards, and into those of later exports.
+
+    Example: loopq-compile eval bundled my-program --save
     """
+    programs = [name for name in models if _is_program(name)] if save else []
+    if save and not programs:
+        raise LoopQError("--save keeps figures in folders of programs, and none of these is one.")
+    if save and exit_threshold is not None:
+        raise LoopQError("--save keeps figures of whole programs; leave --exit-threshold out.")
 
     def loaded_model(name: str) -> Loaded:
         return load(name, tokenizer, trust_remote_code, _repeat_for(name, repeat), allow_pickle, dtype, device)
 
     if tasks is not None:
-        _run_tasks(models, loaded_model, json, tasks=names(tasks), folder=task_folder, fewshot=fewshot, limit=limit)
+        chosen = {"tasks": names(tasks), "folder": task_folder, "fewshot": fewshot, "limit": limit}
+        answers = _run_tasks(models, loaded_model, json, **chosen)
+        for name in programs:
+            _save(name, _task_figures(answers[name], fewshot, limit))
         return
     options: dict[str, Any] = {"length": length, "stride": stride, "max_tokens": max_tokens}
-    _score_text(models, loaded_model, json, file=text, exit_threshold=exit_threshold, **options)
+    rows = _score_text(models, loaded_model, json, file=text, exit_threshold=exit_threshold, **options)
+    for row in rows:
+        if row["model"] in programs:
+            _save(row["model"], _text_figures(row, rows[0], text, f"windows of {length} tokens, stride {stride}"))
 
 
 def _score_text(
@@ -103,7 +125,8 @@ def _score_text(
     stride: int,
     max_tokens: int,
     exit_threshold: float | None,
-) -> None:
+) -> list[dict[str, Any]]:
+    """Measures and shows; returns a row for every model."""
     from loopq_compile.evaluation.perplexity import Remembered, evaluate
     from loopq_compile.generation.decoders import TokenByToken
     from loopq_compile.generation.tokenizer import tokenize
@@ -130,17 +153,53 @@ def _score_text(
             teacher, teacher_tokens = model, tokens
     if json:
         print_json({"text": source, "length": length, "stride": stride, "results": rows})
-        return
+        return rows
     out = console()
     columns = (*COLUMNS, "loops") if exit_threshold is not None else COLUMNS
     out.print(table(columns, [_cells(row)[: len(columns)] for row in rows], text_columns=2))
     out.print(f"\ntext: {source}; windows of {length} tokens, stride {stride}", markup=False)
+    return rows
+
+
+def _is_program(name: str) -> bool:
+    from loopq_compile.sources.loading import PROGRAM_FILE
+
+    return (Path(name) / PROGRAM_FILE).is_file()
+
+
+def _text_figures(row: dict[str, Any], first: dict[str, Any], file: str | None, how: str) -> list[Figure]:
+    """Figures of a row; names of files, never their folders, since a card may be published."""
+    data, how = Path(file).name if file else "held-out text of the bundled model", f"{row['tokens']:,} tokens, {how}"
+    metrics = {"perplexity": row["perplexity"]}
+    if row is not first and row["kl"] is not None:
+        teacher = Path(first["model"]).name if Path(first["model"]).exists() else first["model"]
+        metrics |= {f"KL divergence from {teacher}": row["kl"], f"agreement with {teacher}": row["agreement"]}
+    return [Figure(data, metric, how, value) for metric, value in metrics.items() if value is not None]
+
+
+def _task_figures(found: dict[str, Any], fewshot: int | None, limit: int | None) -> list[Figure]:
+    how = ", ".join([f"{fewshot or 0}-shot", *([f"{limit} questions"] if limit else [])])
+    return [
+        Figure(Path(task).name, metric.removesuffix(",none"), how, float(value))
+        for task, metrics in found.items()
+        for metric, value in metrics.items()
+        if "_stderr" not in metric and isinstance(value, float) and math.isfinite(value)
+    ]
+
+
+def _save(folder: str, figures: list[Figure]) -> None:
+    """Keeps figures beside a program, and writes its card anew."""
+    from loopq_compile.graph.state import get_state
+    from loopq_compile.storage import artifact
+    from loopq_compile.storage.card import write_card
+    from loopq_compile.storage.evaluation import add_figures
+
+    add_figures(folder, figures)
+    write_card(folder, get_state(artifact.read(folder)), "program")
 
 
 def _repeat_for(name: str, repeat: str | None) -> str | None:
     """Layers are repeated only in Hugging Face models; programs and ONNX files stay unchanged."""
-    from pathlib import Path
-
     from loopq_compile.sources.loading import PROGRAM_FILE
 
     compiled = name.endswith((".onnx", PROGRAM_FILE)) or (
@@ -149,7 +208,10 @@ def _repeat_for(name: str, repeat: str | None) -> str | None:
     return None if compiled else repeat
 
 
-def _run_tasks(models: list[str], load: Callable[[str], Loaded], json: bool, **options: Any) -> None:
+def _run_tasks(
+    models: list[str], load: Callable[[str], Loaded], json: bool, **options: Any
+) -> dict[str, dict[str, Any]]:
+    """Asks and shows; returns metrics by model and task."""
     from loopq_compile.evaluation.lm_eval import LanguageModel, run_tasks
 
     results = {}
@@ -158,7 +220,7 @@ def _run_tasks(models: list[str], load: Callable[[str], Loaded], json: bool, **o
         results[name] = run_tasks(LanguageModel(loaded.model, loaded.tokenizer, settings=loaded.settings), **options)
     if json:
         print_json({"tasks": options["tasks"], "results": results})
-        return
+        return results
     rows = []
     for task, metrics in results[models[0]].items():
         for metric in metrics:
@@ -166,6 +228,7 @@ def _run_tasks(models: list[str], load: Callable[[str], Loaded], json: bool, **o
                 found = [_with_error(results[name].get(task, {}), metric) for name in models]
                 rows.append((task, metric.removesuffix(",none"), *found))
     console().print(table(("task", "metric", *models), rows, text_columns=2))
+    return results
 
 
 def _with_error(metrics: dict[str, Any], metric: str) -> str:

@@ -74,6 +74,23 @@ class RunContext:
             store.close()
 
 
+@dataclass(frozen=True)
+class Figure:
+    """One measured number of a program.
+
+    Args:
+        data: what it was measured on: a text or a task.
+        metric: its name.
+        details: how much of the data, and how.
+        value: the number.
+    """
+
+    data: str
+    metric: str
+    details: str
+    value: float
+
+
 @dataclass
 class CompilerState:
     """Compiler state that travels with a graph.
@@ -90,6 +107,7 @@ class CompilerState:
         options: options of calibration.
         results: findings of passes by topic, as plain values for JSON.
         log: one entry per pass.
+        figures: measured of this very program, kept beside it when it is saved; a pass that changes it drops them.
         run: state of the current run of a pipeline; never saved.
     """
 
@@ -104,6 +122,7 @@ class CompilerState:
     options: CalibrationOptions = field(default_factory=CalibrationOptions)
     results: dict[str, Any] = field(default_factory=dict)
     log: list[LogEntry] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
     run: RunContext = field(default_factory=RunContext)
 
     def note(self, text: str) -> None:

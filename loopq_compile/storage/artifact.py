@@ -33,6 +33,7 @@ from loopq_compile.processes import first_only
 from loopq_compile.storage.atomic import check_folder, settle, writing_folder
 from loopq_compile.storage.card import CARD_FILE, write_card
 from loopq_compile.storage.conform import conform
+from loopq_compile.storage.evaluation import add_figures, read_figures
 from loopq_compile.storage.graph_json import graph_from_json, graph_to_json, rolled_from_json
 from loopq_compile.storage.hub_config import hub_config
 from loopq_compile.storage.manifest import (
@@ -90,6 +91,8 @@ def save(
         (folder / GRAPH_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
         for name, content in extra.items():
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    if get_state(graph_module).figures:
+        add_figures(directory, get_state(graph_module).figures)
     write_card(directory, get_state(graph_module), card)
 
 
@@ -114,7 +117,9 @@ def read(directory: str | os.PathLike[str]) -> fx.GraphModule:
         raise LoopQError(f"{folder} is damaged: it has no {MANIFEST_FILE}.")
     tensors = _read_tensors(folder, data)
     try:
-        return _rebuild(data, tensors)
+        graph_module = _rebuild(data, tensors)
+        get_state(graph_module).figures = read_figures(folder)
+        return graph_module
     except LoopQError as error:
         raise LoopQError(f"{folder} is damaged: {first_line(error)}.") from error
     except Exception as error:  # untrusted data: PyTorch may raise anything for a nonsensical graph

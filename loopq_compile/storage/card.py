@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loopq_compile._version import __version__
-from loopq_compile.graph.state import CompilerState
+from loopq_compile.graph.state import CompilerState, Figure
 from loopq_compile.processes import leads
 from loopq_compile.storage.atomic import real_path, write_text
 from loopq_compile.storage.recipes import RECIPES
@@ -55,6 +55,9 @@ def card_text(state: CompilerState, kind: str, tags: Iterable[str] = ()) -> str:
     more: dict[str, Any] = {"quantized_by": "loopq_compile"}
     more |= {"base_model_relation": "quantized"} if state.origin.hub_id else {}
     more |= {"quantization": facts} if facts else {}
+    if state.figures:
+        name = state.origin.hub_id or state.model_name
+        more |= {"model_name": name, "eval_results": [_result(figure) for figure in state.figures]}
     data = ModelCardData(
         base_model=state.origin.hub_id or None,
         library_name=recipe.library,
@@ -65,7 +68,7 @@ def card_text(state: CompilerState, kind: str, tags: Iterable[str] = ()) -> str:
     title = f"{state.origin.hub_id or state.model_name}{f' in {state.scheme.name}' if state.scheme else ''}"
     parts = [f"# {title}, as {recipe.what}", _facts(state), "## How to run it"]
     parts += [f"{engine}:\n\n{code}" for engine, code in recipe.engines.items()]
-    parts += ["## What the passes reported", _log(state)]
+    parts += ["## Evaluation", _evaluation(state), "## What the passes reported", _log(state)]
     return str(ModelCard(f"---\n{data.to_yaml().strip()}\n---\n\n" + "\n\n".join(parts) + "\n\n"))
 
 
@@ -91,9 +94,36 @@ def _facts(state: CompilerState) -> str:
 
 
 def _log(state: CompilerState) -> str:
-    """Notes of the passes, calibration losses included; evaluation figures are for the user to add."""
+    """Notes of the passes, calibration losses included."""
     lines = [f"- `{entry.pass_name}`: {_cell('; '.join(entry.notes))}" for entry in state.log if entry.notes]
-    return "\n".join([*(lines or ["Nothing."]), "", "Perplexity and tasks: `loopq-compile eval MODEL DIR`."])
+    return "\n".join(lines or ["Nothing."])
+
+
+def _evaluation(state: CompilerState) -> str:
+    """The saved figures; they are the program's own, whatever was made of it."""
+    if not state.figures:
+        return "Not measured. `loopq-compile eval MODEL DIR --save` on the program writes figures here."
+    rows = [
+        f"| {_cell(x.data)} | {_cell(x.metric)} | {x.value:.4g} | {_cell(x.details)} |"
+        for x in sorted(state.figures, key=lambda x: (x.data, x.details))
+    ]
+    head = ["| measured on | metric | value | how |", "| --- | --- | ---: | --- |"]
+    return "\n".join([*head, *rows, "", "Of the program, in PyTorch; an engine that rounds on its own may differ."])
+
+
+def _result(figure: Figure) -> Any:
+    """A figure as the hub shows it."""
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=re.sub(r"\W+", "-", figure.data).strip("-").lower() or "text",
+        dataset_name=figure.data,
+        metric_type=re.sub(r"\W+", "_", figure.metric).strip("_").lower(),
+        metric_name=figure.metric,
+        metric_value=figure.value,
+        dataset_args={"how": figure.details},
+    )
 
 
 def _cell(value: Any) -> str:

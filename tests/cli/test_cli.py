@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -144,6 +145,19 @@ def test_eval_puts_model_program_and_onnx_into_one_table(program: Path, exported
     assert all(row["tokens"] == 299 for row in results)
     assert results[0]["kl"] is None and results[1]["kl"] > 0
     assert results[2]["perplexity"] == pytest.approx(results[1]["perplexity"], rel=1e-2)
+
+
+def test_eval_saves_figures_for_cards(program: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "program"
+    shutil.copytree(program, folder)
+    (tmp_path / "text.txt").write_text(TEXT)
+    run("eval", folder, "--text", tmp_path / "text.txt", "--length", 64, "--stride", 32, "--save")
+    card = (folder / "README.md").read_text()
+    assert "| text.txt | perplexity |" in card and str(tmp_path) not in card
+    run("verify", folder)
+    run("export", folder, "--out", tmp_path / "onnx")
+    assert "| text.txt | perplexity |" in (tmp_path / "onnx/README.md").read_text()
+    assert "none of these is one" in run("eval", tmp_path / "onnx", "--save", status=1).output
 
 
 def test_eval_of_a_text_file(tmp_path: Path) -> None:
