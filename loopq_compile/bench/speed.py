@@ -21,12 +21,15 @@ from loopq_compile.bench.speed_session import Job, load
 from loopq_compile.bench.speed_torch import WAYS
 from loopq_compile.capture.to_graph import capture
 from loopq_compile.compiler import compile as compile_model
+from loopq_compile.compiler import load as read_program
 from loopq_compile.errors import LoopQError, did_you_mean
 from loopq_compile.graph.scheme import Scheme
 from loopq_compile.methods import get_pipeline
 from loopq_compile.passes.loops.tag_loops import TagLoops
 from loopq_compile.pipeline import Pipeline
 from loopq_compile.program import Program
+from loopq_compile.sources.loading import PROGRAM_FILE
+from loopq_compile.storage.manifest import digest
 
 _EXACT = "ONNX Runtime float32"
 
@@ -41,6 +44,7 @@ def speed(
     products: Sequence[str] = ("packed",),
     group_size: int = 32,
     *,
+    programs: Sequence[str] = (),
     rivals: Sequence[str] = (),
     turns: int = 1,
     cells: Cells | None = None,
@@ -59,6 +63,7 @@ def speed(
             group of linears, like learned methods.
         products: of the export: "packed"; "int8" and (unrolled) "both" if a scheme quantizes activations.
         group_size: neighbouring features that share a scale.
+        programs: folders of saved programs of this model, such as calibrated ones; rows like those of `schemes`.
         rivals: other engines, from `speed_rivals.RIVALS`, with 4-bit weights in groups of the same size. One that is
             not installed is left out and noted; one that cannot run the model, or crashes, says so in its row. With
             "openvino", our programs run in OpenVINO, too.
@@ -75,6 +80,9 @@ def speed(
             raise LoopQError(f"Unknown way {name!r} to run PyTorch.{did_you_mean(name, WAYS)}")
     for scheme, method in itertools.product(schemes, methods):
         Scheme.parse(scheme), get_pipeline(method)
+    for name in programs:
+        if not (Path(name) / PROGRAM_FILE).is_file():
+            raise LoopQError(f"{name} is no saved program; `loopq-compile compile` writes one.")
     for name in rivals:
         if name not in speed_rivals.RIVALS:
             raise LoopQError(f"Unknown rival {name!r}.{did_you_mean(name, speed_rivals.RIVALS)}")
@@ -84,7 +92,12 @@ def speed(
         fits = Scheme.parse(parts[0]).quantizes_activations and parts[2:4] != ("both", "rolled")
         if parts[2] == "packed" or fits:
             exports.append(_Export(*parts, group_size))
-    entered = ways + [Contestant(x.runs, x.form, write=partial(_write, job, x)) for x in exports]
+    exports += [
+        _Export(Path(name).name, form=form, head=head, folder=name)
+        for name in programs
+        for form, head in itertools.product(forms, head_bits)
+    ]
+    entered = ways + [Contestant(x.runs, x.form, write=partial(_write, job, x), engine=x.digest) for x in exports]
     for name in rivals:
         absent = speed_rivals.missing(name)
         notes.append(absent or f"{name}: {speed_rivals.versions(name)}.")
@@ -94,7 +107,7 @@ def speed(
             for x in exports:
                 if x.scheme and x.products == "packed" and x.form == "unrolled":
                     write = partial(_write_openvino, job, x)
-                    entered += speed_rivals.in_openvino(x.runs, write, speed_rivals.versions(name))
+                    entered += speed_rivals.in_openvino(x.runs, write, speed_rivals.versions(name) + x.digest)
     for note in notes:
         say(note)
     data = Contest(job, turns, cells or Cells(), say).run(entered)
@@ -131,6 +144,13 @@ class _Export:
     form: str = "unrolled"
     head: int | None = None
     group_size: int = 32
+    folder: str = ""
+    """Of a saved program, whose name then stands in the place of a scheme."""
+
+    @property
+    def digest(self) -> str:
+        """Tells saved programs of one name apart."""
+        return digest(Path(self.folder) / PROGRAM_FILE)[1] if self.folder else ""
 
     @property
     def runs(self) -> str:
@@ -143,6 +163,8 @@ class _Export:
 
 
 def _program(job: Job, export: _Export) -> Program:
+    if export.folder:
+        return read_program(export.folder)
     model = load(job)
     example: Any = None if hasattr(model, "prepare_inputs_for_generation") else torch.ones(2, 8, dtype=torch.int64)
     if not export.scheme:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+import loopq_compile as lq
+from loopq_compile.backends.openvino import OpenVinoExecutable
 from loopq_compile.bench import processes, speed_contest, speed_openvino, speed_rivals
 from loopq_compile.bench.cells import Cells
 from loopq_compile.bench.processes import run_module
@@ -25,7 +27,8 @@ from loopq_compile.cli import app
 from loopq_compile.errors import LoopQError
 from loopq_compile.generation.decoders import Decoder
 from loopq_compile.program import Program
-from tests.backends.gguf.files import VOCABULARY, looped_llama, tokens
+from loopq_compile.sources.loading import load_model
+from tests.backends.gguf.files import VOCABULARY, looped_llama, save_tokenizer, tokens
 
 needs_openvino = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("openvino", "nncf"))), reason="openvino or nncf is not installed"
@@ -108,8 +111,9 @@ def test_openvino_compresses_our_file(tmp_path: Path) -> None:
         return torch.stack([decoder(ids[:, a:b], mask[:, :b]) for a, b in ((0, 6), (6, 7), (7, 9))])
 
     exact = read(program.decoder())
-    for file, least, most in ((source.path, 0, 1e-5), (tmp_path / "int4.xml", 1e-2, 0.7)):
-        make = speed_openvino.decoders(file, "openvino float32")
+    makers = [OpenVinoExecutable(source.path, threads=1, exact=True).decoder]  # in other ways the cache has 8 bits
+    makers.append(speed_openvino.decoders(tmp_path / "int4.xml", "openvino float32"))
+    for make, least, most in zip(makers, (0, 1e-2), (1e-5, 0.7), strict=True):
         found = read(make())
         assert found.shape == (3, 2, VOCABULARY)
         assert least <= float((found - exact).norm() / exact.norm()) < most
@@ -119,6 +123,8 @@ def test_openvino_compresses_our_file(tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LoopQError, match=r"Unknown rival 'llama'\. Did you mean 'llamacpp'"):
         speed(Job("bundled"), rivals=["llama"])
+    with pytest.raises(LoopQError, match="nothing-here is no saved program"):
+        speed(Job("bundled"), programs=["nothing-here"])
     monkeypatch.setattr(speed_rivals.importlib.util, "find_spec", lambda name: None)
     assert "no llamacpp row: llama-cpp-python is not installed" in str(speed_rivals.missing("llamacpp"))
     refused = CliRunner().invoke(app, ["bench", "speed", "ouro-1.4b", "--kl-tokens", "64"])
@@ -141,10 +147,11 @@ def test_the_command(tmp_path: Path) -> None:
     plain.save_pretrained(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("the loop runs the block again and again, " * 9)
-    from tests.backends.gguf.files import save_tokenizer
-
     save_tokenizer(tmp_path / "model")
+    model = load_model(f"{tmp_path / 'model'}@1x2").model
+    lq.compile(model, scheme="w8a16", method="symmetric").save(tmp_path / "careful")
     arguments = ["bench", "speed", str(tmp_path / "model"), "--repeat", "1x2", "--schemes", "w4a16", "--pytorch", ""]
+    arguments += ["--programs", str(tmp_path / "careful")]
     arguments += ["--head-bits", "8", "--rivals", "openvino,llamacpp", "--kl-tokens", "40", "--text", str(text)]
     arguments += ["--prefill", "8", "--decode", "2", "--context", "4", "--steps", "2", "--repeats", "1", "--json"]
     result = CliRunner().invoke(app, arguments)
@@ -153,7 +160,10 @@ def test_the_command(tmp_path: Path) -> None:
     llama = ["llama.cpp Q4_0, head w8, GGUF"] if importlib.util.find_spec("llama_cpp") else []
     compressed = ["OpenVINO int4, head w8, OpenVINO", "OpenVINO int4, head w8, OpenVINO float32"]
     rivals = [*compressed, "ours w4a16, head w8, OpenVINO", "ours w4a16, head w8, OpenVINO float32", *llama]
-    assert list(found) == ["ONNX Runtime float32, unrolled", "ours w4a16, head w8, unrolled", *rivals]
+    own = ["ours w4a16, head w8, unrolled", "ours careful, head w8, unrolled"]
+    careful = ["ours careful, head w8, OpenVINO", "ours careful, head w8, OpenVINO float32"]
+    assert list(found) == ["ONNX Runtime float32, unrolled", *own, *rivals[:4], *careful, *llama]
+    assert found[careful[1]]["kl"] < found[rivals[3]]["kl"] / 10, "8 bits"
     for name in rivals:
         if "crashed" in found[name].get("failed", ""):  # llama.cpp's AMX kernels, compiled by GCC 12
             continue

@@ -40,6 +40,10 @@ def speed_command(
             "(4-bit weights, 8-bit activations, compiled).",
         ),
     ] = "float32,bfloat16,compiled,torchao",
+    programs: Annotated[
+        str,
+        typer.Option("--programs", metavar="LIST", help="Folders of saved programs of this model, to measure as well."),
+    ] = "",
     rivals: Annotated[
         str,
         typer.Option(
@@ -110,7 +114,7 @@ def speed_command(
     cells = Cells(out / "cells" if out else None, fresh)
     ways = names(pytorch)
     made = names(schemes), names(forms), bits, ways, names(methods), names(products), group_size
-    report = speed(job, *made, rivals=names(rivals), turns=turns, cells=cells, say=note(True))
+    report = speed(job, *made, programs=names(programs), rivals=names(rivals), turns=turns, cells=cells, say=note(True))
     show(report, out, json, model=job.model, **({"text": source} if ids else {}))
 
 
