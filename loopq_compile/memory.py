@@ -159,13 +159,13 @@ def trim_excess() -> None:
         trim()
 
 
-def trim_bounded(made: int) -> None:
+def trim_bounded(made: int = _EVERY) -> None:
     """`trim_excess` for busy places: only if the heap is bounded, and only after every 64 MiB of new tensors.
 
     To ask the C library takes about a millisecond, as long as a product: 12 % of a step when every product asked.
 
     Args:
-        made: bytes of the tensors that the caller is about to make.
+        made: bytes of the tensors that the caller is about to make; by default it looks now.
     """
     global _made
     _made += made

@@ -19,6 +19,7 @@ from loopq_compile.calibration.learnable import Latent, Learnable, Optimizer, Va
 from loopq_compile.calibration.objective import LossParts
 from loopq_compile.errors import LoopQError
 from loopq_compile.graph.options import CalibrationOptions
+from loopq_compile.memory import trim_bounded
 from loopq_compile.operators.fusion import fusing
 from loopq_compile.operators.precision import products_in
 from loopq_compile.progress import StepProgress
@@ -150,6 +151,7 @@ class Steps(ABC):
             parts = self.backward(number)
         except torch.linalg.LinAlgError:  # a transform that cannot be inverted
             parts = None
+        trim_bounded()  # most of a step's memory is free by now
         self.report.steps += 1
         self.report.tokens += self.batches[number][0].numel()
         if parts is not None and self.update(parts.total):
@@ -170,6 +172,7 @@ class Steps(ABC):
         for gradient in gradients:
             sharding.rows(gradient).mul_(factor.to(gradient.device))
         self.optimizer.step()
+        trim_bounded()
         return True
 
     def _fail(self) -> None:
