@@ -29,7 +29,7 @@ from loopq_compile.storage.atomic import check_folder, writing_folder
 from loopq_compile.storage.card import write_card
 
 _HEAD_BITS = (4, 8)
-_GROUP_OPTION = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+_CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def export(
     openvino = _package()
     if has_cache(get_state(graph_module).signature) or rolled_loops(graph_module):
         raise LoopQError("This program has a cache, or is rolled. Export the plain one: OpenVINO keeps its own cache.")
-    check_folder(directory, KIND, [MODEL_FILE, DATA_FILE])
+    check_folder(directory, KIND, [MODEL_FILE, DATA_FILE, _CONFIG_FILE])
     source = open_form(graph_module, cache=True, last_token=last_token)
     rounded = len(rounded_linears(source.model.graph))
     model = _read(openvino, carrying(head_bits).run(source.model))
@@ -85,15 +85,14 @@ def export(
         openvino.save_model(model, str(made / MODEL_FILE), compress_to_fp16=False)
         config = source.state.origin.to_dict()["config"]
         if config:  # other tools look up how the model generates
-            (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (made / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         size = sum((made / name).stat().st_size for name in (MODEL_FILE, DATA_FILE))
-    write_card(directory, source.state, "openvino")
-    operations = model.get_ops()
-    constants = [node for node in operations if node.get_type_name() == "Constant"]
-    kinds = Counter(node.get_element_type().to_string() for node in constants)
-    kinds = Counter({kind: count for kind, count in kinds.items() if kind in ("i4", "i8")})
+    write_card(directory, get_state(graph_module), "openvino")
+    nodes = model.get_ops()
+    constants = [node.get_element_type().to_string() for node in nodes if node.get_type_name() == "Constant"]
+    weights = Counter(kind for kind in constants if kind in ("i4", "i8"))
     path = Path(directory) / MODEL_FILE
-    return OpenVinoExport(path, size, len(operations) - len(constants), dict(kinds), rounded)
+    return OpenVinoExport(path, size, len(nodes) - len(constants), dict(weights), rounded)
 
 
 def _read(openvino: Any, model: ir.Model) -> Any:

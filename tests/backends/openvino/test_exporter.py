@@ -174,7 +174,9 @@ def test_the_command_writes_what_other_commands_read(tmp_path: Path) -> None:
     report = json.loads(run(*export, "--head-bits", 8, "--json"))
     assert report["weights"] == {"i4": 14, "i8": 1}
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "llama"
-    assert str(tmp_path) not in (tmp_path / "out/config.json").read_text() + (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert str(tmp_path) not in (tmp_path / "out/config.json").read_text() + card
+    assert "OpenVinoExecutable" in card and "`pack-weights`" in card
     made = json.loads(run("generate", tmp_path / "out", "--prompt", "again", "--max-new-tokens", 3, "--json"))
     assert len(made["tokens"]) == 3
     assert "a model for OpenVINO" in run("verify", tmp_path / "out")
