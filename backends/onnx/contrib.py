@@ -81,7 +81,7 @@ def round_head(graph: ir.Graph, bits: int) -> int:
         LoopQError: there is none.
     """
     heads = _heads(graph, bits)
-    for weight in {node.inputs[1] for node in heads}:
+    for weight in dict.fromkeys(x for node in heads if (x := node.inputs[1]) is not None):
         codes, scale = _rounded_head(weight, bits)
         emitter = Emitter(graph, graph[0])
         given = [constant(graph, f"{weight.name}.codes", codes), constant(graph, f"{weight.name}.scales", scale)]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from loopq_compile.backends.openvino import OpenVinoExecutable
 from loopq_compile.bench.processes import run_module
 from loopq_compile.errors import first_line
 from loopq_compile.generation.decoders import Decoder
 
-WAYS: Mapping[str, Mapping[str, str]] = {
+WAYS: Mapping[str, dict[str, Any]] = {
     "openvino": {},
     "openvino float32": {"INFERENCE_PRECISION_HINT": "f32"},
 }

@@ -53,8 +53,7 @@ def _figure(given: Any) -> Figure:
     Raises:
         ValueError: it is none.
     """
-    value = given["value"]
-    texts = [given[name] for name in ("data", "metric", "details")]
-    if not isinstance(value, int | float) or not math.isfinite(value) or not all(isinstance(x, str) for x in texts):
+    found = Figure(given["data"], given["metric"], given["details"], float(given["value"]))
+    if not math.isfinite(found.value) or not all(isinstance(x, str) for x in (found.data, found.metric, found.details)):
         raise ValueError("no figure")
-    return Figure(*texts, float(value))
+    return found
