@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loopq_compile.calibration.sharding import Rows, divided_as, rows, with_rows
+from loopq_compile.memory import trim_bounded
 from loopq_compile.operators.latent import moved_latents
 from loopq_compile.operators.precision import wide
 from loopq_compile.operators.quantize import bounded
@@ -33,6 +34,8 @@ RATES: dict[str, float] = {
 _LOGARITHMIC = ("range", "diagonal", "weight_clip")
 _LOWEST_CLIP, _HIGHEST_CLIP = 0.02, 0.995
 _BETAS = (0.9, 0.98)
+_MOVED = 16
+"""Bytes of temporary tensors for every latent number that moves."""
 
 
 @dataclass
@@ -193,6 +196,7 @@ class Optimizer:
         for number, item in enumerate(self._latents):
             self._move(number, item, factor)
             item.forget_gradient()
+            trim_bounded(_MOVED * item.raw.numel())
         self._done += 1
 
     @torch.no_grad()
