@@ -35,6 +35,7 @@ from loopq_compile.graph.device import device_of
 from loopq_compile.graph.loops import get_tag
 from loopq_compile.graph.state import CompilerState
 from loopq_compile.graph.weights import quantized_weights
+from loopq_compile.memory import trim_bounded
 from loopq_compile.operators.fusion import fusing
 from loopq_compile.passes.base import Pass, PassResult
 from loopq_compile.passes.quantize.collect_ranges import vocabulary_size
@@ -207,6 +208,7 @@ class _Solver:
             linear, chain = families[index].first(number, position)
             weight = observer.walk.constant(chain.plain).float()
             split = observer.measure(Layer(linear, weight, chain.original(self.graph_module)))
+            trim_bounded()  # moments are sums over batches, with temporary matrices for each
             owner = self._owner(index)
             split.gather(owner, held=self.options.solver == "loaq")
             if owner != self.rank:
