@@ -29,8 +29,7 @@ _SAVED = 1.5
 _LOGITS = 5
 """Tensors of the size of the logits at the height of a step."""
 _WEIGHT = {"transforms": 4, "blocks": 4, "rounding": 5, "selection": 5, "solver": 3}
-"""Bytes for every quantized weight: integers 1 or latent numbers 2, the sum of gradients 2, their own gradient 2;
-the rest is measured."""
+"""Bytes for every quantized weight: integers 1 or latent numbers 2, the sum of gradients 2; the rest is measured."""
 _LARGEST = {"transforms": 24, "blocks": 24, "rounding": 48, "selection": 24, "solver": 24}
 """Bytes for every number of the largest weight, on which one chain works at a time."""
 _SQUARES = 7
