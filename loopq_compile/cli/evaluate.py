@@ -30,9 +30,9 @@ from loopq_compile.cli.common import (
     text_source,
 )
 from loopq_compile.errors import LoopQError
-from loopq_compile.graph.state import Figure
 
 if TYPE_CHECKING:
+    from loopq_compile.graph.state import Figure
     from loopq_compile.sources.loading import Loaded
 
 COLUMNS = ("model", "kind", "perplexity", "nll", "KL to first", "top-1 agreement", "tokens", "seconds")
@@ -169,6 +169,8 @@ def _is_program(name: str) -> bool:
 
 def _text_figures(row: dict[str, Any], first: dict[str, Any], file: str | None, how: str) -> list[Figure]:
     """Figures of a row; names of files, never their folders, since a card may be published."""
+    from loopq_compile.graph.state import Figure
+
     data, how = Path(file).name if file else "held-out text of the bundled model", f"{row['tokens']:,} tokens, {how}"
     metrics = {"perplexity": row["perplexity"]}
     if row is not first and row["kl"] is not None:
@@ -178,6 +180,8 @@ def _text_figures(row: dict[str, Any], first: dict[str, Any], file: str | None, 
 
 
 def _task_figures(found: dict[str, Any], fewshot: int | None, limit: int | None) -> list[Figure]:
+    from loopq_compile.graph.state import Figure
+
     how = ", ".join([f"{fewshot or 0}-shot", *([f"{limit} questions"] if limit else [])])
     return [
         Figure(Path(task).name, metric.removesuffix(",none"), how, float(value))

@@ -176,7 +176,7 @@ def test_the_command_writes_what_other_commands_read(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "llama"
     card = (tmp_path / "out/README.md").read_text()
     assert str(tmp_path) not in (tmp_path / "out/config.json").read_text() + card
-    assert "OpenVinoExecutable" in card and "`pack-weights`" in card
+    assert "OpenVinoExecutable" in card and "`symmetric`" in card
     made = json.loads(run("generate", tmp_path / "out", "--prompt", "again", "--max-new-tokens", 3, "--json"))
     assert len(made["tokens"]) == 3
     assert "a model for OpenVINO" in run("verify", tmp_path / "out")

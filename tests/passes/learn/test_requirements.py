@@ -38,10 +38,10 @@ def test_every_kind_of_learning_counts_once(work):
     assert set(work.phases(lq.pipelines.symmetric(), replace(OPTIONS, weight_solver="gptq"))) == {"solver"}
 
 
-def test_a_model_of_published_size_takes_what_was_measured(work):
+def test_a_model_of_published_size_takes_what_the_measured_slopes_say(work):
     large = replace(work, weights=1_200_000_000, largest=2048 * 5632, nodes=6000, widest=5632, large=True)
     needed = max(large.phases(lq.pipelines.loopq(), OPTIONS).values())
-    assert 9 * large.weights < needed < 12 * large.weights
+    assert 5 * large.weights < needed < 7 * large.weights, "5.2 (rounding) to 6.8 (solver) bytes from 2 to 4 layers"
 
 
 def test_what_does_not_fit_is_refused_with_what_would(work):
