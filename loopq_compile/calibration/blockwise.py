@@ -55,7 +55,7 @@ class Recorder:
         return self._kept
 
     def _run(self, names: tuple[str, ...], small: bool) -> Iterator[Record]:
-        student = Student(self._teacher, names, recompute=False, segments=1, learned=())
+        student = Student(self._teacher, names, recompute=False, learned=())
         for batch in self._batches:
             with torch.no_grad():
                 _, known = student.run(batch, {})

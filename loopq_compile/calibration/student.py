@@ -29,6 +29,8 @@ from loopq_compile.operators import ops
 
 _SEARCH = 0.5
 """A cut may move by this share of a segment's length to a place where fewer tensors cross."""
+_LARGEST = 128
+"""Nodes of a segment, about: the time to find regions grows with the third power of their number."""
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Student:
         graph_module: the program's graph; it is copied, its tensors are shared.
         watched: names of nodes whose values `run` returns in addition to the results.
         recompute: whether to keep only what crosses segments for the backward pass.
-        segments: number of segments; None for one per four groups of linears.
+        segments: number of segments; None for one per four groups of linears, and more where these are far apart.
         learned: names of the constants that `values` may replace; None for any.
         equal_loops: the chains of a weight have the same values in all loops, as right after `widen`. They share their
             integers, and every gradient goes through its chain at once, so that nothing is kept for each loop.
@@ -231,7 +233,7 @@ def _default_segments(body: Sequence[fx.Node]) -> int:
         for node in body
         if node.target in (torch.ops.aten.linear.default, held_linear) and SITE in node.meta
     }
-    return max(1, len(groups) // 4)
+    return max(1, len(groups) // 4, len(body) // _LARGEST)
 
 
 def _cuts(body: Sequence[fx.Node], segments: int) -> list[int]:
