@@ -18,7 +18,7 @@ def store_half(graph: ir.Graph) -> None:
 
     All arithmetic stays in single precision. An embedding stays in 16 bits in memory: only the rows that a call looks
     up are widened. Every other tensor has one `Cast` before its readers, which ONNX Runtime computes once when
-    it opens the file. A tensor stays in float32 if a number would become 0 in float16: a scale of 0 is not a scale.
+    it opens the file. A tensor stays in float32 if a number would become 0 in float16.
 
     Raises:
         LoopQError: a tensor has numbers that are too large for float16.
@@ -27,22 +27,32 @@ def store_half(graph: ir.Graph) -> None:
         tensor = value.const_value
         if tensor is None or value.dtype is not ir.DataType.FLOAT or tensor.size < _SMALLEST or value.is_graph_output():
             continue
-        array = tensor.numpy()
-        if np.abs(array).max() > np.finfo(np.float16).max:
-            raise LoopQError(
-                f"{value.name} holds {np.abs(array).max():.3g}, too large for 16 bits: leave out float_bits=16 "
-                "(--float-bits 16), or set float_bits=32."
-            )
-        half_array = array.astype(np.float16)
-        if np.any((half_array == 0) & (array != 0)):
+        narrow = half_of(tensor.numpy(), value.name or "")
+        if narrow is None:
             continue
-        stored = ir.tensor(half_array, name=f"{name}.half")
+        stored = ir.tensor(narrow, name=f"{name}.half")
         half = ir.Value(
             name=stored.name, type=ir.TensorType(ir.DataType.FLOAT16), shape=value.shape, const_value=stored
         )
         graph.register_initializer(half)
         _widen(graph, value, half)
         del graph.initializers[name]
+
+
+def half_of(array: np.ndarray, name: str) -> np.ndarray | None:
+    """`array` in float16; None if a number would become 0, since a scale of 0 is not a scale.
+
+    Raises:
+        LoopQError: a number is too large for float16; the message has the tensor's `name`.
+    """
+    largest = np.abs(array).max(initial=0, where=np.isfinite(array))
+    if largest > np.finfo(np.float16).max:
+        raise LoopQError(
+            f"{name} holds {largest:.3g}, too large for 16 bits: leave out float_bits=16 (--float-bits 16), or set "
+            "float_bits=32."
+        )
+    narrow = array.astype(np.float16)
+    return None if np.any((narrow == 0) & (array != 0)) else narrow
 
 
 def _widen(graph: ir.Graph, value: ir.Value, half: ir.Value) -> None:

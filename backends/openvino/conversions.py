@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from loopq_compile.backends.onnx.flatten import DOMAIN
+from loopq_compile.backends.onnx.storage import half_of
 from loopq_compile.errors import InternalError
 
 _SMALL = 64
@@ -83,13 +84,20 @@ def _repeated(x: Any, times: int, heads: int) -> Any:
 
 def store_half(model: Any) -> None:
     """Stores the constants of an `openvino.Model` as float16, and computes with them in float32 as before. OpenVINO's
-    own compression leaves these models as they are."""
+    own compression leaves these models as they are. A tensor stays in float32 if a number would become 0 in float16.
+
+    Raises:
+        LoopQError: a tensor has numbers that are too large for float16.
+    """
     from openvino import Type
     from openvino import opset13 as ops
 
     for node in model.get_ops():
         if node.get_type_name() == "Constant" and node.get_element_type() == Type.f32 and node.get_byte_size() > _SMALL:
-            half = ops.convert(ops.constant(node.data.astype(np.float16)), "f32")
+            narrow = half_of(node.data, node.get_friendly_name())
+            if narrow is None:
+                continue
+            half = ops.convert(ops.constant(narrow), "f32")
             for reader in node.output(0).get_target_inputs():
                 reader.replace_source_output(half.output(0))
     model.validate_nodes_and_infer_types()

@@ -13,35 +13,39 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopq_compile.cli.common import Json, TrustRemoteCode, load, note, print_json, whole_numbers
-from loopq_compile.errors import LoopQError
+from loopq_compile.errors import LoopQError, did_you_mean
 
 if TYPE_CHECKING:
     from loopq_compile.sources.loading import Loaded
 
-_NO_ONNX_OPTIONS = {
-    "form": "unrolled",
-    "cache": False,
-    "last_token": False,
-    "products": "packed",
-    "head_bits": None,
-    "kv_bits": None,
-    "early_exit": False,
-    "float_bits": 32,
-    "external_data_threshold": None,
+_ONNX = ("qdq", "onnxruntime")
+_TARGETS = (*_ONNX, "openvino", "triton", "gguf", "compressed-tensors")
+_GOES_WITH: dict[str, tuple[str, ...]] = {
+    "form": (*_ONNX, "triton"),
+    "cache": (*_ONNX, "triton", "openvino"),
+    "last_token": (*_ONNX, "triton", "openvino"),
+    "kv_bits": (*_ONNX, "triton"),
+    "products": _ONNX,
+    "head_bits": (*_ONNX, "openvino"),
+    "early_exit": _ONNX,
+    "float_bits": (*_ONNX, "openvino"),
+    "external_data_threshold": _ONNX,
+    "genai": _ONNX,
+    "architectures": ("triton",),
+    "embeddings": ("gguf",),
+    "head": ("gguf",),
+    "config": ("gguf",),
+    "pre_tokenizer": ("gguf",),
+    "source": ("compressed-tensors",),
+    "dtype": ("compressed-tensors",),
+    "zero_points": ("compressed-tensors",),
+    "trust_remote_code": ("compressed-tensors",),
 }
-"""Default options of ONNX files."""
-
-_NO_GGUF_OPTIONS = {"embeddings": "q8_0", "head": "q8_0", "config": None, "pre_tokenizer": None}
-
-_NO_HUGGING_FACE_OPTIONS = {"source": None, "dtype": None, "zero_points": False, "trust_remote_code": False}
-
-_OPENVINO = ("last_token", "head_bits", "float_bits")
-"""Options that files for OpenVINO share with ONNX files."""
-
-_ONLY_ONNX = ("products", "head_bits", "early_exit", "float_bits", "external_data_threshold")
+"""By option of the command, the targets that take it."""
 
 
 def export_command(
+    context: typer.Context,
     program: Annotated[str, typer.Argument(metavar="DIR", help="Folder written by `loopq-compile compile`.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the output and the tokenizer.")],
     target: Annotated[
@@ -140,52 +144,28 @@ def export_command(
     loaded = load(program)
     if loaded.kind != "program":
         raise LoopQError(f"{program} is not a compiled program; run `loopq-compile compile {program} --out DIR` first.")
-    options = {
-        "form": form,
-        "cache": cache or genai,
-        "last_token": last_token,
-        "products": products,
-        "head_bits": head_bits,
-        "kv_bits": kv_bits,
-        "early_exit": early_exit,
-        "float_bits": float_bits,
-        "external_data_threshold": external_data_threshold,
-    }
-    gguf = {"embeddings": embeddings, "head": head, "config": config, "pre_tokenizer": pre_tokenizer}
-    folder = {
-        "source": source, "dtype": dtype, "zero_points": zero_points, "trust_remote_code": trust_remote_code,
-    }  # fmt: skip
+    _check_options(context, target)  # from here on, options are taken from the context by their target
+    options = {name: context.params[name] for name, targets in _GOES_WITH.items() if target in targets}
     if target == "compressed-tensors":
-        if architectures or genai or gguf != _NO_GGUF_OPTIONS or options != _NO_ONNX_OPTIONS:
-            raise LoopQError(
-                f"--target {target} goes with --source, --dtype, --zero-points and --trust-remote-code only."
-            )
-        return _export_hugging_face(loaded, out, folder, json)
-    if folder != _NO_HUGGING_FACE_OPTIONS:
-        raise LoopQError(
-            "--source, --dtype, --zero-points and --trust-remote-code go with --target compressed-tensors."
-        )
-    if target == "gguf":
-        if architectures or genai or options != _NO_ONNX_OPTIONS:
-            raise LoopQError("--target gguf goes with --embeddings, --head, --config and --pre-tokenizer only.")
-        return _export_gguf(loaded, out, gguf, json)
-    if gguf != _NO_GGUF_OPTIONS:
-        raise LoopQError("--embeddings, --head, --config and --pre-tokenizer go with --target gguf.")
-    if target != "triton" and architectures:
-        raise LoopQError("--sm goes with --target triton.")
-    if target == "openvino":
-        others = {name: value for name, value in options.items() if name not in _OPENVINO}
-        if genai or any(value != _NO_ONNX_OPTIONS[name] for name, value in others.items() if name != "cache"):
-            raise LoopQError("--target openvino goes with --last-token, --head-bits and --float-bits only.")
-        _export_openvino(loaded, out, {name: options[name] for name in _OPENVINO}, json)
-    elif target != "triton":
-        _export_onnx(loaded, out, {"target": target, **options}, genai, json)
-    elif genai or any(options[name] != _NO_ONNX_OPTIONS[name] for name in _ONLY_ONNX):
-        raise LoopQError(
-            "--target triton goes with --sm, --form, --cache, --last-token and --kv-bits; others are for ONNX files."
-        )
+        _export_hugging_face(loaded, out, options, json)
+    elif target == "gguf":
+        _export_gguf(loaded, out, options, json)
+    elif target == "openvino":
+        _export_openvino(loaded, out, options, json)
+    elif target == "triton":
+        _export_kernels(loaded, out, options, json)
     else:
-        _export_kernels(loaded, out, architectures, options, json)
+        _export_onnx(loaded, out, target, options, json)
+
+
+def _check_options(context: typer.Context, target: str) -> None:
+    """Refuses an unknown target, and options that were set and that it does not take."""
+    if target not in _TARGETS:
+        raise LoopQError(f"There is no target {target!r}.{did_you_mean(target, _TARGETS)}")
+    for option in context.command.params:
+        targets = _GOES_WITH.get(option.name or "", _TARGETS)
+        if target not in targets and context.params[option.name or ""] != option.default:
+            raise LoopQError(f"{option.opts[0]} goes with --target {', '.join(targets)}; not with {target}.")
 
 
 def _export_gguf(loaded: Loaded, out: Path, options: dict[str, Any], json: bool) -> None:
@@ -212,7 +192,7 @@ def _export_openvino(loaded: Loaded, out: Path, options: dict[str, Any], json: b
     from loopq_compile.storage.atomic import add_files, check_folder
 
     check_folder(out, KIND, loaded.files())
-    report = loaded.model.export_openvino(out, **options)
+    report = loaded.model.export_openvino(out, **{name: options[name] for name in options if name != "cache"})
     add_files(out, KIND, loaded.files(), versions())
     _show(report, json)
 
@@ -234,16 +214,18 @@ def _show(report: Any, json: bool) -> None:
         note(json)(str(report))
 
 
-def _export_onnx(loaded: Loaded, out: Path, options: dict[str, Any], genai: bool, json: bool) -> None:
+def _export_onnx(loaded: Loaded, out: Path, target: str, options: dict[str, Any], json: bool) -> None:
     from loopq_compile.backends.onnx.folder import KIND
     from loopq_compile.backends.onnx.genai import CONFIG_FILE
     from loopq_compile.sources.loading import save_beside
     from loopq_compile.storage.atomic import check_folder
 
+    genai = options.pop("genai")
+    options["cache"] = options["cache"] or genai
     ends = _end_tokens(loaded, options["form"]) if genai else None
     loaded = _with_special_tokens(loaded) if genai else loaded
     check_folder(out, KIND, [*loaded.files(), *([CONFIG_FILE] if genai else [])])
-    report = loaded.model.export_onnx(out, **options)
+    report = loaded.model.export_onnx(out, target=target, **options)
     save_beside(loaded, out)
     if ends is not None:
         _write_genai(loaded, out, ends, note(json))
@@ -265,12 +247,12 @@ def _export_onnx(loaded: Loaded, out: Path, options: dict[str, Any], genai: bool
         note(json)(str(report))
 
 
-def _export_kernels(loaded: Loaded, out: Path, architectures: str, options: dict[str, Any], json: bool) -> None:
+def _export_kernels(loaded: Loaded, out: Path, options: dict[str, Any], json: bool) -> None:
     from loopq_compile.backends.onnx.exporter import FORMS
     from loopq_compile.backends.triton import save
     from loopq_compile.backends.triton.ahead import ARCHITECTURES
 
-    chosen = whole_numbers("--sm", architectures) or ARCHITECTURES
+    chosen = whole_numbers("--sm", options["architectures"]) or ARCHITECTURES
     program, rolled = loaded.model, options["form"] == "rolled"
     if options["form"] not in FORMS:
         raise LoopQError(f"form must be one of {', '.join(FORMS)}; got {options['form']!r}.")

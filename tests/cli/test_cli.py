@@ -199,9 +199,11 @@ def test_export_to_kernels_needs_no_gpu(program: Path, tmp_path: Path) -> None:
     assert report["architectures"] == [90] and report["kernels"] > 3 and report["bytes"] > 10_000
     assert {"kernels.json", "kernels.safetensors", "tokenizer.json", "program.json"} <= {p.name for p in out.iterdir()}
     run("verify", out)
-    assert "--sm goes with --target triton" in fails("export", program, "--out", tmp_path / "no", "--sm", "90")
-    kernels = ("export", program, "--out", tmp_path / "no", "--target", "triton")
-    assert "others are for ONNX files" in fails(*kernels, "--head-bits", "8")
+    plain = ("export", program, "--out", tmp_path / "no")
+    assert "--sm goes with --target triton; not with qdq" in fails(*plain, "--sm", "90")
+    kernels = (*plain, "--target", "triton")
+    assert "--head-bits goes with --target qdq, onnxruntime, openvino" in fails(*kernels, "--head-bits", "8")
+    assert "Did you mean 'triton'?" in fails(*kernels[:-1], "trition")
     assert "add --cache" in fails(*kernels, "--kv-bits", "8")
     assert "form must be one of" in fails(*kernels, "--form", "flat")
     assert "sm_75 is not supported" in fails(
@@ -459,5 +461,9 @@ def test_gguf_files(tmp_path):
     report = run_json("export", tmp_path / "program", *options, "--pre-tokenizer", "none", "--head", "f16")
     assert report["types"]["Q4_0"] == 14 and report["bytes"] == file.stat().st_size
     assert {t.name: t.tensor_type.name for t in GGUFReader(file).tensors}["output.weight"] == "F16"
-    assert "--target gguf goes with" in fails("export", tmp_path / "program", *options, "--cache")
-    assert "go with --target gguf" in fails("export", tmp_path / "program", "--out", tmp_path / "o", "--head", "f16")
+    assert "--cache goes with --target qdq, onnxruntime, triton" in fails(
+        "export", tmp_path / "program", *options, "--cache"
+    )
+    assert "--head goes with --target gguf; not with qdq" in fails(
+        "export", tmp_path / "program", "--out", tmp_path / "o", "--head", "f16"
+    )

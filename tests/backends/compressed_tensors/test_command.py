@@ -33,5 +33,5 @@ def test_compile_export_and_verify(tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "out/config.json").read_text() + (tmp_path / "out/README.md").read_text()
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("again")["input_ids"]
     assert "compressed-tensors, pack-quantized" in run("verify", tmp_path / "out")
-    assert "goes with --source" in run(*export, "--cache", status=1)
-    assert "with --target compressed-tensors" in run(*export[:2], "--out", tmp_path / "x", "--zero-points", status=1)
+    assert "not with compressed-tensors" in run(*export, "--cache", status=1)
+    assert "--zero-points goes with" in run(*export[:2], "--out", tmp_path / "x", "--zero-points", status=1)

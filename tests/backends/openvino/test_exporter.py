@@ -143,6 +143,10 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     for wrong, message in (({"head_bits": 2}, "head_bits must be 4 or 8"), ({"float_bits": 8}, "16 or 32")):
         with pytest.raises(lq.LoopQError, match=message):
             program.export_openvino(tmp_path / "a", **wrong)
+    large = ouro().eval()
+    torch.nn.init.constant_(next(large.parameters()), 1e5)
+    with pytest.raises(lq.LoopQError, match="too large for 16 bits"):
+        lq.compile(large, ids(2, 6), scheme="w4a16", method="symmetric").export_openvino(tmp_path / "a", float_bits=16)
     with pytest.raises(lq.LoopQError, match="has a cache, or is rolled"):
         program.with_cache().export_openvino(tmp_path / "a")
     with pytest.raises(lq.LoopQError, match=r"There is no .*export --target openvino"):
@@ -180,5 +184,5 @@ def test_the_command_writes_what_other_commands_read(tmp_path: Path) -> None:
     made = json.loads(run("generate", tmp_path / "out", "--prompt", "again", "--max-new-tokens", 3, "--json"))
     assert len(made["tokens"]) == 3
     assert "a model for OpenVINO" in run("verify", tmp_path / "out")
-    assert "--target openvino goes with" in run(*export, "--form", "rolled", status=1)
+    assert "--form goes with" in run(*export, "--form", "rolled", status=1)
     assert "is an exported file" in run("inspect", tmp_path / "out", status=1)
