@@ -18,7 +18,7 @@ demo: $(READY)
 
 # One thread per worker: two workers with a thread each are faster here than one with two, and leave results the same.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not nightly" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not nightly" tests
 
 # Tests that take long, property-based tests with 1,000 random cases each, and all combinations; takes hours.
 nightly: $(READY)

@@ -5,6 +5,13 @@ import functools
 import pytest
 import torch
 
+LONG_FILES = ("test_simulated.py", "test_random.py", "test_robustness.py", "test_checkout.py", "test_packaging.py")
+"""Files of few tests that take long: they start first, so that one worker is not left with them at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
