@@ -5,7 +5,15 @@ import functools
 import pytest
 import torch
 
-LONG_FILES = ("test_simulated.py", "test_random.py", "test_robustness.py", "test_checkout.py", "test_packaging.py")
+LONG_FILES = (
+    "test_simulated.py",
+    "test_interpreter.py",
+    "test_calibrate.py",
+    "test_random.py",
+    "test_robustness.py",
+    "test_checkout.py",
+    "test_packaging.py",
+)
 """Files of few tests that take long: they start first, so that one worker is not left with them at the end."""
 
 
